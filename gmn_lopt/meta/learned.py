@@ -1,0 +1,92 @@
+"""Training a task with a learned optimizer, as the inner problem of meta-training."""
+
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, Protocol, get_args
+
+import jax
+import optax
+from jaxtyping import Array, Float, PyTree
+
+from gmn_lopt.factors import value_grad_and_factors
+from gmn_lopt.meta.task import Task
+
+MetaLoss = Literal["train", "validation"]
+"""The batch the meta-objective is taken on: the one the step trains on, or one of examples it never trains on."""
+
+
+class Learned(Protocol):
+    """What is asked of a learned optimizer, such as :class:`gmn_lopt.LearnedOptimizer`."""
+
+    needs_factors: bool
+
+    def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
+        """Turn meta-parameters into an optimizer."""
+        ...
+
+
+class TrainingState(NamedTuple):
+    """State of one inner problem: the model's parameters and the optimizer's state."""
+
+    params: PyTree
+    optimizer: PyTree
+
+
+@dataclass(frozen=True)
+class TrainingProblem:
+    """Training of a task's model by a learned optimizer (an :class:`gmn_lopt.meta.problem.InnerProblem`).
+
+    The ``data`` handed to ``init`` and ``step`` is a mapping with the split ``"train"`` and, for the validation
+    meta-loss, ``"valid"``; :meth:`splits` takes them from the task.
+
+    Attributes:
+        task: model, loss and sampling.
+        lopt: the learned optimizer.
+        meta_loss: ``"train"``: the loss that an inner step returns is the training loss before its update.
+            ``"validation"``: it is the loss, at the same parameters, on a separate batch of the split ``"valid"``.
+        steps: horizon in inner steps, or None for the task's own.
+    """
+
+    task: Task
+    lopt: Learned
+    meta_loss: MetaLoss = "train"
+    steps: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.meta_loss not in get_args(MetaLoss):
+            raise ValueError(f"unknown meta-loss {self.meta_loss!r}; choose one of {', '.join(get_args(MetaLoss))}")
+
+    @property
+    def horizon(self) -> int:
+        """Number of inner training steps ``T``."""
+        return self.task.horizon if self.steps is None else self.steps
+
+    @property
+    def loss_cap(self) -> float:
+        """Largest loss that counts; the task's."""
+        return self.task.loss_cap
+
+    def splits(self) -> dict[str, PyTree]:
+        """The splits of the task's data that this problem reads."""
+        names = ("train", "valid") if self.meta_loss == "validation" else ("train",)
+        return {name: self.task.data[name] for name in names}
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> TrainingState:
+        """Draw new parameters of the model; start the optimizer."""
+        params = self.task.init(key)
+        return TrainingState(params, self.lopt.optimizer(phi).init(params))
+
+    def step(
+        self, phi: PyTree, state: TrainingState, data: Any, key: jax.Array
+    ) -> tuple[TrainingState, Float[Array, ""]]:
+        """Train on one batch; return the loss that ``meta_loss`` asks for."""
+        train_key, valid_key = jax.random.split(key)
+        batch = self.task.sample(train_key, data["train"])
+        extra = {}
+        if self.lopt.needs_factors:
+            loss, grads, extra["factors"] = value_grad_and_factors(self.task.loss)(state.params, batch)
+        else:
+            loss, grads = jax.value_and_grad(self.task.loss)(state.params, batch)
+        if self.meta_loss == "validation":
+            loss = self.task.loss(state.params, self.task.sample(valid_key, data["valid"]))
+        updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
+        return TrainingState(optax.apply_updates(state.params, updates), optimizer), loss

@@ -1,0 +1,127 @@
+"""Persistent evolution strategies (PES): unbiased meta-gradients from truncated unrolls."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from gmn_lopt.meta.estimator import Estimate
+from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.window import Objective, check_window, first_lengths, standard_error, unroll, window_objective
+
+
+class PESState(NamedTuple):
+    """State of all pairs; every leaf has the pairs as its first axis.
+
+    Attributes:
+        inner: inner states; each leaf ``[pairs, 2, ...]``, the positive state of a pair first, then the negative.
+        xi: the perturbation accumulated since the start of the episode; each leaf ``[pairs, *leaf_of_phi.shape]``.
+        step: inner steps taken in the current episode; 0 where the next window starts a new one.
+        length: length of the current episode in inner steps; the horizon, except for the first (staggered) episodes.
+    """
+
+    inner: PyTree
+    xi: PyTree
+    step: Int[Array, "pairs"]
+    length: Int[Array, "pairs"]
+
+
+@dataclass(frozen=True)
+class PES:
+    """Antithetic persistent evolution strategies (Vicol et al. 2021, arXiv:2112.13835, algorithm 2).
+
+    The estimates of all windows of an episode sum to an unbiased estimate of the gradient of the sum of the windows'
+    objectives, smoothed by the perturbations: for ``"mean"`` the mean loss of each window, for ``"final"`` the loss at
+    the last step of the horizon, which only the last window sees. An inner problem that has reached its horizon is
+    replaced at the start of the next window, with the initial state drawn under the pair's perturbed meta-parameters,
+    so that the estimate also covers how the initial state depends on them.
+
+    Attributes:
+        problem: the inner problem.
+        pairs: number of antithetic pairs of unrolls; both unrolls of a pair see the same problems and batches.
+        truncation: inner steps ``K`` in one window; must divide the horizon.
+        sigma: standard deviation of the perturbation drawn for each window.
+        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.Objective`.
+        persistent: False forgets the perturbations of earlier windows, which makes this truncated evolution
+            strategies: less noise, but biased towards short horizons.
+
+    Raises:
+        ValueError: a count or ``sigma`` is not positive, or ``truncation`` does not divide the horizon.
+    """
+
+    problem: InnerProblem
+    pairs: int = 16
+    truncation: int = 50
+    sigma: float = 0.01
+    objective: Objective = "mean"
+    persistent: bool = True
+
+    def __post_init__(self) -> None:
+        check_window(self.problem, self.truncation, self.objective, pairs=self.pairs, sigma=self.sigma)
+
+    @property
+    def parallel(self) -> int:
+        """Size of the leading axis of every leaf of the state: the number of pairs."""
+        return self.pairs
+
+    @property
+    def inner_steps(self) -> int:
+        """Number of inner steps that one estimate takes, over all unrolls."""
+        return 2 * self.pairs * self.truncation
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PESState:
+        """Draw the state of all pairs; see :func:`gmn_lopt.meta.window.first_lengths` for the staggering."""
+        inner = jax.vmap(self.problem.init, in_axes=(None, None, 0))(phi, data, jax.random.split(key, self.pairs))
+        return PESState(
+            inner=jax.tree.map(lambda leaf: jnp.stack([leaf, leaf], axis=1), inner),
+            xi=jax.tree.map(lambda leaf: jnp.zeros((self.pairs, *leaf.shape), leaf.dtype), phi),
+            step=jnp.zeros(self.pairs, int),
+            length=first_lengths(self.problem.horizon, self.truncation, self.pairs),
+        )
+
+    def estimate(self, phi: PyTree, state: PESState, data: Any, key: jax.Array) -> tuple[PESState, Estimate]:
+        """Unroll one window of every pair; see :class:`gmn_lopt.meta.estimator.Estimator`."""
+        keys = jax.random.split(key, self.pairs)
+        new_state, contributions, losses = jax.vmap(self._window, in_axes=(None, 0, None, 0))(phi, state, data, keys)
+        return new_state, Estimate(
+            gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions),
+            loss=losses.mean(),
+            noise=standard_error(contributions),
+            window_loss=losses,
+            window_start=state.step,
+        )
+
+    def _window(
+        self, phi: PyTree, state: PESState, data: Any, key: jax.Array
+    ) -> tuple[PESState, PyTree, Float[Array, ""]]:
+        """Unroll one window of one pair; return its state, its contribution to the estimate and its mean loss."""
+        noise_key, init_key, window_key = jax.random.split(key, 3)
+        fresh = state.step == 0
+        noise = optax.tree.scale(self.sigma, optax.tree.random_like(noise_key, phi))
+        forget = fresh if self.persistent else True
+        xi = jax.tree.map(lambda x, e: jnp.where(forget, e, x + e), state.xi, noise)
+        ends_at_horizon = state.step + self.truncation == self.problem.horizon
+
+        def one_sign(sign: Float[Array, ""], inner: PyTree) -> tuple[PyTree, Float[Array, ""], Float[Array, ""]]:
+            perturbed = optax.tree.add_scale(phi, sign, noise)
+            inner = optax.tree.where(fresh, self.problem.init(perturbed, data, init_key), inner)
+            inner, losses = unroll(self.problem, perturbed, inner, data, window_key, self.truncation)
+            return inner, window_objective(losses, ends_at_horizon, self.objective), losses.mean()
+
+        inner, objective, losses = jax.vmap(one_sign)(jnp.array([1.0, -1.0]), state.inner)
+        # Without a finite cap a diverged unroll has an infinite loss; its pair then tells nothing about the gradient.
+        difference = objective[0] - objective[1]
+        difference = jnp.where(jnp.isfinite(difference), difference, 0.0)
+        contribution = optax.tree.scale(difference / (2 * self.sigma**2), xi)
+        step = state.step + self.truncation
+        done = step >= state.length
+        new_state = PESState(
+            inner=inner,
+            xi=xi,
+            step=jnp.where(done, 0, step),
+            length=jnp.where(done, self.problem.horizon, state.length),
+        )
+        return new_state, contribution, losses.mean()

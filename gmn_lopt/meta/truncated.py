@@ -1,0 +1,129 @@
+"""Truncated back-propagation through the inner steps: cheap and free of sampling noise, but biased."""
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int, PyTree
+
+from gmn_lopt.meta.estimator import Estimate
+from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.window import (
+    Objective,
+    check_window,
+    first_lengths,
+    standard_error,
+    tree_all_finite,
+    unroll,
+    window_objective,
+)
+
+
+class TruncatedState(NamedTuple):
+    """State of all unrolls; every leaf has the unrolls as its first axis.
+
+    Attributes:
+        inner: inner states; each leaf ``[unrolls, ...]``.
+        step: inner steps taken in the current episode; 0 where the next window starts a new one.
+        length: length of the current episode in inner steps; the horizon, except for the first (staggered) episodes.
+    """
+
+    inner: PyTree
+    step: Int[Array, "unrolls"]
+    length: Int[Array, "unrolls"]
+
+
+@dataclass(frozen=True)
+class Truncated:
+    """Truncated back-propagation: differentiate each window's loss through its ``K`` steps only.
+
+    Inner states persist from window to window, but what the meta-parameters did to them in earlier windows is not
+    differentiated: the estimate is biased towards short horizons (arXiv:2112.13835, section 2). The gradient of each
+    unroll is clipped before averaging, since gradients through a long product of Jacobians have heavy tails
+    (Metz et al. 2019, arXiv:1810.10180); one that is not finite counts as zero.
+
+    Attributes:
+        problem: the inner problem.
+        unrolls: number of inner problems unrolled in parallel.
+        truncation: inner steps ``K`` in one window; must divide the horizon.
+        clip: largest global norm of one unroll's gradient.
+        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.Objective`.
+        remat: recompute each step in the backward pass: memory for ``K`` inner states instead of all intermediate
+            values of ``K`` steps, for about one more forward pass of time.
+
+    Raises:
+        ValueError: a count or ``clip`` is not positive, or ``truncation`` does not divide the horizon.
+    """
+
+    problem: InnerProblem
+    unrolls: int = 16
+    truncation: int = 50
+    clip: float = 1.0
+    objective: Objective = "mean"
+    remat: bool = False
+
+    def __post_init__(self) -> None:
+        check_window(self.problem, self.truncation, self.objective, unrolls=self.unrolls, clip=self.clip)
+
+    @property
+    def parallel(self) -> int:
+        """Size of the leading axis of every leaf of the state: the number of unrolls."""
+        return self.unrolls
+
+    @property
+    def inner_steps(self) -> int:
+        """Number of inner steps that one estimate takes, over all unrolls."""
+        return self.unrolls * self.truncation
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> TruncatedState:
+        """Draw the state of all unrolls; see :func:`gmn_lopt.meta.window.first_lengths` for the staggering."""
+        keys = jax.random.split(key, self.unrolls)
+        return TruncatedState(
+            inner=jax.vmap(self.problem.init, in_axes=(None, None, 0))(phi, data, keys),
+            step=jnp.zeros(self.unrolls, int),
+            length=first_lengths(self.problem.horizon, self.truncation, self.unrolls),
+        )
+
+    def estimate(
+        self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
+    ) -> tuple[TruncatedState, Estimate]:
+        """Differentiate one window of every unroll; see :class:`gmn_lopt.meta.estimator.Estimator`."""
+        keys = jax.random.split(key, self.unrolls)
+        new_state, gradients, losses = jax.vmap(self._window, in_axes=(None, 0, None, 0))(phi, state, data, keys)
+        return new_state, Estimate(
+            gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients),
+            loss=losses.mean(),
+            noise=standard_error(gradients),
+            window_loss=losses,
+            window_start=state.step,
+        )
+
+    def _window(
+        self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
+    ) -> tuple[TruncatedState, PyTree, Float[Array, ""]]:
+        """Differentiate one window of one unroll; return its state, its clipped gradient and its mean loss."""
+        init_key, window_key = jax.random.split(key)
+        fresh = state.step == 0
+        ends_at_horizon = state.step + self.truncation == self.problem.horizon
+
+        def loss(phi: PyTree) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, ""]]]:
+            inner = optax.tree.where(fresh, self.problem.init(phi, data, init_key), state.inner)
+            inner, losses = unroll(self.problem, phi, inner, data, window_key, self.truncation, self.remat)
+            return window_objective(losses, ends_at_horizon, self.objective), (inner, losses.mean())
+
+        gradient, (inner, mean_loss) = jax.grad(loss, has_aux=True)(phi)
+        norm = optax.tree.norm(gradient)
+        scale = jnp.minimum(1.0, self.clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
+        # Selecting, not scaling: zero times NaN is NaN.
+        finite = tree_all_finite(gradient)
+        gradient = jax.tree.map(lambda leaf: jnp.where(finite, scale * leaf, 0.0), gradient)
+        step = state.step + self.truncation
+        done = step >= state.length
+        new_state = TruncatedState(
+            inner=inner,
+            step=jnp.where(done, 0, step),
+            length=jnp.where(done, self.problem.horizon, state.length),
+        )
+        return new_state, gradient, mean_loss

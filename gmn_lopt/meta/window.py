@@ -1,0 +1,104 @@
+"""One window of an unrolled inner problem: what all estimators of the meta-gradient are built from."""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, PyTree
+
+from gmn_lopt.meta.problem import InnerProblem
+
+Objective = Literal["mean", "final"]
+"""``"mean"``: the mean loss along the trajectory. ``"final"``: the loss at the last step of the horizon only."""
+
+
+def check_window(problem: InnerProblem, truncation: int, objective: str, **counts: float) -> None:
+    """Check what every estimator is configured with.
+
+    Raises:
+        ValueError: ``truncation`` does not divide the problem's horizon, the objective is unknown, or one of ``counts``
+            is not positive.
+    """
+    for name, value in {"horizon": problem.horizon, "truncation": truncation, **counts}.items():
+        if not value > 0:
+            raise ValueError(f"{name} is {value}; it must be positive")
+    if problem.horizon % truncation:
+        divisors = [k for k in range(1, problem.horizon + 1) if problem.horizon % k == 0]
+        near = sorted(sorted(divisors, key=lambda k: abs(k - truncation))[:4])
+        raise ValueError(
+            f"truncation {truncation} does not divide the horizon {problem.horizon}; choose a divisor, such as "
+            + ", ".join(map(str, near))
+        )
+    if objective not in get_args(Objective):
+        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(get_args(Objective))}")
+
+
+def first_lengths(horizon: int, truncation: int, count: int) -> Int[Array, "count"]:
+    """Lengths of the first episodes, in inner steps: multiples of ``truncation``, spread evenly over the horizon.
+
+    All unrolls start from a fresh inner problem, but the first episode of unroll ``i`` ends ``offset_i`` steps early,
+    with ``offset_i`` spread over ``[0, horizon)``. From then on the unrolls are staggered, so that every meta-gradient
+    mixes early and late training. Unlike a fresh problem whose clock is set forward, a short episode shows the
+    optimizer nothing that does not occur in real training.
+    """
+    windows = horizon // truncation
+    return horizon - truncation * ((jnp.arange(count) * windows) // count)
+
+
+def unroll(
+    problem: InnerProblem,
+    phi: PyTree,
+    state: PyTree,
+    data: Any,
+    key: jax.Array,
+    truncation: int,
+    remat: bool = False,
+) -> tuple[PyTree, Float[Array, "truncation"]]:
+    """Take ``truncation`` inner steps, as one scan.
+
+    Args:
+        problem: the inner problem.
+        phi: meta-parameters.
+        state: state of one inner problem.
+        data: handed to the problem.
+        key: source of the window's randomness; the same key gives the same batches for every ``phi``.
+        truncation: number of steps ``K``.
+        remat: recompute each step in the backward pass, instead of keeping its intermediate values.
+
+    Returns:
+        The new state and the capped loss of each step. A loss that is not finite counts as the cap.
+    """
+
+    def step(state: PyTree, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
+        state, loss = problem.step(phi, state, data, key)
+        below = jnp.isfinite(loss) & (loss <= problem.loss_cap)
+        return state, jnp.where(below, loss, jnp.asarray(problem.loss_cap, loss.dtype))
+
+    return jax.lax.scan(jax.checkpoint(step) if remat else step, state, jax.random.split(key, truncation))
+
+
+def window_objective(
+    losses: Float[Array, "truncation"], ends_at_horizon: Bool[Array, ""], objective: Objective
+) -> Float[Array, ""]:
+    """What one window contributes to the objective; nothing to ``"final"`` unless it ends at the horizon."""
+    if objective == "mean":
+        return losses.mean()
+    return jnp.where(ends_at_horizon, losses[-1], jnp.zeros_like(losses[-1]))
+
+
+def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
+    """Whether every entry of every leaf is finite."""
+    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
+
+
+def standard_error(contributions: PyTree) -> Float[Array, ""]:
+    """Standard error of the mean over the leading axis, as one norm over all entries; NaN for one contribution.
+
+    Args:
+        contributions: each leaf ``[n, ...]``.
+    """
+    leaves = jax.tree.leaves(contributions)
+    count = leaves[0].shape[0]
+    if count == 1:
+        return jnp.full((), jnp.nan)
+    return jnp.sqrt(sum(leaf.var(axis=0, ddof=1).sum() for leaf in leaves) / count)
