@@ -1,0 +1,1 @@
+"""Meta-training: tasks, inner problems and estimators of the meta-gradient."""

@@ -1,0 +1,40 @@
+"""The interface that all estimators of the meta-gradient share."""
+
+from typing import Any, NamedTuple, Protocol
+
+import jax
+from jaxtyping import Array, Float, Int, PyTree
+
+
+class Estimate(NamedTuple):
+    """What one window of all unrolls yields.
+
+    Attributes:
+        gradient: the estimate of the meta-gradient, shaped like the meta-parameters.
+        loss: the mean (capped) loss of the window over all unrolls.
+        noise: standard error of the estimate: the root of the summed variances of its entries' means over the unrolls.
+        window_loss: the (capped) mean loss of each pair or unroll over its window.
+        window_start: the inner step at which each pair's or unroll's window began.
+    """
+
+    gradient: PyTree
+    loss: Float[Array, ""]
+    noise: Float[Array, ""]
+    window_loss: Float[Array, "unrolls"]
+    window_start: Int[Array, "unrolls"]
+
+
+class Estimator(Protocol):
+    """Pure functions: ``state = init(phi, data, key)``; ``state, estimate = estimate(phi, state, data, key)``.
+
+    ``data`` is handed to the inner problem as it is. All randomness comes from ``key``: the same arguments give the
+    same estimate. Both functions are traceable; the caller compiles them.
+    """
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
+        """Draw the inner problems' states, at staggered offsets in their horizon."""
+        ...
+
+    def estimate(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Estimate]:
+        """Unroll one window of every inner problem and estimate the meta-gradient."""
+        ...

@@ -1,0 +1,26 @@
+"""What an estimator of the meta-gradient unrolls: any inner problem that depends on meta-parameters."""
+
+from typing import Any, Protocol
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+
+class InnerProblem(Protocol):
+    """An inner problem, unrolled by the estimators of this package.
+
+    Attributes:
+        horizon: number of steps ``T`` of one inner problem, after which it starts afresh.
+        loss_cap: losses above it, and losses that are not finite, count as this much. ``math.inf`` for no cap.
+    """
+
+    horizon: int
+    loss_cap: float
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
+        """Draw the state of a new inner problem."""
+        ...
+
+    def step(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
+        """Take one step with meta-parameters ``phi``; return the new state and the step's loss (uncapped)."""
+        ...

@@ -1,0 +1,37 @@
+"""A task: a model, its data and its loss, on which optimizers are meta-trained and measured."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import jax
+from jaxtyping import Array, Float, PyTree
+
+
+@dataclass(frozen=True)
+class Task:
+    """One training problem, shared by meta-training and evaluation.
+
+    A file ``tasks/NAME.py`` defines a task by a function ``make(data_dir: str | None) -> Task``.
+
+    Attributes:
+        name: the task's name, that of its file.
+        horizon: number of inner training steps ``T``.
+        batch_size: number of examples in one batch.
+        loss_cap: losses above it, and losses that are not finite, count as this much; 1.5 times the log of the
+            number of classes for a classifier.
+        data: the splits ``"train"``, ``"valid"`` (the part of the training split that the inner problem does not train
+            on) and ``"test"``, each a pytree of arrays with the examples along the first axis, in the form that
+            ``loss`` takes.
+        init: draws the parameters from a key.
+        loss: ``loss(params, batch)``, the mean loss over the batch, a scalar.
+        sample: ``sample(key, split)`` draws a training batch from a split, augmentation included. Traceable.
+    """
+
+    name: str
+    horizon: int
+    batch_size: int
+    loss_cap: float
+    data: Mapping[str, PyTree]
+    init: Callable[[jax.Array], PyTree]
+    loss: Callable[[PyTree, PyTree], Float[Array, ""]]
+    sample: Callable[[jax.Array, PyTree], PyTree]
