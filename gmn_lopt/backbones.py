@@ -1,0 +1,71 @@
+"""Backbones: the networks that turn the channels of each parameter into its update."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+class DeepSets(nn.Module):
+    """``ds``: one multi-layer perceptron applied to every parameter entry by itself (three hidden layers, ReLU).
+
+    Its weights are those of an ordinary perceptron on the concatenated channels
+    ``[per-parameter, GradMetaNet, time]``; the concatenation is never built, since the time channels are the same for
+    all entries and their share of the first layer is a bias.
+
+    The last layer starts like the others (LeCun normal, **not** scaled down): its output enters the update only through
+    the factor ``beta``, which starts small.
+
+    Attributes:
+        parameter_channels: number of channels of each parameter entry.
+        extra_channels: number of channels that GradMetaNet adds; 0 without it.
+        time_channels: number of channels that all entries share.
+        width: width of the hidden layers.
+        hidden_layers: number of hidden layers.
+    """
+
+    parameter_channels: int
+    extra_channels: int
+    time_channels: int
+    width: int = 32
+    hidden_layers: int = 3
+
+    def setup(self) -> None:
+        inputs = self.parameter_channels + self.extra_channels + self.time_channels
+        sizes = [inputs] + [self.width] * self.hidden_layers + [1]
+        shapes = list(zip(sizes[:-1], sizes[1:]))
+        self.kernels = [self.param(f"kernel_{i}", nn.initializers.lecun_normal(), s) for i, s in enumerate(shapes)]
+        self.biases = [self.param(f"bias_{i}", nn.initializers.zeros, s[1:]) for i, s in enumerate(shapes)]
+
+    def __call__(
+        self,
+        features: Sequence[Float[Array, "_ channels"]],
+        extra: Sequence[Float[Array, "_ extra"] | None],
+        time: Float[Array, "times"],
+    ) -> list[Float[Array, "_"]]:
+        """Compute the update of each parameter.
+
+        Args:
+            features: for each leaf, the channels of its entries in row-major order.
+            extra: for each leaf, GradMetaNet's features of its entries, or None where there are none (they count as
+                zero).
+            time: the channels that all entries share.
+
+        Returns:
+            For each leaf, one number for each entry.
+        """
+        first_extra = self.parameter_channels
+        first_time = first_extra + self.extra_channels
+        kernel = self.kernels[0]
+        # All leaves go through one chain of matrix products: most of them are small.
+        sizes = [f.shape[0] for f in features]
+        x = jnp.concatenate(features) @ kernel[:first_extra] + (time @ kernel[first_time:] + self.biases[0])
+        if any(e is not None for e in extra):
+            zeros = [jnp.zeros((size, self.extra_channels)) if e is None else e for size, e in zip(sizes, extra)]
+            x = x + jnp.concatenate(zeros) @ kernel[first_extra:first_time]
+        for kernel, bias in zip(self.kernels[1:], self.biases[1:]):
+            x = jax.nn.relu(x) @ kernel + bias
+        offsets = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
+        return jnp.split(x[:, 0], offsets)

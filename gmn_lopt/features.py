@@ -1,0 +1,50 @@
+"""The 19 channels that every learned optimizer reads for each parameter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+DECAYS = (0.1, 0.5, 0.9, 0.99, 0.999, 0.9999)
+TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
+PARAMETER_CHANNELS = 2 + len(DECAYS)
+TIME_CHANNELS = len(TIME_SCALES)
+EPSILON = 1e-5
+
+
+def update_averages(
+    averages: Float[Array, "decays *shape"], value: Float[Array, "*shape"]
+) -> Float[Array, "decays *shape"]:
+    """Advance the six exponential moving averages by one value.
+
+    They start at zero and are not corrected for it: everything that reads them divides them by their root mean square,
+    in which a common factor cancels (up to the epsilon in the root, which lets a slow average grow in gradually).
+    """
+    decays = jnp.asarray(DECAYS, jnp.float32).reshape((-1,) + (1,) * value.ndim)
+    return decays * averages + (1.0 - decays) * value
+
+
+def parameter_features(
+    parameter: Float[Array, "*shape"], gradient: Float[Array, "*shape"], averages: Float[Array, "decays *shape"]
+) -> Float[Array, "size channels"]:
+    """The 8 channels that differ between the entries of one tensor (arXiv:2507.01649, appendix on learned optimizers).
+
+    The parameter, the gradient and the six averages are *first* clipped to [-1, 1] and *then* divided by the root mean
+    square, over the tensor, of what was clipped (``EPSILON`` inside the root), each channel by its own.
+
+    Args:
+        parameter: one leaf of the parameters.
+        gradient: its gradient.
+        averages: the moving averages of its gradient, one for each of ``DECAYS``.
+
+    Returns:
+        The channels, for the entries of the tensor in row-major order.
+    """
+    channels = jnp.concatenate([parameter.reshape(1, -1), gradient.reshape(1, -1), averages.reshape(len(DECAYS), -1)])
+    clipped = jnp.clip(channels, -1.0, 1.0)
+    return (clipped * jax.lax.rsqrt(jnp.mean(clipped**2, axis=1, keepdims=True) + EPSILON)).T
+
+
+def time_features(count: Int[Array, ""]) -> Float[Array, "times"]:
+    """The 11 channels that all parameters share: ``tanh(t / tau - 1)`` of the number of steps taken before this one."""
+    return jnp.tanh(count.astype(jnp.float32) / np.asarray(TIME_SCALES, np.float32) - 1.0)

@@ -1,0 +1,305 @@
+"""GradMetaNet (arXiv:2507.01649, section 5): an equivariant network on sets of rank-1-decomposed gradients."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gmn_lopt.encoding import ENCODING_FEATURES, encode_sites
+from gmn_lopt.site_features import SLOTS, FactorFeatures, NeuronFeatures, SetGroup, group_sites, mean_over_copies
+from gmn_lopt.structure import Factors, GradientStructure, SiteRef
+
+
+@dataclass(frozen=True)
+class GradMetaNetConfig:
+    """The architecture of GradMetaNet.
+
+    Attributes:
+        width: number of features per neuron in every layer.
+        set_layers: number of layers on the set of gradients, before pooling over it.
+        neuron_layers: number of layers on the neurons, after pooling.
+        product_width: width of the hidden layer of the product layer's perceptrons.
+        out_features: number of features per parameter entry (of the invariant head: number of outputs).
+        use_parameter: whether the product layer also reads the value of each parameter entry.
+    """
+
+    width: int = 32
+    set_layers: int = 2
+    neuron_layers: int = 1
+    product_width: int = 32
+    out_features: int = 14
+    use_parameter: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.use_parameter, bool):
+            raise ValueError(f"GradMetaNetConfig.use_parameter must be True or False, not {self.use_parameter!r}")
+        for name in [f.name for f in fields(self) if f.name != "use_parameter"]:
+            value, least = getattr(self, name), 0 if name == "neuron_layers" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"GradMetaNetConfig.{name} must be a whole number of at least {least}, not {value!r}")
+
+
+def _matrix(module: nn.Module, name: str, rows: int, columns: int) -> jax.Array:
+    return module.param(name, nn.initializers.lecun_normal(), (rows, columns))
+
+
+def _vector(module: nn.Module, name: str, size: int) -> jax.Array:
+    return module.param(name, nn.initializers.zeros, (size,))
+
+
+class SetLayer(nn.Module):
+    """An interactions-across-sets layer (Hartford et al. 2018) with means for sums, and a ReLU.
+
+    ``y = x M1 + (E_S x) M2 + (E_N x) M3 + (E_SN x) M4 + (E_C x) M5 + c``: means over the set, over the neurons of all
+    sites that share the set, over everything (each neuron of the model counting the same, however large its set), and,
+    where one space has several sites, over the copies of the same neuron.
+
+    Positional encodings do not vary over the set, so concatenating them to ``x`` and adding ``p M1' + (E_N p) M3'`` to
+    the bias is the same; their shares of ``M2`` and ``M4`` would repeat those two.
+
+    Attributes:
+        in_features: number of features of each neuron.
+        out_features: number of features after the layer.
+        encoding_features: size of the positional encodings; 0 for a layer without.
+    """
+
+    in_features: int
+    out_features: int
+    encoding_features: int = 0
+
+    def setup(self) -> None:
+        for name in ("own", "set_mean", "neuron_mean", "full_mean", "copies_mean"):
+            setattr(self, f"m_{name}", _matrix(self, name, self.in_features, self.out_features))
+        if self.encoding_features:
+            self.m_encoding = _matrix(self, "encoding", self.encoding_features, self.out_features)
+            self.m_encoding_mean = _matrix(self, "encoding_mean", self.encoding_features, self.out_features)
+        self.bias = _vector(self, "bias", self.out_features)
+
+    def __call__(
+        self, inputs: Sequence[FactorFeatures | NeuronFeatures], encodings: Sequence[Float[Array, "_ p"]] | None = None
+    ) -> list[NeuronFeatures]:
+        """Apply the layer to the features of each group of sites (and its neurons' encodings, in the first layer)."""
+        set_means = [x.set_mean() for x in inputs]
+        shared = jnp.concatenate(set_means).mean(0) @ self.m_full_mean + self.bias
+        outputs = []
+        for i, (x, set_mean) in enumerate(zip(inputs, set_means)):
+            # Terms that do not vary over the set, or over the neurons, are summed before they are broadcast.
+            per_neuron = set_mean @ self.m_set_mean + shared
+            if encodings is not None:
+                p = encodings[i]
+                per_neuron = per_neuron + p @ self.m_encoding + p.mean(0) @ self.m_encoding_mean
+            per_element = x.neuron_mean() @ self.m_neuron_mean
+            y = x.product(self.m_own) + per_neuron + per_element[:, None]
+            copies = x.copies_product(self.m_copies_mean)
+            outputs.append(x.after_layer(jax.nn.relu(y if copies is None else y + copies)))
+        return outputs
+
+
+class Trunk(nn.Module):
+    """Steps 1 to 4: from sets of factors to one feature vector for each neuron.
+
+    Attributes:
+        structure: the structure of the model whose factors are read.
+        config: the architecture.
+        channels: number of channels of each activation and each tangent.
+    """
+
+    structure: GradientStructure
+    config: GradMetaNetConfig
+    channels: int = 1
+
+    def setup(self) -> None:
+        width = self.config.width
+        first = SetLayer(SLOTS * self.channels, width, ENCODING_FEATURES)
+        self.set_layers = [first] + [SetLayer(width, width) for _ in range(self.config.set_layers - 1)]
+        for name in ("pool", "pool_full_mean"):
+            setattr(self, f"m_{name}", _matrix(self, name, width, width))
+        self.pool_bias = _vector(self, "pool_bias", width)
+        names = ("own", "mean", "copies_mean")
+        layers = range(self.config.neuron_layers)
+        self.neuron_layers = [tuple(_matrix(self, f"neuron_{i}_{n}", width, width) for n in names) for i in layers]
+        self.neuron_biases = [_vector(self, f"neuron_{i}_bias", width) for i in layers]
+
+    def __call__(self, factors: Factors) -> tuple[Float[Array, "neurons width"], ...]:
+        """Compute the features of all neurons.
+
+        Args:
+            factors: the factors with channels first: arrays ``[channels, S, d]``, the tangents at per-element scale.
+
+        Returns:
+            For each site of the structure, the features of its neurons.
+        """
+        groups = group_sites(self.structure)
+        x: list = [FactorFeatures(self.structure, group, factors) for group in groups]
+        encodings = encode_sites(self.structure)
+        x = self.set_layers[0](x, [jnp.concatenate([encodings[s] for s in group.sites]) for group in groups])
+        for layer in self.set_layers[1:]:
+            x = layer(x)
+        # The mean over the set comes before the linear map: they commute, and it leaves little to multiply.
+        h = jnp.concatenate([features.set_mean() for features in x])
+        h = jax.nn.relu(h @ self.m_pool + (h.mean(0) @ self.m_pool_full_mean + self.pool_bias))
+        for (own, mean, copies), bias in zip(self.neuron_layers, self.neuron_biases):
+            y = h @ own + (h.mean(0) @ mean + bias)
+            h_copies = self._copies_mean(groups, h)
+            h = jax.nn.relu(y if h_copies is None else y + h_copies @ copies)
+        return tuple(self._split(groups, h))
+
+    def _split(self, groups: Sequence[SetGroup], h: jax.Array) -> list[jax.Array]:
+        """Cut the array of all neurons into the sites, in the structure's order."""
+        order = [s for group in groups for s in group.sites]
+        sizes = [self.structure.sites[s].size for s in order]
+        pieces = dict(zip(order, jnp.split(h, [sum(sizes[:i]) for i in range(1, len(sizes))])))
+        return [pieces[s] for s in range(len(self.structure.sites))]
+
+    def _copies_mean(self, groups: Sequence[SetGroup], h: jax.Array) -> jax.Array | None:
+        sites = self._split(groups, h)
+        means = mean_over_copies(self.structure, range(len(sites)), sites)
+        if all(m is None for m in means):
+            return None
+        return jnp.concatenate(
+            [jnp.zeros_like(sites[s]) if means[s] is None else means[s] for group in groups for s in group.sites]
+        )
+
+
+class ProductLayer(nn.Module):
+    """Step 5: from neurons to parameters, by one perceptron for each number of axes that have a site.
+
+    The first layer of a kernel's perceptron acts on ``[h_i, h_j]``; it is the outer sum ``h_i A + h_j B + c``.
+
+    Attributes:
+        structure: the structure of the model.
+        config: the architecture.
+    """
+
+    structure: GradientStructure
+    config: GradMetaNetConfig
+
+    def setup(self) -> None:
+        c = self.config
+        for axes, inputs in ((1, ("write",)), (2, ("read", "write"))):
+            kernels = {name: _matrix(self, f"axes{axes}_{name}", c.width, c.product_width) for name in inputs}
+            if c.use_parameter:
+                kernels["parameter"] = _matrix(self, f"axes{axes}_parameter", 1, c.product_width)
+            bias = _vector(self, f"axes{axes}_bias", c.product_width)
+            out = _matrix(self, f"axes{axes}_out", c.product_width, c.out_features)
+            out_bias = _vector(self, f"axes{axes}_out_bias", c.out_features)
+            setattr(self, f"mlp_{axes}", (kernels, bias, out, out_bias))
+
+    def __call__(
+        self, neurons: Sequence[Float[Array, "_ width"]], parameters: Sequence[Array] | None = None
+    ) -> tuple[Float[Array, "..."] | None, ...]:
+        """Compute the features of all parameter entries.
+
+        Args:
+            neurons: the features of the neurons of each site.
+            parameters: the values of the leaves, needed with ``config.use_parameter`` only.
+
+        Returns:
+            For each parameter of the structure an array ``[*shape, out_features]``; None for one without a site.
+        """
+        if self.config.use_parameter and parameters is None:
+            raise ValueError("GradMetaNetConfig.use_parameter is set: call with the values of the parameters")
+        outputs = []
+        for index, parameter in enumerate(self.structure.parameters):
+            if not parameter.sites:
+                outputs.append(None)
+                continue
+            kernels, bias, out, out_bias = self.mlp_1 if len(parameter.sites) == 1 else self.mlp_2
+            roles = ("write",) if len(parameter.sites) == 1 else ("read", "write")
+            hidden = bias
+            for role, ref in zip(roles, parameter.sites):
+                hidden = hidden + self._place(neurons[ref.site] @ kernels[role], ref, len(parameter.cut_shape))
+            if self.config.use_parameter and parameters is not None:
+                hidden = hidden + parameters[index].reshape(*parameter.cut_shape, 1) @ kernels["parameter"]
+            y = jax.nn.relu(hidden) @ out + out_bias
+            y = jnp.broadcast_to(y, (*parameter.cut_shape, y.shape[-1]))
+            outputs.append(y.reshape(*parameter.shape, y.shape[-1]))
+        return tuple(outputs)
+
+    def _place(self, values: jax.Array, ref: SiteRef, dims: int) -> jax.Array:
+        """Lay a site's neurons ``[d, f]`` along their dimensions of a parameter: ``[1 or d, ..., f]``."""
+        sizes = [self.structure.spaces[space].size for space in self.structure.sites[ref.site].spaces]
+        order = sorted(range(len(sizes)), key=lambda i: ref.dims[i])
+        values = values.reshape(*sizes, -1).transpose(*order, len(sizes))
+        shape = [1] * dims
+        for dim, size in zip(ref.dims, sizes):
+            shape[dim] = size
+        return values.reshape(*shape, values.shape[-1])
+
+
+class GradMetaNet(nn.Module):
+    """GradMetaNet with one feature vector for each parameter entry as its output (steps 1 to 5).
+
+    Invariant to the order of the set and equivariant to permutations of each permutable neuron space. Its weights do
+    not depend on widths, depth or set size.
+
+    Attributes:
+        structure: the structure of the model whose factors are read.
+        config: the architecture.
+        channels: number of channels of each activation and each tangent.
+    """
+
+    structure: GradientStructure
+    config: GradMetaNetConfig = GradMetaNetConfig()
+    channels: int = 1
+
+    def setup(self) -> None:
+        self.trunk = Trunk(self.structure, self.config, self.channels)
+        self.product = ProductLayer(self.structure, self.config)
+
+    def __call__(
+        self, factors: Factors, parameters: Sequence[Array] | None = None
+    ) -> tuple[Float[Array, "..."] | None, ...]:
+        """Compute the features of all parameter entries.
+
+        Args:
+            factors: the factors with channels first: arrays ``[channels, S, d]``, the tangents at per-element scale
+                (``S`` times those of the batch loss).
+            parameters: the values of the leaves, needed with ``config.use_parameter`` only.
+
+        Returns:
+            For each parameter of the structure an array ``[*shape, out_features]``; None for one without a site.
+        """
+        return self.product(self.trunk(factors), parameters)
+
+
+class InvariantGradMetaNet(nn.Module):
+    """GradMetaNet with one vector for the whole model as its output: steps 1 to 4, then ``(E_N h) M + c``.
+
+    Attributes:
+        structure: the structure of the model whose factors are read.
+        config: the architecture.
+        channels: number of channels of each activation and each tangent.
+    """
+
+    structure: GradientStructure
+    config: GradMetaNetConfig = GradMetaNetConfig()
+    channels: int = 1
+
+    def setup(self) -> None:
+        self.trunk = Trunk(self.structure, self.config, self.channels)
+        self.head = nn.Dense(self.config.out_features)
+
+    def __call__(self, factors: Factors) -> Float[Array, "out"]:
+        """Compute the vector (``factors`` as for :class:`GradMetaNet`)."""
+        return self.head(jnp.concatenate(self.trunk(factors)).mean(0))
+
+
+def init_gradmetanet(module: GradMetaNet | InvariantGradMetaNet, key: jax.Array) -> Any:
+    """Draw the weights of a module, without computing anything with it.
+
+    Returns:
+        Its variables, as ``module.init`` would return them.
+    """
+    s = module.structure
+    factors = Factors(
+        tuple(jnp.zeros((module.channels, *shape)) for shape in s.activation_shapes),
+        tuple(jnp.zeros((module.channels, *shape)) for shape in s.tangent_shapes),
+    )
+    parameters = [jnp.zeros(p.shape) for p in s.parameters] if module.config.use_parameter else None
+    arguments = (factors, parameters) if isinstance(module, GradMetaNet) else (factors,)
+    return jax.jit(module.init)(key, *arguments)
