@@ -1,0 +1,255 @@
+"""Evaluate optimizers against tuned Adam on a task.
+
+python eval.py --task digits_mlp --optimizer runs/digits --optimizer optax:lion:learning_rate=3e-4 --out report/
+
+Every optimizer trains from the same initialisations on the same batches. The report says how many times fewer steps
+than tuned Adam it takes to Adam's best test loss, and at what cost per step. Interrupt it at any time: the same command
+goes on where it stopped.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tyro
+from tqdm import tqdm
+
+import gmn_lopt
+from gmn_lopt.evaluation import plots, protocol
+from gmn_lopt.evaluation.candidate import Candidate
+from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
+from gmn_lopt.evaluation.results import Results, ResultsError, write_atomically
+from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, one_line, split_label
+from gmn_lopt.evaluation.timing import time_per_step
+from gmn_lopt.evaluation.training import Curves, training_curves
+from gmn_lopt.meta.task import Task
+
+
+class UsageError(ValueError):
+    """The configuration asks for something that cannot be done."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to evaluate, and how."""
+
+    task: str
+    """Name of a file in tasks/, without .py."""
+    out: Path
+    """Directory for report.json, report.md, the pictures, and results/ (what an evaluation resumes from)."""
+    optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    """An optimizer to compare with tuned Adam; repeat the flag for several. A run directory of meta_train.py, a
+    directory saved by gmn_lopt.save, the name of a shipped optimizer, or optax:NAME:key=value,key=value (any optimizer
+    of optax, for example optax:lion:learning_rate=3e-4). Put LABEL= in front to choose its name in the report."""
+    data_dir: str | None = None
+    """Directory of data sets and their caches; the task says what its default is."""
+    seeds: int = 5
+    """Number of seeds (initialisations and batch orders)."""
+    first_seed: int = 0
+    """The first seed; the others follow it."""
+    horizon: int | None = None
+    """Training steps of each run; default: the task's own."""
+    eval_every: int | None = None
+    """Steps between test losses, a divisor of the horizon; default: 1 up to a horizon of 500, beyond it the largest
+    divisor of the horizon up to 10."""
+    smoothing: int = 1
+    """Window of the trailing running mean over test losses, in evaluations; 1: none. For all, Adam included."""
+    rates_at_once: int = 5
+    """Learning rates of Adam's grid trained at once, each with all seeds; fewer need less memory."""
+    timing_rounds: int = 11
+    """Rounds in which the time per step of all optimizers is measured in turn."""
+
+
+def main(config: Config) -> dict[str, Any]:
+    """Run the evaluation, write the report, print the table; returns the report.
+
+    Raises:
+        UsageError, SourceError, ResultsError, ProtocolError: in one line, if it cannot be done.
+    """
+    _check_counts(config)
+    task = load_task(config.task, config.data_dir)
+    task = replace(task, horizon=task.horizon if config.horizon is None else config.horizon)
+    eval_every = protocol.default_eval_every(task.horizon) if config.eval_every is None else config.eval_every
+    if task.horizon % eval_every:
+        raise UsageError(f"--eval-every {eval_every} does not divide the horizon of {task.horizon} steps")
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
+    candidates = find_candidates(config.optimizer, task)
+
+    settings = {
+        "task": task.name,
+        "seeds": list(seeds),
+        "horizon": task.horizon,
+        "eval_every": eval_every,
+        "smoothing": config.smoothing,
+        "batch_size": task.batch_size,
+        "test_examples": len(jax.tree.leaves(task.data["test"])[0]),
+        "loss_cap": task.loss_cap,
+        "data": _digest(task.data),
+        "task_file": _file_digest(config.task),
+        "device": jax.devices()[0].device_kind,
+    }
+    results = Results(config.out / "results", settings)
+
+    # Training. One unit of work per part of Adam's grid and per optimizer; finished ones are read back.
+    n = config.rates_at_once
+    rates = [protocol.LEARNING_RATES[i : i + n] for i in range(0, len(protocol.LEARNING_RATES), n)]
+    baseline = Candidate("adam", "", "adam", adam)
+    units = [(f"adam {part[0]:g}-{part[-1]:g}", replace(baseline, hyper=jnp.array(part)), len(part)) for part in rates]
+    units += [(f"optimizer {candidate.name}", candidate, 0) for candidate in candidates]
+    found = [results.load(name, candidate.fingerprint) for name, candidate, _ in units]
+    pending = sum(max(1, count) for (_, _, count), arrays in zip(units, found) if arrays is None)
+    curves: list[Curves] = []
+    with tqdm(total=pending * len(seeds) * task.horizon, unit=" steps", unit_scale=True, disable=not pending) as bar:
+        for (name, candidate, settings_at_once), arrays in zip(units, found):
+            if arrays is None:
+                bar.set_description(candidate.name)
+                arrays = training_curves(
+                    *(task, candidate, seeds, eval_every),
+                    grid=settings_at_once > 0,
+                    record_weights=weights == 2,
+                    progress=bar.update,
+                )._asdict()
+                results.save(name, candidate.fingerprint, arrays)
+            curves.append(Curves(**arrays))
+    grid = Curves(*(np.concatenate(parts) for parts in zip(*curves[: len(rates)])))
+    best = protocol.best_setting(protocol.smooth(grid.test_loss, config.smoothing))
+    curves = [Curves(*(part[best] for part in grid)), *curves[len(rates) :]]
+    rate = protocol.LEARNING_RATES[best]
+    baseline = replace(baseline, source=f"optax:adam:learning_rate={rate:g}", hyper=jnp.array(rate))
+
+    # Timing. All in turn in one run: if one optimizer is new or has changed, all are measured again.
+    everyone = [baseline, *candidates]
+    fingerprint = " ".join([str(config.timing_rounds), *(candidate.fingerprint for candidate in everyone)])
+    timed = results.load("timing", fingerprint)
+    if timed is None:
+        with tqdm(total=config.timing_rounds * len(everyone), desc="time per step", unit=" rounds") as bar:
+            times = time_per_step(task, everyone, rounds=config.timing_rounds, progress=bar.update)
+        timed = {"seconds": times}
+        results.save("timing", fingerprint, timed)
+
+    # Report.
+    outcomes = [
+        Outcome(candidate.name, candidate.source, c.test_loss, c.train_loss, seconds, c.weights)
+        for candidate, c, seconds in zip(everyone, curves, timed["seconds"])
+    ]
+    report = build_report(settings, _environment(), list(seeds), grid.test_loss, outcomes)
+    pictures = ["curves.png"]
+    steps = protocol.evaluation_steps(task.horizon, eval_every)
+    plots.plot_curves(config.out / "curves.png", task.name, steps, config.smoothing, outcomes)
+    if weights == 2:
+        pictures.append("trajectories.png")
+        plots.plot_trajectories(config.out / "trajectories.png", task.name, _loss_at(task), list(seeds), outcomes)
+    write_atomically(config.out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
+    write_atomically(config.out / "report.md", markdown(report, pictures).encode())
+    print(table(report))
+    print("wrote " + ", ".join(str(config.out / name) for name in ("report.json", "report.md", *pictures)))
+    return report
+
+
+def load_task(name: str, data_dir: str | None) -> Task:
+    """Make the task of a file in ``tasks/``.
+
+    Raises:
+        UsageError: if there is no such task, or its data or a package that it needs are missing.
+    """
+    directory = Path(__file__).parent / "tasks"
+    names = sorted(file.stem for file in directory.glob("*.py") if "def make(" in file.read_text())
+    if name not in names:
+        raise UsageError(f"--task {name!r}: no such task; there are {', '.join(names)}")
+    try:
+        return importlib.import_module(f"tasks.{name}").make(data_dir)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise UsageError(f"--task {name}: {one_line(error)}") from None
+
+
+def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
+    """Find all optimizers that ``--optimizer`` names; analyses the task's model for them.
+
+    Raises:
+        SourceError: if one cannot be had, or two have one name.
+    """
+    structure = None
+    if not all(split_label(spec)[1].startswith("optax:") for spec in specs):
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
+        structure = gmn_lopt.analyze(task.loss, params, batch)
+    candidates: list[Candidate] = []
+    for spec in specs:
+        candidate = find_candidate(spec, task, structure, candidates)
+        if candidate.name in ("adam", *(other.name for other in candidates)):
+            raise SourceError(
+                f"--optimizer {spec!r}: the name {candidate.name!r} is taken; put another label in front, LABEL=..."
+            )
+        candidates.append(candidate)
+    return candidates
+
+
+def _check_counts(config: Config) -> None:
+    for field in ("seeds", "horizon", "eval_every", "smoothing", "rates_at_once", "timing_rounds"):
+        value = getattr(config, field)
+        if value is not None and value < 1:
+            raise UsageError(f"--{field.replace('_', '-')} must be at least 1, not {value}")
+    if config.first_seed < 0:
+        raise UsageError(f"--first-seed must not be negative, is {config.first_seed}")
+
+
+def _loss_at(task: Task) -> Any:
+    """The test loss at many points, of a task with two weights."""
+    params = jax.eval_shape(task.init, jax.random.key(0))
+
+    def loss(point):
+        parts = jnp.split(point, np.cumsum([leaf.size for leaf in jax.tree.leaves(params)])[:-1])
+        leaves = [part.reshape(leaf.shape) for part, leaf in zip(parts, jax.tree.leaves(params))]
+        return task.loss(jax.tree.unflatten(jax.tree.structure(params), leaves), task.data["test"])
+
+    return lambda points: np.asarray(jax.lax.map(loss, jnp.asarray(points, jnp.float32)))
+
+
+def _digest(data: Any) -> str:
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree.leaves_with_path(dict(data)):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode() + array.tobytes())
+    return digest.hexdigest()[:16]
+
+
+def _file_digest(task: str) -> str:
+    return hashlib.sha256((Path(__file__).parent / "tasks" / f"{task}.py").read_bytes()).hexdigest()[:16]
+
+
+def _environment() -> dict[str, str]:
+    packages = ("gmn_lopt", "jax", "jaxlib", "flax", "optax", "numpy")
+    return {package: importlib.metadata.version(package) for package in packages} | {
+        "python": platform.python_version(),
+        "device": f"{jax.devices()[0].platform}, {jax.devices()[0].device_kind}",
+        "machine": f"{platform.machine()}, {len(jax.devices())} device(s)",
+    }
+
+
+def cli() -> int:
+    """Run from the command line; returns the exit code."""
+    config = tyro.cli(Config, description=__doc__)
+    try:
+        main(config)
+    except (UsageError, SourceError, ResultsError, protocol.ProtocolError) as error:
+        print(f"eval.py: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"eval.py: interrupted; the same command goes on from what is in {config.out}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())

@@ -1,0 +1,1 @@
+"""Evaluation: optimizers against tuned Adam, on the same initialisations and the same batches."""

@@ -1,0 +1,182 @@
+"""Pictures of an evaluation: test-loss curves, and trajectories of problems with two weights."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from matplotlib.figure import Figure
+
+from gmn_lopt.evaluation import protocol
+from gmn_lopt.evaluation.report import Outcome
+
+# Okabe and Ito's palette, told apart by colour-blind readers too; the first is the baseline's.
+COLOURS = ("#3a3a3a", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f")
+MARKERS = "osD^vP*X"
+
+
+def plot_curves(
+    file: Path,
+    title: str,
+    steps: Int[np.ndarray, "E"],
+    smoothing: int,
+    outcomes: Sequence[Outcome],
+) -> None:
+    """Draw the mean test loss of each optimizer with the range over seeds, and where it passes Adam's best.
+
+    Args:
+        file: the picture to write.
+        title: what the picture is of.
+        steps: the steps of the evaluations.
+        smoothing: window of the running mean, in evaluations.
+        outcomes: the optimizers, the baseline first.
+    """
+    curves = [protocol.smooth(outcome.test_loss, smoothing) for outcome in outcomes]
+    goal = protocol.target(curves[0], steps)
+    best = goal.loss.mean()
+    seeds = len(goal.loss)
+    figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
+    axes = figure.subplots()
+    axes.axhline(best, color=COLOURS[0], linewidth=1, linestyle=(0, (5, 4)), zorder=1.5)
+
+    for i, (outcome, curve) in enumerate(zip(outcomes, curves)):
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        shown = np.where(np.isfinite(curve), curve, np.nan)
+        mean = shown.mean(axis=0)  # a gap where any seed has diverged
+        reached = protocol.first_steps(curve, steps, goal.loss)
+        hits = reached[np.isfinite(reached)]
+        label = f"{outcome.name} ({_passes(hits, seeds) if i else f'tuned; best at step {hits.mean():.0f}'})"
+        axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, zorder=3 + 0.1 * i)
+        whole = np.isfinite(mean)
+        axes.fill_between(
+            steps, shown.min(axis=0), shown.max(axis=0), where=whole, color=colour, alpha=0.16, linewidth=0, zorder=1
+        )
+        if len(hits):
+            axes.errorbar(
+                hits.mean(),
+                best,
+                xerr=[[hits.mean() - hits.min()], [hits.max() - hits.mean()]],
+                fmt=marker,
+                color=colour,
+                markeredgecolor="white",
+                markersize=9,
+                capsize=3,
+                elinewidth=1.3,
+                zorder=6 + 0.1 * i,
+            )
+
+    axes.annotate(
+        f"tuned Adam's best: {best:.3g}",
+        (0.0, best),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, -3),
+        textcoords="offset points",
+        ha="left",
+        va="top",
+        fontsize=8.5,
+        color=COLOURS[0],
+    )
+    low, high = _limits(curves)
+    axes.set_yscale("log" if low > 0 and high > 4 * low else "linear")
+    axes.set(xlim=(0, steps[-1]), ylim=(low, high), xlabel="training step", title=title)
+    _plain_ticks(axes, low, high)
+    axes.set_ylabel("test loss" + (f" (running mean over {smoothing} evaluations)" if smoothing > 1 else ""))
+    axes.grid(alpha=0.25, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=9)
+    figure.text(
+        0.995,
+        -0.005,
+        f"mean over {seeds} seed{'s' * (seeds != 1)}, bands: lowest to highest; markers: where an optimizer "
+        "passes Adam's best, mean and range over the seeds that do",
+        ha="right",
+        va="top",
+        fontsize=7.5,
+        color="#666666",
+    )
+    figure.savefig(file, bbox_inches="tight")
+
+
+def plot_trajectories(
+    file: Path,
+    title: str,
+    loss: Callable[[Float[np.ndarray, "points 2"]], Float[np.ndarray, "points"]],
+    seeds: Sequence[int],
+    outcomes: Sequence[Outcome],
+) -> None:
+    """Draw the two weights' trajectories over the contours of the test loss, one panel for each of up to three seeds.
+
+    Args:
+        file: the picture to write.
+        title: what the picture is of.
+        loss: the test loss at many points at once.
+        seeds: the seeds, in the order of the outcomes' rows.
+        outcomes: the optimizers, with ``weights: [S, E+1, 2]``.
+    """
+    panels = min(3, len(seeds))
+    figure = Figure(figsize=(4.4 * panels + 0.6, 4.7), layout="constrained", dpi=150)
+    row = figure.subplots(1, panels, squeeze=False)[0]
+    for s, axes in enumerate(row):
+        paths = [outcome.weights[s] for outcome in outcomes]
+        # The frame holds where tuned Adam and the starting point are; what diverges leaves the picture.
+        core = np.concatenate([paths[0][np.isfinite(paths[0]).all(axis=1)], np.zeros((1, 2))])
+        others = np.concatenate([path[np.isfinite(path).all(axis=1)] for path in paths])
+        reach = 2 * np.abs(core).max() + 1e-6
+        inside = np.concatenate([core, others[(np.abs(others) < reach).all(axis=1)]])
+        centre = (inside.min(axis=0) + inside.max(axis=0)) / 2
+        half = 0.6 * np.ptp(inside, axis=0).max() + 1e-6
+        x, y = (np.linspace(c - half, c + half, 121) for c in centre)
+        grid = np.stack(np.meshgrid(x, y), axis=-1)
+        values = loss(grid.reshape(-1, 2)).reshape(grid.shape[:2])
+        # Levels at equal steps of the square root of the loss are evenly spaced for a quadratic.
+        low, high = np.sqrt(max(values.min(), 0)), np.sqrt(max(values.max(), 0))
+        levels = np.linspace(low, high, 18) ** 2 if high > low else None
+        axes.contourf(x, y, values, levels=levels, cmap="Greys", alpha=0.35)
+        axes.contour(x, y, values, levels=levels, colors="#8a8a8a", linewidths=0.5)
+        for i, (outcome, path) in enumerate(zip(outcomes, paths)):
+            axes.plot(
+                path[:, 0],
+                path[:, 1],
+                color=COLOURS[i % len(COLOURS)],
+                marker=MARKERS[i % len(MARKERS)],
+                markersize=4,
+                linewidth=1.4,
+                label=outcome.name,
+            )
+        axes.plot(*paths[0][0], "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
+        axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="weight 1", title=f"seed {seeds[s]}")
+        axes.set_aspect("equal")
+    row[0].set_ylabel("weight 2")
+    figure.legend(
+        *row[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(outcomes)), frameon=False
+    )
+    figure.suptitle(title)
+    figure.savefig(file)
+
+
+def _passes(hits: Float[np.ndarray, "hits"], seeds: int) -> str:
+    missed = f", {seeds - len(hits)} of {seeds} missed" if len(hits) < seeds else ""
+    return f"passes Adam's best at step {hits.mean():.0f}{missed}" if len(hits) else "never passes Adam's best"
+
+
+def _limits(curves: Sequence[Float[np.ndarray, "S E"]]) -> tuple[float, float]:
+    """Limits that show the baseline whole and no more of what diverges."""
+    finite = np.concatenate([curve[np.isfinite(curve)] for curve in curves])
+    start = curves[0][:, :1].mean()
+    top = start if np.isfinite(start) else np.median(finite)
+    low, high = float(finite.min()), float(max(top, np.median(curves[0])))
+    if low > 0 and high > 4 * low:
+        return low / 1.12, high * 1.1
+    margin = 0.05 * (high - low) + 1e-12
+    return low - margin, high + margin
+
+
+def _plain_ticks(axes: Any, low: float, high: float) -> None:
+    """Label a logarithmic axis that spans few decades with plain numbers at 1, 2 and 5."""
+    if axes.get_yscale() == "log" and high < 1e3 * low:
+        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())

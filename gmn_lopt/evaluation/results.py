@@ -1,0 +1,89 @@
+"""Results on disk: one file per finished unit of work, so that an interrupted evaluation goes on where it stopped."""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+class ResultsError(ValueError):
+    """The output directory cannot be used as asked."""
+
+
+class Results:
+    """A directory of finished results that all belong to one configuration.
+
+    Args:
+        directory: made if it does not exist. Holds ``settings.json`` and one ``.npz`` per finished unit.
+        settings: what the results depend on, beside the optimizer. JSON values.
+
+    Raises:
+        ResultsError: if the directory cannot be written or holds results of other settings; the message lists the
+            differences.
+    """
+
+    def __init__(self, directory: Path, settings: Mapping[str, Any]):
+        self.directory = directory
+        settings = json.loads(json.dumps(settings))
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ResultsError(f"cannot write to {directory}: {error.strerror}; choose another --out") from None
+        file = directory / "settings.json"
+        if any(directory.glob("*.npz")):
+            try:
+                before = json.loads(file.read_text())
+                differences = [
+                    f"{key} was {before.get(key)!r}, is {settings.get(key)!r}"
+                    for key in sorted(before.keys() | settings.keys())
+                    if before.get(key) != settings.get(key)
+                ]
+            except (OSError, ValueError, AttributeError):
+                raise ResultsError(f"{file} is missing or not readable: choose another --out, or delete it") from None
+            if differences:
+                raise ResultsError(
+                    f"{directory} holds results of another configuration ({'; '.join(differences)}): choose another "
+                    "--out, or delete it"
+                )
+        write_atomically(file, json.dumps(settings, indent=2).encode())
+
+    def load(self, name: str, fingerprint: str) -> dict[str, np.ndarray] | None:
+        """The arrays saved under a name, or None if there are none of this fingerprint."""
+        try:
+            with np.load(self._file(name), allow_pickle=False) as arrays:
+                loaded = dict(arrays)
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            return None
+        found = loaded.pop("fingerprint", None)
+        return loaded if found is not None and str(found) == fingerprint else None
+
+    def save(self, name: str, fingerprint: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Save arrays under a name, all or nothing, in place of what was there."""
+        with tempfile.TemporaryFile() as buffer:
+            np.savez(buffer, fingerprint=np.asarray(fingerprint), **dict(arrays))  # type: ignore[arg-type]
+            buffer.seek(0)
+            write_atomically(self._file(name), buffer.read())
+
+    def _file(self, name: str) -> Path:
+        readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60]
+        return self.directory / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.npz"
+
+
+def write_atomically(file: Path, content: bytes) -> None:
+    """Write a file so that at any moment it is either the old one or the new one, whole."""
+    temporary = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
