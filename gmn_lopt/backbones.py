@@ -1,5 +1,6 @@
 """Backbones: the networks that turn the channels of each parameter into its update."""
 
+import itertools
 from collections.abc import Sequence
 
 import flax.linen as nn
@@ -32,10 +33,10 @@ class DeepSets(nn.Module):
     width: int = 32
     hidden_layers: int = 3
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         inputs = self.parameter_channels + self.extra_channels + self.time_channels
         sizes = [inputs] + [self.width] * self.hidden_layers + [1]
-        shapes = list(zip(sizes[:-1], sizes[1:]))
+        shapes = list(itertools.pairwise(sizes))
         self.kernels = [self.param(f"kernel_{i}", nn.initializers.lecun_normal(), s) for i, s in enumerate(shapes)]
         self.biases = [self.param(f"bias_{i}", nn.initializers.zeros, s[1:]) for i, s in enumerate(shapes)]
 

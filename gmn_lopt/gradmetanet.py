@@ -7,9 +7,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.encoding import ENCODING_FEATURES, encode_sites
+from gmn_lopt.initialization import init_weights
 from gmn_lopt.site_features import SLOTS, FactorFeatures, NeuronFeatures, SetGroup, group_sites, mean_over_copies
 from gmn_lopt.structure import Factors, GradientStructure, SiteRef
 
@@ -71,7 +72,7 @@ class SetLayer(nn.Module):
     out_features: int
     encoding_features: int = 0
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         for name in ("own", "set_mean", "neuron_mean", "full_mean", "copies_mean"):
             setattr(self, f"m_{name}", _matrix(self, name, self.in_features, self.out_features))
         if self.encoding_features:
@@ -112,7 +113,7 @@ class Trunk(nn.Module):
     config: GradMetaNetConfig
     channels: int = 1
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         width = self.config.width
         first = SetLayer(SLOTS * self.channels, width, ENCODING_FEATURES)
         self.set_layers = [first] + [SetLayer(width, width) for _ in range(self.config.set_layers - 1)]
@@ -160,9 +161,8 @@ class Trunk(nn.Module):
         means = mean_over_copies(self.structure, range(len(sites)), sites)
         if all(m is None for m in means):
             return None
-        return jnp.concatenate(
-            [jnp.zeros_like(sites[s]) if means[s] is None else means[s] for group in groups for s in group.sites]
-        )
+        filled = [jnp.zeros_like(h) if m is None else m for h, m in zip(sites, means)]
+        return jnp.concatenate([filled[s] for group in groups for s in group.sites])
 
 
 class ProductLayer(nn.Module):
@@ -178,7 +178,7 @@ class ProductLayer(nn.Module):
     structure: GradientStructure
     config: GradMetaNetConfig
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         c = self.config
         for axes, inputs in ((1, ("write",)), (2, ("read", "write"))):
             kernels = {name: _matrix(self, f"axes{axes}_{name}", c.width, c.product_width) for name in inputs}
@@ -203,7 +203,7 @@ class ProductLayer(nn.Module):
         """
         if self.config.use_parameter and parameters is None:
             raise ValueError("GradMetaNetConfig.use_parameter is set: call with the values of the parameters")
-        outputs = []
+        outputs: list[jax.Array | None] = []
         for index, parameter in enumerate(self.structure.parameters):
             if not parameter.sites:
                 outputs.append(None)
@@ -247,7 +247,7 @@ class GradMetaNet(nn.Module):
     config: GradMetaNetConfig = GradMetaNetConfig()
     channels: int = 1
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         self.trunk = Trunk(self.structure, self.config, self.channels)
         self.product = ProductLayer(self.structure, self.config)
 
@@ -280,7 +280,7 @@ class InvariantGradMetaNet(nn.Module):
     config: GradMetaNetConfig = GradMetaNetConfig()
     channels: int = 1
 
-    def setup(self) -> None:
+    def setup(self) -> None:  # noqa: D102
         self.trunk = Trunk(self.structure, self.config, self.channels)
         self.head = nn.Dense(self.config.out_features)
 
@@ -289,17 +289,19 @@ class InvariantGradMetaNet(nn.Module):
         return self.head(jnp.concatenate(self.trunk(factors)).mean(0))
 
 
-def init_gradmetanet(module: GradMetaNet | InvariantGradMetaNet, key: jax.Array) -> Any:
-    """Draw the weights of a module, without computing anything with it.
+def init_gradmetanet(module: GradMetaNet | InvariantGradMetaNet, key: jax.Array) -> PyTree:
+    """Draw the weights of a module; they do not depend on its structure.
 
     Returns:
-        Its variables, as ``module.init`` would return them.
+        Its parameters: ``module.apply({"params": weights}, factors)``.
     """
     s = module.structure
-    factors = Factors(
-        tuple(jnp.zeros((module.channels, *shape)) for shape in s.activation_shapes),
-        tuple(jnp.zeros((module.channels, *shape)) for shape in s.tangent_shapes),
+    one = jax.ShapeDtypeStruct
+    activations, tangents = (
+        tuple(one((module.channels, *shape), jnp.float32) for shape in shapes)
+        for shapes in (s.activation_shapes, s.tangent_shapes)
     )
-    parameters = [jnp.zeros(p.shape) for p in s.parameters] if module.config.use_parameter else None
-    arguments = (factors, parameters) if isinstance(module, GradMetaNet) else (factors,)
-    return jax.jit(module.init)(key, *arguments)
+    factors: Any = Factors(activations, tangents)  # type: ignore[arg-type]
+    if isinstance(module, InvariantGradMetaNet):
+        return init_weights(module.init, key, factors)
+    return init_weights(module.init, key, factors, [one(p.shape, jnp.float32) for p in s.parameters])

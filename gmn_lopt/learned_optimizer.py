@@ -19,10 +19,12 @@ from gmn_lopt.features import (
     update_averages,
 )
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
+from gmn_lopt.initialization import init_weights
 from gmn_lopt.structure import Factors, GradientStructure, StructureError
 
 BACKBONES = ("ds", "sgdm")
 BASES = ("momentum", "adam")
+DEFAULT_GRADMETANET = GradMetaNetConfig()
 # What alpha, beta and mu start at. Adam's direction has entries of about one where a gradient's are small, so its own
 # learning rate is small; beta is larger by as much, so that the network's part has the same step size in both.
 INITIAL = {
@@ -35,7 +37,7 @@ class LearnedOptimizerState(NamedTuple):
     """State of a learned optimizer, a pytree of arrays.
 
     Attributes:
-        count: number of steps taken.
+        step: number of steps taken.
         direction: the momentum, shaped like the parameters; with ``base="adam"`` optax's state of Adam.
         gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]``; empty for
             ``sgdm``.
@@ -43,7 +45,7 @@ class LearnedOptimizerState(NamedTuple):
             GradMetaNet.
     """
 
-    count: Int[Array, ""]
+    step: Int[Array, ""]
     direction: PyTree
     gradient_averages: PyTree
     factor_averages: Factors | tuple[()]
@@ -68,7 +70,7 @@ class LearnedOptimizer:
 
     structure: GradientStructure
     backbone: str = "ds"
-    gradmetanet: GradMetaNetConfig | None = GradMetaNetConfig()
+    gradmetanet: GradMetaNetConfig | None = DEFAULT_GRADMETANET
     base: str = "momentum"
     width: int = 32
 
@@ -102,17 +104,15 @@ class LearnedOptimizer:
             del start["beta"]
         phi: dict[str, Any] = {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in start.items()}
         if self.backbone == "ds":
-            module = self._backbone
-            features = jnp.zeros((1, PARAMETER_CHANNELS)), jnp.zeros((1, module.extra_channels))
-            phi["backbone"] = jax.jit(module.init)(
-                key_backbone, [features[0]], [features[1]], jnp.zeros((TIME_CHANNELS,))
-            )["params"]
+            module, one = self._backbone, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+            inputs = [one(1, PARAMETER_CHANNELS)], [one(1, module.extra_channels)], one(TIME_CHANNELS)
+            phi["backbone"] = init_weights(module.init, key_backbone, *inputs)
         if self.gradmetanet is not None:
-            phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)["params"]
+            phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)
         return phi
 
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
-        """The rule's coefficients in natural units, for monitoring: ``alpha``, and ``beta`` and ``mu`` if it has them."""
+        """The rule's coefficients, for monitoring: ``alpha``, and ``beta`` and ``mu`` where the rule has them."""
         values = {n: jnp.exp(phi[f"log_{n}"]) for n in ("alpha", "beta", "one_minus_mu") if f"log_{n}" in phi}
         if "one_minus_mu" in values:
             values["mu"] = 1.0 - values.pop("one_minus_mu")
@@ -203,15 +203,15 @@ class LearnedOptimizer:
                 extra = self._extra_features(phi, channels, indices, values)
             features = [parameter_features(*leaf) for leaf in zip(values, grads, averages)]
             if features:
-                outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time_features(state.count))
+                outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time_features(state.step))
                 beta = jnp.exp(phi["log_beta"])
                 steps = [v + beta * f.reshape(v.shape) for v, f in zip(steps, outputs)]
         alpha = jnp.exp(phi["log_alpha"])
         steps = [(-alpha * step).astype(g.dtype) for step, g in zip(steps, jax.tree.leaves(params))]
-        count = optax.safe_increment(state.count)
+        step = optax.safe_increment(state.step)
         return (
             jax.tree.unflatten(treedef, steps),
-            LearnedOptimizerState(count, direction_state, gradient_averages, factor_averages),
+            LearnedOptimizerState(step, direction_state, gradient_averages, factor_averages),
         )
 
     def _direction(self, phi: PyTree, grads: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
@@ -238,7 +238,7 @@ class LearnedOptimizer:
         by_index: list[Any] = [jnp.zeros(p.shape) for p in self.structure.parameters]
         for index, value in zip(indices, values):
             by_index[index] = value
-        outputs = self._gradmetanet.apply({"params": phi["gradmetanet"]}, channels, by_index)
+        outputs: Any = self._gradmetanet.apply({"params": phi["gradmetanet"]}, channels, by_index)
         chosen = [outputs[i] for i in indices]
         return [None if x is None else x.reshape(-1, x.shape[-1]) for x in chosen]
 

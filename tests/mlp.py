@@ -1,5 +1,7 @@
 """MLPs with everything known about them: parameters, loss, structure and factors, written out by hand."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +12,7 @@ from gmn_lopt.structure import Factors, GradientStructure, Layer, Parameter, Sit
 def init_mlp(widths, seed=0, scale=1.0):
     rng = np.random.default_rng(seed)
     params = {}
-    for i, (m, n) in enumerate(zip(widths[:-1], widths[1:])):
+    for i, (m, n) in enumerate(itertools.pairwise(widths)):
         params[f"bias_{i}"] = jnp.asarray(rng.normal(size=n) * 0.1, jnp.float32)
         params[f"kernel_{i}"] = jnp.asarray(rng.normal(size=(m, n)) * scale / np.sqrt(m), jnp.float32)
     return params
