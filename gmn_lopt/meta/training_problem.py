@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
@@ -66,9 +67,9 @@ class TrainingProblem:
         return self.task.loss_cap
 
     def splits(self) -> dict[str, PyTree]:
-        """The splits of the task's data that this problem reads."""
+        """The splits of the task's data that this problem reads, as JAX arrays."""
         names = ("train", "valid") if self.meta_loss == "validation" else ("train",)
-        return {name: self.task.data[name] for name in names}
+        return {name: jax.tree.map(jnp.asarray, self.task.data[name]) for name in names}
 
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> TrainingState:
         """Draw new parameters of the model; start the optimizer."""
