@@ -25,6 +25,7 @@ import tyro
 from tqdm import tqdm
 
 import gmn_lopt
+from gmn_lopt.command_line import parse
 from gmn_lopt.evaluation import plots, protocol
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
@@ -41,33 +42,38 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Config:
-    """What to evaluate, and how."""
+    """What to evaluate, and how.
+
+    Attributes:
+        task: Name of a file in tasks/, without .py.
+        out: Directory for report.json, report.md, the pictures, and results/ (what an evaluation resumes from).
+        optimizer: An optimizer to compare with tuned Adam; repeat the flag for several. A run directory of
+            meta_train.py, a directory saved by gmn_lopt.save, the name of a shipped optimizer, or
+            optax:NAME:key=value,key=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4). LABEL= in
+            front of it sets its name in the report.
+        data_dir: Directory of data sets and their caches; default: the task's own.
+        seeds: Number of seeds (initialisations and batch orders).
+        first_seed: The first seed; the others follow it.
+        horizon: Training steps of each run; default: the task's own.
+        eval_every: Steps between test losses, a divisor of the horizon; default: 1 up to a horizon of 500, beyond it
+            the largest divisor of the horizon up to 10.
+        smoothing: Window of the trailing running mean over test losses, in evaluations; 1: none. The same for all,
+            Adam included.
+        rates_at_once: Learning rates of Adam's grid trained at once, each with all seeds; fewer need less memory.
+        timing_rounds: Rounds in which the time per step of all optimizers is measured in turn.
+    """
 
     task: str
-    """Name of a file in tasks/, without .py."""
     out: Path
-    """Directory for report.json, report.md, the pictures, and results/ (what an evaluation resumes from)."""
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
-    """An optimizer to compare with tuned Adam; repeat the flag for several. A run directory of meta_train.py, a
-    directory saved by gmn_lopt.save, the name of a shipped optimizer, or optax:NAME:key=value,key=value (any optimizer
-    of optax, for example optax:lion:learning_rate=3e-4). Put LABEL= in front to choose its name in the report."""
     data_dir: str | None = None
-    """Directory of data sets and their caches; the task says what its default is."""
     seeds: int = 5
-    """Number of seeds (initialisations and batch orders)."""
     first_seed: int = 0
-    """The first seed; the others follow it."""
     horizon: int | None = None
-    """Training steps of each run; default: the task's own."""
     eval_every: int | None = None
-    """Steps between test losses, a divisor of the horizon; default: 1 up to a horizon of 500, beyond it the largest
-    divisor of the horizon up to 10."""
     smoothing: int = 1
-    """Window of the trailing running mean over test losses, in evaluations; 1: none. For all, Adam included."""
     rates_at_once: int = 5
-    """Learning rates of Adam's grid trained at once, each with all seeds; fewer need less memory."""
     timing_rounds: int = 11
-    """Rounds in which the time per step of all optimizers is measured in turn."""
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -237,9 +243,9 @@ def _environment() -> dict[str, str]:
     }
 
 
-def cli() -> int:
+def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
-    config = tyro.cli(Config, description=__doc__)
+    config = parse(Config, __doc__, args)
     try:
         main(config)
     except (UsageError, SourceError, ResultsError, protocol.ProtocolError) as error:
