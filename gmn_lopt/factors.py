@@ -1,6 +1,5 @@
 """Gradients and their rank-1 factors from one backward pass (arXiv:2507.01649, section 3)."""
 
-import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -50,7 +49,7 @@ def analyze(
 def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Callable[..., tuple[Any, PyTree, Factors]]:
     """Like :func:`jax.value_and_grad`, with the factors of the gradient from the same backward pass.
 
-    Works under ``jit``, ``vmap``, ``scan`` and sharding. Arguments that are not arrays (flags, functions, None) are static.
+    Works under ``jit``, ``vmap``, ``scan`` and sharding. Arguments that are not arrays (flags, functions) are static.
     Called outside ``jit`` it analyses the loss once for each combination of shapes and static arguments.
 
     Args:
@@ -111,14 +110,15 @@ class _Run:
         for index, eqn in enumerate(jaxpr.eqns):
             inputs = [read(atom) for atom in eqn.invars]
             here = (*path, index)
-            with eqn.ctx.manager if eqn.ctx is not None else contextlib.nullcontext():
+            with eqn.ctx.manager:
                 if here in self.inside:
                     outputs = self._enter(eqn, inputs, here)
                 else:
-                    outputs = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-                    if here in self.taps:
-                        outputs = self._tap(here, inputs, outputs)
-            environment.update(zip(eqn.outvars, outputs if eqn.primitive.multiple_results else [outputs]))
+                    result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
+                    outputs = result if eqn.primitive.multiple_results else [result]
+            if here in self.taps:
+                outputs = [self._tap(here, inputs, outputs[0])]
+            environment.update(zip(eqn.outvars, outputs))
         return [read(atom) for atom in jaxpr.outvars]
 
     def _tap(self, here: Path, inputs: list[Any], output: Array) -> Array:

@@ -184,9 +184,10 @@ def _following_read(leaf: int, cut: Axis, found: list[FoundSite], uses: Uses) ->
         return ()
     for i, site in enumerate(found):
         neurons = site.arranged.neuron_atoms
-        if site.read is not None and neurons and set(neurons) <= set(cut):
-            if uses.dependence[site.read.value].leaves >> leaf & 1:
-                return (SiteRef(i, tuple(map(cut.index, neurons))),)
+        if site.read is None or not neurons or not set(neurons) <= set(cut):
+            continue
+        if uses.dependence[site.read.value].leaves >> leaf & 1:
+            return (SiteRef(i, tuple(map(cut.index, neurons))),)
     return ()
 
 

@@ -1,7 +1,7 @@
 """How each primitive carries axes from its inputs to its outputs: one handler per primitive, in a table.
 
-A rule takes the atoms, the equation and the axes of its inputs, and returns the axes of its outputs. A primitive without
-a rule fixes everything it touches, which is always safe.
+A rule takes the atoms, the equation and the axes of its inputs, and returns the axes of its outputs. A primitive
+without a rule fixes everything it touches, which is always safe.
 """
 
 from collections.abc import Callable
@@ -172,7 +172,7 @@ def pad(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
 
 def gather(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     """Whole slices carry their axis, whatever their (clamped) start; indexed axes are used by position."""
-    operand, indices = equation.inputs
+    operand = equation.inputs[0]
     numbers, slices = equation.params["dimension_numbers"], equation.params["slice_sizes"]
     index_axes = inputs[1][:-1]
     for d, e in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims):

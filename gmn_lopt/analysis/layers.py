@@ -35,8 +35,8 @@ class BiasUse:
 class LayerUse:
     """One product of an activation with a view of a parameter.
 
-    ``pairs`` (filled in by :func:`label`) says for each atom of the layer's input, output and batch axes which dimension of
-    the parameter's cut shape runs over it.
+    ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
+    which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set.
     """
 
     index: int
@@ -161,8 +161,8 @@ def _claim_biases(program: Program, uses: Uses) -> None:
 def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUse]:
     """Relate each layer's axes to the dimensions of its parameter; returns the layers for which that works.
 
-    Done after the walk, when all atoms are cut as finely as they will be. The parameter's dimensions are traced through the
-    view on atoms of their own, because one space may occur twice in one parameter.
+    Done after the walk, when all atoms are cut as finely as they will be. The parameter's dimensions are traced through
+    the view on atoms of their own, because one space may occur twice in one parameter.
     """
     kept = []
     for layer in uses.layers:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
 
 Path = tuple[int, ...]
@@ -127,8 +128,8 @@ class _Flattener:
         def read(atom: Any) -> Value:
             if not isinstance(atom, Literal):
                 return environment[atom]
-            value = _value(atom, "literal" if not atom.aval.shape else "data")
-            if atom.aval.shape:
+            value = _value(atom, "literal" if np.ndim(atom.val) == 0 else "data")
+            if value.shape:
                 self.constants.append(value)
             return value
 
