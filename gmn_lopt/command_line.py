@@ -11,13 +11,16 @@ import tyro
 Config = TypeVar("Config")
 
 
-def parse(config: type[Config], description: str | None, args: Sequence[str] | None = None) -> Config:
+def parse(
+    config: type[Config], description: str | None, args: Sequence[str] | None = None, default: Config | None = None
+) -> Config:
     """Parse the command line into a dataclass whose fields are the flags.
 
     Args:
         config: the dataclass; the attributes' documentation is the flags' help.
         description: the program's own documentation.
         args: the arguments; default: those of the process.
+        default: where flags that are not given take their values from; default: the fields' own defaults.
 
     Returns:
         An instance of ``config``.
@@ -28,7 +31,9 @@ def parse(config: type[Config], description: str | None, args: Sequence[str] | N
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            return tyro.cli(config, description=description, args=args)
+            if default is None:
+                return tyro.cli(config, description=description, args=args)
+            return tyro.cli(config, description=description, args=args, default=default)
     except SystemExit as exit_:
         if exit_.code:
             # tyro frames its message: the lines up to the first rule are what is wrong, the rest repeats the help.

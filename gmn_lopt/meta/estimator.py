@@ -28,8 +28,19 @@ class Estimator(Protocol):
     """Pure functions: ``state = init(phi, data, key)``; ``state, estimate = estimate(phi, state, data, key)``.
 
     ``data`` is handed to the inner problem as it is. All randomness comes from ``key``: the same arguments give the
-    same estimate. Both functions are traceable; the caller compiles them.
+    same estimate. Both functions are traceable; the caller compiles them. Every leaf of the state has the unrolls (or
+    the pairs of them) as its first axis, so that it can be spread over devices.
     """
+
+    @property
+    def parallel(self) -> int:
+        """Size of the first axis of every leaf of the state."""
+        ...
+
+    @property
+    def inner_steps(self) -> int:
+        """Number of inner steps that one estimate takes, over all unrolls."""
+        ...
 
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
         """Draw the inner problems' states, at staggered offsets in their horizon."""

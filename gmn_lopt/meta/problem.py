@@ -7,15 +7,17 @@ from jaxtyping import Array, Float, PyTree
 
 
 class InnerProblem(Protocol):
-    """An inner problem, unrolled by the estimators of this package.
+    """An inner problem, unrolled by the estimators of this package."""
 
-    Attributes:
-        horizon: number of steps ``T`` of one inner problem, after which it starts afresh.
-        loss_cap: losses above it, and losses that are not finite, count as this much. ``math.inf`` for no cap.
-    """
+    @property
+    def horizon(self) -> int:
+        """Number of steps ``T`` of one inner problem, after which it starts afresh."""
+        ...
 
-    horizon: int
-    loss_cap: float
+    @property
+    def loss_cap(self) -> float:
+        """Losses above it, and losses that are not finite, count as this much. ``math.inf`` for no cap."""
+        ...
 
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
         """Draw the state of a new inner problem."""

@@ -18,7 +18,10 @@ MetaLoss = Literal["train", "validation"]
 class Learned(Protocol):
     """What is asked of a learned optimizer, such as :class:`gmn_lopt.LearnedOptimizer`."""
 
-    needs_factors: bool
+    @property
+    def needs_factors(self) -> bool:
+        """Whether the optimizer's ``update`` has to be given ``factors``."""
+        ...
 
     def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
         """Turn meta-parameters into an optimizer."""

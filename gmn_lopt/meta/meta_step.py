@@ -1,0 +1,102 @@
+"""One meta-step: estimate the meta-gradient, update the meta-parameters; compiled, over all local devices."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+import optax
+from jaxtyping import Array, PyTree
+
+from gmn_lopt.meta.estimator import Estimator
+from gmn_lopt.meta.sharding import unroll_shardings
+
+
+class MetaState(NamedTuple):
+    """All that changes from meta-step to meta-step.
+
+    Attributes:
+        phi: the meta-parameters.
+        optimizer: state of the meta-optimizer.
+        estimator: state of the estimator.
+    """
+
+    phi: PyTree
+    optimizer: PyTree
+    estimator: PyTree
+
+
+@dataclass(frozen=True)
+class MetaStep:
+    """A compiled meta-step. The unrolls are spread over the local devices (:func:`unroll_shardings`).
+
+    Attributes:
+        estimator: of the meta-gradient.
+        meta_optimizer: turns the meta-gradient into an update of the meta-parameters.
+    """
+
+    estimator: Estimator
+    meta_optimizer: optax.GradientTransformation
+
+    def init(self, phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
+        """The state before the first meta-step."""
+        return self._init(*jax.device_put((phi, data, key), self._replicated))
+
+    def place(self, tree: PyTree) -> PyTree:
+        """Copy data or a key to all devices, once, for :meth:`__call__`."""
+        return jax.device_put(tree, self._replicated)
+
+    def __call__(
+        self, state: MetaState, data: PyTree, key: jax.Array, number: int
+    ) -> tuple[MetaState, dict[str, Array]]:
+        """Take one meta-step.
+
+        Args:
+            state: the state; its memory is used again for the new one.
+            data: handed to the inner problem.
+            key: source of the randomness of all meta-steps.
+            number: of this meta-step; with ``key`` it determines all randomness, so that a run that starts from a saved
+                state continues exactly as one that was not interrupted.
+
+        Returns:
+            The new state, and the metrics ``loss``, ``gradient_norm``, ``gradient_noise``, ``window_loss`` and
+            ``window_start`` (see :class:`gmn_lopt.meta.estimator.Estimate`).
+        """
+        return self._step(state, data, key, np.uint32(number))
+
+    @cached_property
+    def _shardings(self) -> MetaState:
+        split, replicated = unroll_shardings(self.estimator.parallel)
+        return MetaState(replicated, replicated, split)
+
+    @property
+    def _replicated(self) -> Any:
+        return self._shardings.phi
+
+    @cached_property
+    def _init(self) -> Any:
+        def init(phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
+            return MetaState(phi, self.meta_optimizer.init(phi), self.estimator.init(phi, data, key))
+
+        return jax.jit(init, out_shardings=self._shardings)
+
+    @cached_property
+    def _step(self) -> Any:
+        def step(state: MetaState, data: PyTree, key: jax.Array, number: Any) -> tuple[MetaState, dict[str, Array]]:
+            phi, optimizer, unrolls = state
+            unrolls, estimate = self.estimator.estimate(phi, unrolls, data, jax.random.fold_in(key, number))
+            updates, optimizer = self.meta_optimizer.update(estimate.gradient, optimizer, phi)
+            new_state = MetaState(optax.apply_updates(phi, updates), optimizer, unrolls)
+            metrics = {
+                "loss": estimate.loss,
+                "gradient_norm": optax.tree.norm(estimate.gradient),
+                "gradient_noise": estimate.noise,
+                "window_loss": estimate.window_loss,
+                "window_start": estimate.window_start,
+            }
+            return new_state, metrics
+
+        r = self._replicated
+        inputs, outputs = (self._shardings, r, r, r), (self._shardings, r)
+        return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)
