@@ -1,0 +1,44 @@
+"""Tasks, one per file: ``tasks/NAME.py`` defines ``make(data_dir=None, **settings) -> Task``.
+
+To add a task, copy the file that is nearest to yours. Nothing else has to be told about it: tasks are found by the name
+of their file. Files whose name starts with an underscore hold what tasks share.
+"""
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+from gmn_lopt.meta.task import Task
+
+
+def task_names() -> list[str]:
+    """The names of all tasks, sorted."""
+    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+
+
+def load_task(name: str, data_dir: str | None = None, **settings: Any) -> Task:
+    """Make a task.
+
+    Args:
+        name: one of :func:`task_names`.
+        data_dir: the TensorFlow Datasets directory that holds the task's data; None for its default place.
+        **settings: handed on to the task's ``make``, e.g. ``hidden=(64,)`` for another width.
+
+    Raises:
+        ValueError: no such task, no such setting, or a setting the task refuses.
+        tasks._cache.DataError: the task's data is not there and could not be brought.
+    """
+    if name not in task_names():
+        raise ValueError(f"unknown task {name!r}; there are: {', '.join(task_names())}")
+    module = importlib.import_module(f"tasks.{name}")
+    make = getattr(module, "make", None)
+    if make is None:
+        raise ValueError(f"tasks/{name}.py has no function make(data_dir); see tasks/digits_mlp.py for one")
+    known = [parameter for parameter in inspect.signature(make).parameters if parameter != "data_dir"]
+    if unknown := sorted(set(settings) - set(known)):
+        raise ValueError(f"task {name!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    task: Task = make(data_dir, **settings)
+    if task.name != name:
+        raise ValueError(f"tasks/{name}.py makes a task named {task.name!r}; a task is named like its file")
+    return task

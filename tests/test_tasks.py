@@ -1,0 +1,249 @@
+"""Every task: what it promises to meta-training and evaluation, without a network."""
+
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import tasks
+from tasks import linear_regression, load_task, task_names
+from tasks._cache import DataError
+from tasks.digits_mlp import shift
+
+IMAGE_TASKS = {  # name: (TFDS name, features, classes, hidden width, training split, test split)
+    "fashion_mnist_mlp": ("fashion_mnist", 64, 10, 32, 60, 10),
+    "cifar10_mlp": ("cifar10", 192, 10, 32, 50, 10),
+    "cifar100_mlp": ("cifar100", 192, 100, 128, 200, 100),
+}
+HORIZONS = {name: 2000 for name in IMAGE_TASKS} | {"digits_mlp": 500, "linear_regression": 10}
+NAMES = sorted(HORIZONS)
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A cache with small made-up arrays for every downloaded data set; the first pixel of image i is i / 1000."""
+    monkeypatch.setenv("GMN_LOPT_CACHE", str(tmp_path))
+    rng = np.random.default_rng(0)
+    for name, features, classes, _, *sizes in IMAGE_TASKS.values():
+        arrays = {}
+        for split, size in zip(("train", "test"), sizes):
+            arrays[f"{split}_image"] = rng.random((size, features), np.float32)
+            arrays[f"{split}_image"][:, 0] = np.arange(size) / 1000
+            arrays[f"{split}_label"] = (np.arange(size) % classes).astype(np.int32)
+        np.savez(tmp_path / f"{name}-8x8.npz", **arrays, version=1, source="")
+    return tmp_path
+
+
+def test_names():
+    assert set(NAMES) <= set(task_names())
+    assert not [name for name in task_names() if name.startswith("_")]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_task_trains(cache, name):
+    task = load_task(name)
+    assert (task.name, task.horizon, task.batch_size) == (name, HORIZONS[name], 128)
+    assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(dict(task.data)))
+
+    sample, loss_of = jax.jit(task.sample), jax.jit(task.loss)
+    batch = sample(jax.random.key(0), task.data["train"])
+    assert jax.tree.structure(batch) == jax.tree.structure(task.data["train"])
+    for drawn, kept in zip(jax.tree.leaves(batch), jax.tree.leaves(task.data["train"])):
+        assert drawn.shape == (128, *kept.shape[1:]) and drawn.dtype == kept.dtype
+    other = sample(jax.random.key(1), task.data["train"])
+    assert not np.array_equal(jax.tree.leaves(batch)[0], jax.tree.leaves(other)[0])
+
+    params = jax.jit(task.init)(jax.random.key(2))
+    loss, gradient = jax.jit(jax.value_and_grad(task.loss))(params, batch)
+    assert loss.shape == () and jnp.isfinite(loss)
+    assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
+    descended = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient)
+    assert loss_of(descended, batch) < loss
+    for split in task.data.values():  # evaluation takes the whole split
+        assert jnp.isfinite(loss_of(params, split))
+
+
+@pytest.mark.parametrize("name", ["digits_mlp", *IMAGE_TASKS])
+def test_classifier(cache, name):
+    _, features, classes, width, *_ = IMAGE_TASKS.get(name, ("", 64, 10, 32))
+    task = load_task(name)
+    assert task.loss_cap == pytest.approx(1.5 * math.log(classes))
+    params = jax.jit(task.init)(jax.random.key(0))
+    shapes = {path: {k: v.shape for k, v in layer.items()} for path, layer in params.items()}
+    assert shapes == {
+        "layer_0": {"kernel": (features, width), "bias": (width,)},
+        "layer_1": {"kernel": (width, classes), "bias": (classes,)},
+    }
+    # The model once more, in NumPy and from the definition.
+    batch = jax.jit(task.sample)(jax.random.key(1), task.data["train"])
+    first, second = (jax.tree.map(np.asarray, params[layer]) for layer in ("layer_0", "layer_1"))
+    image, label = np.asarray(batch["image"], np.float64), np.asarray(batch["label"])
+    assert image.min() >= 0 and image.max() <= 1
+    logits = np.maximum(image @ first["kernel"] + first["bias"], 0) @ second["kernel"] + second["bias"]
+    chosen = logits[np.arange(len(label)), label]
+    expected = np.mean(np.log(np.exp(logits).sum(1)) - chosen)
+    np.testing.assert_allclose(jax.jit(task.loss)(params, batch), expected, rtol=1e-5)
+
+
+def test_initialisation(cache):
+    params = jax.jit(load_task("cifar10_mlp", hidden=(500, 400)).init)(jax.random.key(0))
+    for layer, fan_in in zip(("layer_0", "layer_1"), (192, 500)):
+        kernel = np.asarray(params[layer]["kernel"])
+        np.testing.assert_allclose(kernel.std(), 1 / math.sqrt(fan_in), rtol=0.02)
+        assert np.abs(kernel).max() < 2.3 / math.sqrt(fan_in)  # cut at 2 of the deviations before the correction
+        assert not np.any(params[layer]["bias"])
+
+
+@pytest.mark.parametrize("hidden", [(), (7,), (16, 8, 4)])
+def test_other_widths_and_depths(hidden):
+    task = load_task("digits_mlp", hidden=hidden, batch_size=5, horizon=7, augment=False)
+    params = jax.jit(task.init)(jax.random.key(0))
+    assert [params[f"layer_{i}"]["kernel"].shape[1] for i in range(len(params))] == [*hidden, 10]
+    assert (task.horizon, task.batch_size) == (7, 5)
+    batch = jax.jit(task.sample)(jax.random.key(1), task.data["train"])
+    assert batch["image"].shape == (5, 64)
+    assert jnp.isfinite(jax.jit(task.loss)(params, batch))
+
+
+@pytest.mark.parametrize("name", list(IMAGE_TASKS))
+def test_image_splits(cache, name):
+    *_, training, test = IMAGE_TASKS[name]
+    data = load_task(name).data
+    number = {split: np.round(arrays["image"][:, 0] * 1000).astype(int) for split, arrays in data.items()}
+    np.testing.assert_array_equal(number["train"], np.arange(training * 4 // 5))
+    np.testing.assert_array_equal(number["valid"], np.arange(training * 4 // 5, training))
+    np.testing.assert_array_equal(number["test"], np.arange(test))
+
+
+def test_batches_are_drawn_by_index_with_replacement(cache):
+    task = load_task("fashion_mnist_mlp")
+    train = task.data["train"]
+    batch = task.sample(jax.random.key(0), train)  # outside jit, and from arrays on the host
+    number = np.round(np.asarray(batch["image"][:, 0]) * 1000).astype(int)
+    np.testing.assert_array_equal(batch["image"], train["image"][number])
+    np.testing.assert_array_equal(batch["label"], train["label"][number])
+    assert len(set(number)) < 48  # 128 of 48 images: some more than once, and not all of them every time
+    many = jax.jit(jax.vmap(task.sample, (0, None)))(jax.random.split(jax.random.key(1), 20), train)
+    assert set(np.round(np.asarray(many["image"][..., 0]) * 1000).ravel().astype(int)) == set(range(48))
+
+
+def test_digits_splits():
+    from sklearn.datasets import load_digits
+
+    data = load_task("digits_mlp").data
+    assert {split: len(arrays["label"]) for split, arrays in data.items()} == {"train": 1149, "valid": 288, "test": 360}
+    rows = [
+        (label, *np.round(image * 16).astype(int).tolist())
+        for arrays in data.values()
+        for image, label in zip(arrays["image"], arrays["label"].tolist())
+    ]
+    images, labels = load_digits(return_X_y=True)
+    assert sorted(rows) == sorted((label, *image.astype(int)) for image, label in zip(images, labels.tolist()))
+    for arrays in data.values():  # shuffled: the classes are near balance everywhere
+        share = np.bincount(arrays["label"], minlength=10) / len(arrays["label"])
+        assert share.min() > 0.06 and share.max() < 0.15
+    again = load_task("digits_mlp").data
+    np.testing.assert_array_equal(again["train"]["image"], data["train"]["image"])
+
+
+def test_shift_against_loops():
+    rng = np.random.default_rng(0)
+    images = rng.random((9, 64), np.float32)
+    down, right = np.repeat([-1, 0, 1], 3), np.tile([-1, 0, 1], 3)
+    expected = np.zeros((9, 8, 8), np.float32)
+    for n in range(9):
+        for row in range(8):
+            for column in range(8):
+                if 0 <= row + down[n] < 8 and 0 <= column + right[n] < 8:
+                    expected[n, row + down[n], column + right[n]] = images[n].reshape(8, 8)[row, column]
+    shifted = jax.jit(shift)(jnp.asarray(images), jnp.asarray(down), jnp.asarray(right))
+    np.testing.assert_array_equal(shifted, expected.reshape(9, 64))
+
+
+def test_digits_augmentation():
+    """Each image of a batch is a training image of the same label, shifted; all nine shifts come up alike."""
+    task = load_task("digits_mlp", batch_size=900)
+    train = task.data["train"]
+    unshifted = load_task("digits_mlp", batch_size=900, augment=False)
+    batch, plain = (jax.tree.map(np.asarray, jax.jit(t.sample)(jax.random.key(0), train)) for t in (task, unshifted))
+    np.testing.assert_array_equal(batch["label"], plain["label"])
+    known = {(label, image.tobytes()) for image, label in zip(train["image"], train["label"].tolist())}
+    assert all((label, image.tobytes()) in known for image, label in zip(plain["image"], plain["label"].tolist()))
+
+    padded = np.pad(plain["image"].reshape(-1, 8, 8), ((0, 0), (1, 1), (1, 1)))
+    windows = [padded[:, i : i + 8, j : j + 8].reshape(-1, 64) for i in range(3) for j in range(3)]
+    matches = np.stack([(window == batch["image"]).all(1) for window in windows])
+    assert matches.any(0).all()
+    counts = matches[:, matches.sum(0) == 1].sum(1)
+    assert counts.min() > 60 and counts.max() < 145  # 100 expected, standard deviation 9.4
+
+
+def test_linear_regression_inputs():
+    inputs = np.asarray(linear_regression.draw(jax.random.key(3), 20_000), np.float64)
+    first = inputs[:, 0] < inputs[:, 1]  # the side of (1, 2); the other centre is 3.5 deviations away
+    assert abs(first.mean() - 0.5) < 0.02
+    np.testing.assert_allclose(inputs[first].mean(0), (1, 2), atol=0.02)
+    np.testing.assert_allclose(inputs[~first].mean(0), (2, 1), atol=0.02)
+    np.testing.assert_allclose(inputs[first].std(0), linear_regression.STD, atol=0.01)
+
+
+def test_linear_regression_loss():
+    task = load_task("linear_regression")
+    weights = np.array([[0.5], [-2.0]], np.float32)
+    params = {"layer_0": {"kernel": jnp.asarray(weights)}}
+    assert jax.tree.map(jnp.shape, task.init(jax.random.key(0))) == jax.tree.map(jnp.shape, params)
+    test = task.data["test"]
+    expected = np.mean([float(x @ weights[:, 0]) ** 2 for x in test["input"]])
+    np.testing.assert_allclose(task.loss(params, test), expected, rtol=1e-5)
+    assert task.loss(jax.tree.map(jnp.zeros_like, params), test) == 0
+    np.testing.assert_array_equal(load_task("linear_regression").data["test"]["input"], test["input"])
+    splits = [set(map(bytes, arrays["input"])) for arrays in task.data.values()]
+    assert len(set.union(*splits)) == sum(map(len, splits))
+
+
+@pytest.mark.parametrize("name", ["cifar1000_mlp", "_images", "", "../tasks/digits_mlp", "tasks.digits_mlp"])
+def test_unknown_task(name):
+    with pytest.raises(ValueError, match=r"unknown task.*there are: .*digits_mlp") as error:
+        load_task(name)
+    assert "\n" not in str(error.value)
+
+
+def test_unknown_setting():
+    with pytest.raises(ValueError, match="'digits_mlp' has no setting width; it has: hidden"):
+        load_task("digits_mlp", width=32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_refused_settings(cache, name):
+    settings = [{"batch_size": 0}, {"horizon": -5}]
+    if name != "linear_regression":
+        settings += [{"hidden": (0,)}, {"hidden": (8, -1)}]
+    for setting in settings:
+        with pytest.raises(ValueError, match="must be at least 1"):
+            load_task(name, **setting)
+
+
+def test_a_task_is_added_as_one_file(tmp_path, monkeypatch):
+    """A file that is dropped into the package's directory is found by its name."""
+    source = Path(linear_regression.__file__).read_text()
+    (tmp_path / "my_task.py").write_text(source.replace('"linear_regression"', '"my_task"'))
+    (tmp_path / "misnamed.py").write_text(source)
+    (tmp_path / "empty.py").write_text("")
+    (tmp_path / "_shared.py").write_text("")
+    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(tasks, "__path__", [str(tmp_path)])
+    assert task_names() == ["empty", "misnamed", "my_task"]
+    assert load_task("my_task", horizon=20).horizon == 20
+    with pytest.raises(ValueError, match="named like its file"):
+        load_task("misnamed")
+    with pytest.raises(ValueError, match=r"has no function make\(data_dir\)"):
+        load_task("empty")
+
+
+def test_missing_scikit_learn(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "sklearn.datasets", None)
+    with pytest.raises(DataError, match=r"pip install 'gmn_lopt\[train\]'"):
+        load_task("digits_mlp")
