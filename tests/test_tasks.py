@@ -1,5 +1,6 @@
 """Every task: what it promises to meta-training and evaluation, without a network."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -22,10 +23,10 @@ HORIZONS = {name: 2000 for name in IMAGE_TASKS} | {"digits_mlp": 500, "linear_re
 NAMES = sorted(HORIZONS)
 
 
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory):
     """A cache with small made-up arrays for every downloaded data set; the first pixel of image i is i / 1000."""
-    monkeypatch.setenv("GMN_LOPT_CACHE", str(tmp_path))
+    directory = tmp_path_factory.mktemp("cache")
     rng = np.random.default_rng(0)
     for name, features, classes, _, *sizes in IMAGE_TASKS.values():
         arrays = {}
@@ -33,8 +34,23 @@ def cache(tmp_path, monkeypatch):
             arrays[f"{split}_image"] = rng.random((size, features), np.float32)
             arrays[f"{split}_image"][:, 0] = np.arange(size) / 1000
             arrays[f"{split}_label"] = (np.arange(size) % classes).astype(np.int32)
-        np.savez(tmp_path / f"{name}-8x8.npz", **arrays, version=1, source="")
-    return tmp_path
+        np.savez(directory / f"{name}-8x8.npz", **arrays, version=1, source="")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GMN_LOPT_CACHE", str(directory))
+        yield
+
+
+@pytest.fixture(scope="module")
+def started(cache):
+    """For a name: the task, its jitted sample, parameters and a batch. Compiling is most of these tests' time."""
+
+    @functools.cache
+    def start(name):
+        task = load_task(name)
+        sample = jax.jit(task.sample)
+        return task, sample, jax.jit(task.init)(jax.random.key(2)), sample(jax.random.key(0), task.data["train"])
+
+    return start
 
 
 def test_names():
@@ -43,42 +59,37 @@ def test_names():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_task_trains(cache, name):
-    task = load_task(name)
+def test_task_trains(started, name):
+    task, sample, params, batch = started(name)
     assert (task.name, task.horizon, task.batch_size) == (name, HORIZONS[name], 128)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(dict(task.data)))
 
-    sample, loss_of = jax.jit(task.sample), jax.jit(task.loss)
-    batch = sample(jax.random.key(0), task.data["train"])
     assert jax.tree.structure(batch) == jax.tree.structure(task.data["train"])
     for drawn, kept in zip(jax.tree.leaves(batch), jax.tree.leaves(task.data["train"])):
         assert drawn.shape == (128, *kept.shape[1:]) and drawn.dtype == kept.dtype
     other = sample(jax.random.key(1), task.data["train"])
     assert not np.array_equal(jax.tree.leaves(batch)[0], jax.tree.leaves(other)[0])
 
-    params = jax.jit(task.init)(jax.random.key(2))
+    loss_of = jax.jit(task.loss)
     loss, gradient = jax.jit(jax.value_and_grad(task.loss))(params, batch)
     assert loss.shape == () and jnp.isfinite(loss)
     assert all(jnp.any(leaf != 0) for leaf in jax.tree.leaves(gradient))
     descended = jax.tree.map(lambda p, g: p - 1e-3 * g, params, gradient)
     assert loss_of(descended, batch) < loss
-    for split in task.data.values():  # evaluation takes the whole split
-        assert jnp.isfinite(loss_of(params, split))
+    assert jnp.isfinite(loss_of(params, task.data["test"]))  # evaluation takes the whole split
 
 
 @pytest.mark.parametrize("name", ["digits_mlp", *IMAGE_TASKS])
-def test_classifier(cache, name):
+def test_classifier(started, name):
     _, features, classes, width, *_ = IMAGE_TASKS.get(name, ("", 64, 10, 32))
-    task = load_task(name)
+    task, _, params, batch = started(name)
     assert task.loss_cap == pytest.approx(1.5 * math.log(classes))
-    params = jax.jit(task.init)(jax.random.key(0))
     shapes = {path: {k: v.shape for k, v in layer.items()} for path, layer in params.items()}
     assert shapes == {
         "layer_0": {"kernel": (features, width), "bias": (width,)},
         "layer_1": {"kernel": (width, classes), "bias": (classes,)},
     }
     # The model once more, in NumPy and from the definition.
-    batch = jax.jit(task.sample)(jax.random.key(1), task.data["train"])
     first, second = (jax.tree.map(np.asarray, params[layer]) for layer in ("layer_0", "layer_1"))
     image, label = np.asarray(batch["image"], np.float64), np.asarray(batch["label"])
     assert image.min() >= 0 and image.max() <= 1
@@ -88,7 +99,7 @@ def test_classifier(cache, name):
     np.testing.assert_allclose(jax.jit(task.loss)(params, batch), expected, rtol=1e-5)
 
 
-def test_initialisation(cache):
+def test_initialisation():
     params = jax.jit(load_task("cifar10_mlp", hidden=(500, 400)).init)(jax.random.key(0))
     for layer, fan_in in zip(("layer_0", "layer_1"), (192, 500)):
         kernel = np.asarray(params[layer]["kernel"])
@@ -97,19 +108,21 @@ def test_initialisation(cache):
         assert not np.any(params[layer]["bias"])
 
 
+@pytest.mark.parametrize("name", ["digits_mlp", *IMAGE_TASKS])
 @pytest.mark.parametrize("hidden", [(), (7,), (16, 8, 4)])
-def test_other_widths_and_depths(hidden):
-    task = load_task("digits_mlp", hidden=hidden, batch_size=5, horizon=7, augment=False)
-    params = jax.jit(task.init)(jax.random.key(0))
-    assert [params[f"layer_{i}"]["kernel"].shape[1] for i in range(len(params))] == [*hidden, 10]
+def test_other_widths_and_depths(name, hidden):
+    task = load_task(name, hidden=hidden, batch_size=5, horizon=7)
     assert (task.horizon, task.batch_size) == (7, 5)
-    batch = jax.jit(task.sample)(jax.random.key(1), task.data["train"])
-    assert batch["image"].shape == (5, 64)
-    assert jnp.isfinite(jax.jit(task.loss)(params, batch))
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    classes = 100 if name == "cifar100_mlp" else 10
+    assert [params[f"layer_{i}"]["kernel"].shape[1] for i in range(len(params))] == [*hidden, classes]
+    batch = jax.eval_shape(task.sample, jax.random.key(1), task.data["train"])
+    assert batch["image"].shape == (5, task.data["train"]["image"].shape[1])
+    assert jax.eval_shape(task.loss, params, batch).shape == ()
 
 
 @pytest.mark.parametrize("name", list(IMAGE_TASKS))
-def test_image_splits(cache, name):
+def test_image_splits(name):
     *_, training, test = IMAGE_TASKS[name]
     data = load_task(name).data
     number = {split: np.round(arrays["image"][:, 0] * 1000).astype(int) for split, arrays in data.items()}
@@ -118,7 +131,7 @@ def test_image_splits(cache, name):
     np.testing.assert_array_equal(number["test"], np.arange(test))
 
 
-def test_batches_are_drawn_by_index_with_replacement(cache):
+def test_batches_are_drawn_by_index_with_replacement():
     task = load_task("fashion_mnist_mlp")
     train = task.data["train"]
     batch = task.sample(jax.random.key(0), train)  # outside jit, and from arrays on the host
@@ -217,7 +230,7 @@ def test_unknown_setting():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_refused_settings(cache, name):
+def test_refused_settings(name):
     settings = [{"batch_size": 0}, {"horizon": -5}]
     if name != "linear_regression":
         settings += [{"hidden": (0,)}, {"hidden": (8, -1)}]
