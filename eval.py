@@ -8,7 +8,6 @@ goes on where it stopped.
 """
 
 import hashlib
-import importlib
 import importlib.metadata
 import json
 import platform
@@ -34,6 +33,7 @@ from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, one_l
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
 from gmn_lopt.meta.task import Task
+from tasks import load_task
 
 
 class UsageError(ValueError):
@@ -83,7 +83,7 @@ def main(config: Config) -> dict[str, Any]:
         UsageError, SourceError, ResultsError, ProtocolError: in one line, if it cannot be done.
     """
     _check_counts(config)
-    task = load_task(config.task, config.data_dir)
+    task = find_task(config.task, config.data_dir)
     task = replace(task, horizon=task.horizon if config.horizon is None else config.horizon)
     eval_every = protocol.default_eval_every(task.horizon) if config.eval_every is None else config.eval_every
     if task.horizon % eval_every:
@@ -163,18 +163,14 @@ def main(config: Config) -> dict[str, Any]:
     return report
 
 
-def load_task(name: str, data_dir: str | None) -> Task:
+def find_task(name: str, data_dir: str | None) -> Task:
     """Make the task of a file in ``tasks/``.
 
     Raises:
         UsageError: if there is no such task, or its data or a package that it needs are missing.
     """
-    directory = Path(__file__).parent / "tasks"
-    names = sorted(file.stem for file in directory.glob("*.py") if "def make(" in file.read_text())
-    if name not in names:
-        raise UsageError(f"--task {name!r}: no such task; there are {', '.join(names)}")
     try:
-        return importlib.import_module(f"tasks.{name}").make(data_dir)
+        return load_task(name, data_dir)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
         raise UsageError(f"--task {name}: {one_line(error)}") from None
 

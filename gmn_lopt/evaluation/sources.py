@@ -4,7 +4,7 @@ import ast
 import difflib
 import hashlib
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,16 @@ class SourceError(ValueError):
 def adam(learning_rate: Any) -> optax.GradientTransformation:
     """The baseline, Adam with optax's defaults."""
     return optax.adam(learning_rate)
+
+
+@dataclass(frozen=True)
+class _Optax:
+    """Makes the optimizer of an ``optax:`` source; equal sources are equal, and so share compiled programs."""
+
+    source: str
+
+    def __call__(self, hyper: Any) -> optax.GradientTransformation:
+        return optax_transformation(self.source)
 
 
 def split_label(spec: str) -> tuple[str | None, str]:
@@ -102,10 +112,10 @@ def find_candidate(
     """
     label, source = split_label(spec)
     if source.startswith("optax:"):
-        tx = optax_transformation(source)
+        optax_transformation(source)
         name, arguments = parse_optax(source)
         shown = f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
-        candidate = Candidate(label or shown, source, _digest(source.encode()), partial(_constant, tx))
+        candidate = Candidate(label or shown, source, _digest(source.encode()), _Optax(source))
     else:
         if structure is None:
             raise SourceError(f"--optimizer {spec!r}: a learned optimizer needs the structure of the task's model")
@@ -118,10 +128,6 @@ def one_line(error: BaseException) -> str:
     """The first non-empty line of an error's message, or its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
-
-
-def _constant(tx: optax.GradientTransformation, hyper: Any) -> optax.GradientTransformation:
-    return tx
 
 
 def _digest(*parts: bytes) -> str:

@@ -73,6 +73,7 @@ def training_curves(
     runs = len(seeds) * (len(jax.tree.leaves(candidate.hyper)[0]) if grid else 1)
 
     state = _start(candidate.hyper, init_keys, init=task.init, make=candidate.make, grid=grid)
+    train_split, test_split = jax.device_put((task.data["train"], task.data["test"]))
     pieces = []
     if record_weights:
         first = _vectors(state[0], len(init_keys.shape) + grid)
@@ -82,8 +83,8 @@ def training_curves(
             candidate.hyper,
             batch_keys,
             start,
-            task.data["train"],
-            task.data["test"],
+            train_split,
+            test_split,
             loss=task.loss,
             cap=task.loss_cap,
             sample=task.sample,

@@ -1,0 +1,199 @@
+"""The evaluation from the command line to the report: resuming, refusing, and what is written."""
+
+import json
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import eval as evaluation
+from gmn_lopt.meta.task import Task
+
+LION = "optax:lion:learning_rate=0.05"
+
+
+def two_weights() -> Task:
+    x = jax.random.normal(jax.random.key(1), (40, 2)) * jnp.array([1.0, 0.3])
+    return Task(
+        name="two_weights",
+        horizon=6,
+        batch_size=8,
+        loss_cap=10.0,
+        data={"train": x[:30], "test": x[30:]},
+        init=lambda key: {"w": jax.random.normal(key, (2,))},
+        loss=lambda params, batch: jnp.mean((batch @ params["w"]) ** 2),
+        sample=lambda key, split: jax.random.choice(key, split, (8,)),
+    )
+
+
+TASK = two_weights()  # made once: its functions are what compiled programs are found by
+
+
+@pytest.fixture(autouse=True)
+def task(monkeypatch):
+    monkeypatch.setattr(evaluation, "load_task", lambda name, data_dir: TASK)
+    monkeypatch.setattr(evaluation, "_file_digest", lambda name: "0")
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The names of the optimizers that have been trained, in order."""
+    names: list[str] = []
+    train = evaluation.training_curves
+
+    def count(task, candidate, *args, **kwargs):
+        names.append(candidate.name)
+        return train(task, candidate, *args, **kwargs)
+
+    monkeypatch.setattr(evaluation, "training_curves", count)
+    return names
+
+
+def config(out: Path, *optimizers: str, **changes) -> evaluation.Config:
+    few = evaluation.Config(
+        task="two_weights", out=out, optimizer=optimizers, seeds=2, rates_at_once=10, timing_rounds=2
+    )
+    return replace(few, **changes)
+
+
+def without_times(report):
+    report = json.loads(json.dumps(report))
+    for row in report["optimizers"]:
+        del row["seconds_per_step"], row["training_time_speed_up"]
+        for seed in row["seeds"]:
+            del seed["training_time_speed_up"]
+    return report
+
+
+def test_report_and_pictures_are_written(tmp_path, capsys):
+    report = evaluation.main(config(tmp_path, LION, "slow=optax:sgd:learning_rate=1e-6"))
+    assert json.loads((tmp_path / "report.json").read_text()) == report
+    assert [row["name"] for row in report["optimizers"]] == ["adam", "lion(learning_rate=0.05)", "slow"]
+    lion, slow = report["optimizers"][1:]
+    assert lion["misses"] == 0
+    assert lion["step_reduction"]["mean"] > 1.5  # its steps are five times as long as the longest of Adam's
+    assert slow["misses"] == 2
+    printed = capsys.readouterr().out
+    assert "— (2 of 2 missed)" in printed
+    for name in ("report.json", "report.md", "curves.png", "trajectories.png"):
+        assert str(tmp_path / name) in printed
+        assert (tmp_path / name).stat().st_size > 500
+    assert "every step" in (tmp_path / "report.md").read_text()
+    assert np.shape(report["curves"]["test_loss"]["slow"]) == (2, 6)
+
+
+def test_a_second_run_computes_only_what_is_new(tmp_path, trained):
+    first = evaluation.main(config(tmp_path, LION))
+    assert trained == ["adam", "adam", "lion(learning_rate=0.05)"]
+    assert evaluation.main(config(tmp_path, LION)) == first
+    assert len(trained) == 3
+    other = f"other={LION.replace('5', '6')}"
+    more = evaluation.main(config(tmp_path, other, LION))
+    assert trained[3:] == ["other"]
+    assert without_times(more)["optimizers"][2] == without_times(first)["optimizers"][1]
+    # The same name for another optimizer: computed again.
+    evaluation.main(config(tmp_path, f"other={LION.replace('5', '7')}"))
+    assert trained[4:] == ["other"]
+
+
+def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsys):
+    train = evaluation.training_curves
+
+    def interrupt(task, candidate, *args, **kwargs):
+        if len(trained) == 1:
+            raise KeyboardInterrupt
+        return train(task, candidate, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "training_curves", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            evaluation.main(config(tmp_path / "a", LION))
+        arguments = f"--task two_weights --out {tmp_path / 'a'} --seeds 2 --rates-at-once 10 --optimizer {LION}".split()
+        assert evaluation.cli(arguments) == 130
+    assert "the same command" in capsys.readouterr().err
+    resumed = evaluation.main(config(tmp_path / "a", LION))
+    assert trained == ["adam", "adam", "lion(learning_rate=0.05)"]
+    assert without_times(resumed) == without_times(evaluation.main(config(tmp_path / "b", LION)))
+
+
+def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path, trained):
+    gmn_lopt = pytest.importorskip("gmn_lopt.serialization") and pytest.importorskip("gmn_lopt")
+    params, batch = TASK.init(jax.random.key(0)), TASK.sample(jax.random.key(0), TASK.data["train"])
+    structure = gmn_lopt.analyze(TASK.loss, params, batch)
+    lopt = gmn_lopt.LearnedOptimizer(structure)
+    for seed, place in enumerate(("run/optimizer", "saved")):
+        gmn_lopt.save(str(tmp_path / place), lopt, lopt.init(jax.random.key(seed)))
+    specs = (str(tmp_path / "run"), f"after truncated={tmp_path / 'saved'}")
+    report = evaluation.main(config(tmp_path / "out", *specs))
+    assert [row["name"] for row in report["optimizers"]] == ["adam", "run", "after truncated"]
+    curves = report["curves"]["test_loss"]
+    assert curves["run"] != curves["after truncated"]
+
+    # By hand, with the public interface.
+    _, batches = jax.random.split(jax.random.key(0))
+    params, tx = TASK.init(jax.random.split(jax.random.key(0))[0]), gmn_lopt.load(str(tmp_path / "saved"), structure)
+    state = tx.init(params)
+    for t in range(2):
+        batch = TASK.sample(jax.random.fold_in(batches, t), TASK.data["train"])
+        _, grads, factors = gmn_lopt.value_grad_and_factors(TASK.loss)(params, batch)
+        updates, state = tx.update(grads, state, params, factors=factors)
+        params = jax.tree.map(jnp.add, params, updates)
+        np.testing.assert_allclose(curves["after truncated"][0][t], TASK.loss(params, TASK.data["test"]), rtol=1e-4)
+
+    # Trained further at the same place: computed again, and only that one.
+    gmn_lopt.save(str(tmp_path / "saved"), lopt, lopt.init(jax.random.key(9)))
+    trained.clear()
+    evaluation.main(config(tmp_path / "out", *specs))
+    assert trained == ["after truncated"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ("--seeds 0", "--seeds must be at least 1"),
+        ("--seeds -1", "--seeds must be at least 1"),
+        ("--first-seed -1", "--first-seed"),
+        ("--horizon 0", "--horizon must be at least 1"),
+        ("--eval-every 4", "does not divide the horizon of 6 steps"),
+        ("--smoothing 0", "--smoothing must be at least 1"),
+        ("--optimizer adam=optax:sgd:learning_rate=1", "'adam' is taken"),
+        (f"--optimizer {LION} --optimizer {LION}", "is taken"),
+        ("--optimizer /no/such/place", "/no/such/place"),
+        ("--optimizer tests", "config.json"),
+        ("--seeds three", "three"),
+        ("--speed 3", "--speed"),
+    ],
+)
+def test_bad_input_ends_in_one_line(tmp_path, capsys, changes, says):
+    try:
+        code = evaluation.cli(["--task", "two_weights", "--out", str(tmp_path), *changes.split()])
+    except SystemExit as error:
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert says in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, capsys):
+    evaluation.main(config(tmp_path))
+    before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+    capsys.readouterr()
+    assert evaluation.cli(["--task", "two_weights", "--out", str(tmp_path), "--seeds", "3"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"seeds was \[0, 1\], is \[0, 1, 2\]", error)
+    assert error.count("\n") == 1
+    assert before == {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
+
+
+def test_unknown_tasks_are_refused(monkeypatch, tmp_path, capsys):
+    monkeypatch.undo()
+    for name in ("digits", "_cache", "../tasks/digits_mlp"):
+        assert evaluation.cli(["--task", name, "--out", str(tmp_path)]) == 2
+        assert "digits_mlp" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())

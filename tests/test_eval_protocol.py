@@ -1,0 +1,126 @@
+"""The arithmetic of the evaluation protocol against curves made by hand."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from gmn_lopt.evaluation import protocol
+from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
+
+STEPS = np.array([10, 20, 30, 40, 50])
+ADAM = np.array([[5.0, 3, 1, 2, 1], [4, 3, 2, 1.5, 1.2]])
+
+
+def test_smoothing_is_a_trailing_mean_of_what_there_is():
+    curve = np.array([[4.0, 2.0, 6.0, 1.0]])
+    np.testing.assert_allclose(protocol.smooth(curve, 1), curve)
+    np.testing.assert_allclose(protocol.smooth(curve, 2), [[4, 3, 4, 3.5]])
+    np.testing.assert_allclose(protocol.smooth(curve, 3), [[4, 3, 4, 3]])
+    np.testing.assert_allclose(protocol.smooth(curve, 99), [[4, 3, 4, 3.25]])
+
+
+def test_losses_that_are_not_finite_are_infinite_within_the_window_only():
+    for bad in (np.nan, np.inf, -np.inf):
+        smoothed = protocol.smooth(np.array([[1.0, bad, 3.0, 5.0]]), 2)
+        np.testing.assert_array_equal(smoothed, [[1, np.inf, np.inf, 4]])
+
+
+def test_target_is_the_first_step_with_the_best_loss():
+    goal = protocol.target(ADAM, STEPS)
+    np.testing.assert_array_equal(goal.loss, [1, 1.2])
+    np.testing.assert_array_equal(goal.step, [30, 50])
+
+
+def test_step_reduction_and_misses():
+    goal = protocol.target(ADAM, STEPS)
+    np.testing.assert_array_equal(protocol.step_reduction(ADAM, STEPS, goal), [1, 1])
+    # Reaching the loss exactly counts, and reaching it counts even if the curve turns up again.
+    faster = np.array([[2, 1.0, 9, 9, 9], [1.1, 9, 9, 9, 9]])
+    np.testing.assert_array_equal(protocol.step_reduction(faster, STEPS, goal), [1.5, 5])
+    missing = protocol.smooth(np.array([[1.001] * 5, [9, np.nan, -np.inf, 9, 1.2]]), 1)
+    np.testing.assert_array_equal(protocol.step_reduction(missing, STEPS, goal), [np.nan, 1])
+    np.testing.assert_array_equal(protocol.first_steps(missing, STEPS, goal.loss), [np.nan, 50])
+
+
+def test_tuning_takes_the_best_mean_over_seeds_of_the_best_loss():
+    curves = np.array(
+        [
+            [[3.0, 2.0], [2.0, 4.0]],  # bests 2, 2
+            [[0.1, 5.0], [5.0, 4.0]],  # bests 0.1, 4
+            [[2.0, 2.0], [2.0, 2.0]],  # bests 2, 2: as good as the first, but later in the grid
+            [[0.0, 0.0], [np.inf, np.inf]],
+        ]
+    )
+    assert protocol.best_setting(curves) == 0
+    with pytest.raises(protocol.ProtocolError, match="finite"):
+        protocol.best_setting(curves[3:])
+
+
+def test_the_grid_is_that_of_the_protocol():
+    np.testing.assert_allclose(protocol.LEARNING_RATES, np.linspace(0.0005, 0.01, 20))
+
+
+def test_mean_and_std():
+    assert protocol.mean_and_std(np.array([1.0, 3.0, np.nan])) == (2.0, math.sqrt(2))
+    assert protocol.mean_and_std(np.array([1.0, np.nan])) == (1.0, None)
+    assert protocol.mean_and_std(np.array([np.nan])) == (None, None)
+
+
+@pytest.mark.parametrize(("horizon", "every"), [(500, 1), (10, 1), (2000, 10), (501, 3), (1009, 1), (512, 8)])
+def test_default_distance_of_evaluations(horizon, every):
+    assert protocol.default_eval_every(horizon) == every
+    assert protocol.evaluation_steps(horizon, every)[-1] == horizon
+
+
+def report_of(*others: np.ndarray, smoothing: int = 1, loss_cap: float = 9.0):
+    def outcome(name, curves, milliseconds):
+        times = np.array([milliseconds, milliseconds, 100.0]) / 1e3  # the median does not mind one slow round
+        return Outcome(name, name, curves, np.ones_like(curves), times, np.zeros((2, 6, 0)))
+
+    settings = {"task": "toy", "horizon": 50, "eval_every": 10, "smoothing": smoothing, "test_examples": 7}
+    outcomes = [outcome("adam", ADAM, 1.0), *(outcome(f"other {i}", curves, 4.0) for i, curves in enumerate(others))]
+    grid = np.stack([ADAM + 1] * 19 + [ADAM])
+    return build_report(settings | {"loss_cap": loss_cap}, {"jax": "1"}, [3, 4], grid, outcomes)
+
+
+def test_report_says_what_the_protocol_asks_for():
+    report = report_of(np.array([[2, 1.0, 9, 9, 9], [9, 9, 9, 9, 9]]), np.full((2, 5), 1.0), np.full((2, 5), 8.0))
+    adam, half, all_, none = report["optimizers"]
+    assert adam["step_reduction"] == {"mean": 1.0, "std": 0.0}
+    assert (half["hits"], half["misses"]) == (1, 1)
+    assert half["step_reduction"] == {"mean": 1.5, "std": None}
+    assert half["training_time_speed_up"]["mean"] == pytest.approx(1.5 / 4)
+    assert half["seeds"][1] == half["seeds"][1] | {"seed": 4, "miss": True, "first_step": None, "step_reduction": None}
+    assert half["best_test_loss"]["mean"] == 5.0
+    assert half["final_test_loss"]["mean"] == 9.0
+    assert all_["step_reduction"]["mean"] == pytest.approx((3 + 5) / 2)
+    assert none["step_reduction"] == {"mean": None, "std": None}
+    assert report["baseline"]["learning_rate"] == 0.01
+    assert report["baseline"]["at_edge_of_grid"]
+    assert [seed["step"] for seed in report["baseline"]["seeds"]] == [30, 50]
+
+    lines = table(report).splitlines()
+    assert len({len(line) for line in lines}) == 1
+    assert "1.50 (1 of 2 missed)" in lines[3]
+    assert "4.00 ± 1.41 " in lines[4]
+    assert "— (2 of 2 missed)" in lines[5]
+    text = markdown(report, ["curves.png"])
+    assert "edge of the grid" in text
+    assert "miss" in text
+
+
+def test_a_diverged_run_is_not_averaged_away():
+    report = report_of(np.array([[2, 1.0, 1, 1, np.nan], [np.nan] * 5]), loss_cap=math.inf)
+    row = report["optimizers"][1]
+    assert row["best_test_loss"] == {"mean": None, "std": None}
+    assert row["final_test_loss"] == {"mean": None, "std": None}
+    assert row["misses"] == 1
+    json.dumps(report, allow_nan=False)  # JSON has no NaN
+    markdown(report, [])
+
+
+def test_smoothing_applies_to_the_baseline_too():
+    report = report_of(smoothing=2)
+    assert report["baseline"]["seeds"][0] == {"seed": 3, "best_test_loss": 1.5, "step": 40}

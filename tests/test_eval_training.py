@@ -1,0 +1,148 @@
+"""Training curves: the same problem for every optimizer, and the same numbers as a plain loop."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from gmn_lopt.evaluation.candidate import Candidate
+from gmn_lopt.evaluation.sources import adam
+from gmn_lopt.evaluation.timing import time_per_step
+from gmn_lopt.evaluation.training import run_keys, training_curves
+from gmn_lopt.meta.task import Task
+
+SEEDS = [0, 5]
+
+
+def sgd(rate):
+    return optax.sgd(rate)
+
+
+def regression(horizon: int = 12) -> Task:
+    """A small nonlinear regression."""
+    x = jax.random.normal(jax.random.key(7), (64, 3))
+    data = {"x": x, "y": jnp.sin(x.sum(axis=1))}
+    splits = {"train": jax.tree.map(lambda a: a[:40], data), "test": jax.tree.map(lambda a: a[40:], data)}
+
+    def init(key):
+        return {"w": jax.random.normal(key, (3,)), "b": jnp.zeros(())}
+
+    def loss(params, batch):
+        return jnp.mean((jnp.tanh(batch["x"] @ params["w"] + params["b"]) - batch["y"]) ** 2)
+
+    def sample(key, split):
+        index = jax.random.randint(key, (8,), 0, 40)
+        return jax.tree.map(lambda array: array[index], split)
+
+    return Task("regression", horizon, 8, 2.0, splits, init, loss, sample)
+
+
+def diary() -> Task:
+    """A task whose training loss tells which batch was drawn and whose test loss tells the initialisation."""
+
+    def loss(params, batch):
+        return params["start"] if len(batch) == 1 else batch.mean() + 0 * params["start"]
+
+    def init(key):
+        return {"start": jax.random.normal(key)}
+
+    data = {"train": jnp.zeros(3), "test": jnp.zeros(1)}
+    return Task("diary", 6, 4, 99.0, data, init, loss, lambda key, split: jax.random.normal(key, (4,)))
+
+
+def plain_loop(task: Task, rate: float, seed: int) -> tuple[list[float], list[float]]:
+    init_key, batch_key = run_keys(seed)
+    params = task.init(init_key)
+    tx = optax.adam(rate)
+    state = tx.init(params)
+    test, train = [], []
+    sample, value_and_grad = jax.jit(task.sample), jax.jit(jax.value_and_grad(task.loss))
+    for t in range(task.horizon):
+        batch = sample(jax.random.fold_in(batch_key, t), task.data["train"])
+        value, grads = value_and_grad(params, batch)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+        train.append(float(value))
+        test.append(float(task.loss(params, task.data["test"])))
+    return test, train
+
+
+def test_grid_equals_a_plain_loop():
+    task, rates = regression(), [0.01, 0.3, 0.1]
+    grid = Candidate("adam", "", "", adam, jnp.array(rates))
+    done = []
+    curves = training_curves(task, grid, SEEDS, 3, grid=True, record_weights=True, progress=done.append)
+    assert sum(done) == len(rates) * len(SEEDS) * task.horizon
+    assert curves.weights.shape == (3, 2, 5, 4)
+    for h, rate in enumerate(rates):
+        for s, seed in enumerate(SEEDS):
+            test, train = plain_loop(task, rate, seed)
+            np.testing.assert_allclose(curves.test_loss[h, s], test[2::3], rtol=1e-4)
+            np.testing.assert_allclose(curves.train_loss[h, s], np.reshape(train, (4, 3)).mean(axis=1), rtol=1e-4)
+    one = training_curves(task, Candidate("adam", "", "", adam, jnp.array(0.3)), SEEDS, 3)
+    np.testing.assert_allclose(one.test_loss, curves.test_loss[1], rtol=1e-4)
+    assert one.weights.shape == (2, 5, 0)
+
+
+def test_weights_are_those_of_the_run():
+    task = regression()
+    curves = training_curves(task, Candidate("sgd", "", "", sgd, 0.1), SEEDS, 3, record_weights=True)
+    start = task.init(run_keys(SEEDS[1])[0])
+    np.testing.assert_allclose(curves.weights[1, 0], [start["b"], *start["w"]], rtol=1e-6)
+    b, *w = curves.weights[1, -1]
+    final = task.loss({"w": jnp.array(w), "b": b}, task.data["test"])
+    np.testing.assert_allclose(curves.test_loss[1, -1], final, rtol=1e-5)
+
+
+def test_every_optimizer_sees_the_same_batches_and_initialisations():
+    task = diary()
+    mine = training_curves(task, Candidate("sgd", "", "", sgd, 0.1), SEEDS, 1)
+    grid = training_curves(task, Candidate("adam", "", "", adam, jnp.array([0.1, 0.2])), SEEDS, 1, grid=True)
+    alone = training_curves(task, Candidate("adam", "", "", adam, 0.1), SEEDS[1:], 2)
+    for other in grid.train_loss:
+        np.testing.assert_array_equal(other, mine.train_loss)
+    np.testing.assert_allclose(alone.train_loss[0], mine.train_loss[1].reshape(3, 2).mean(axis=1), rtol=1e-6)
+    # Every batch and every seed's batches are different, and so are the initialisations.
+    assert len(np.unique(mine.train_loss)) == mine.train_loss.size
+    for curves in (*grid.test_loss, mine.test_loss):
+        np.testing.assert_array_equal(curves, np.repeat([[task.init(run_keys(s)[0])["start"]] for s in SEEDS], 6, 1))
+    assert mine.test_loss[0, 0] != mine.test_loss[1, 0]
+
+
+def test_divergence_is_recorded_and_capped():
+    curves = training_curves(regression(), Candidate("sgd", "", "", sgd, jnp.nan), SEEDS, 1)
+    assert not np.isfinite(curves.test_loss).any()
+    assert (curves.train_loss[:, 1:] == 2.0).all()
+
+
+def test_evaluations_must_divide_the_horizon():
+    with pytest.raises(ValueError, match="must divide the horizon 12"):
+        training_curves(regression(), Candidate("sgd", "", "", sgd, 0.1), SEEDS, 5)
+
+
+def test_extra_arguments_reach_optimizers_that_take_them():
+    candidate = Candidate("polyak", "", "", lambda _: optax.polyak_sgd())
+    curves = training_curves(regression(), candidate, SEEDS, 12)
+    assert np.isfinite(curves.test_loss).all()
+
+
+def slow(rate):
+    """Adam, with a computation on top that takes its time and does not change the result."""
+
+    def update(updates, state, params=None):
+        x = jnp.full((150, 150), jax.tree.leaves(updates)[0].sum())
+        wait = jax.lax.fori_loop(0, 20, lambda _, m: m @ m * 1e-9, x).sum()
+        return jax.tree.map(lambda u: u + 0 * jnp.nan_to_num(wait), updates), state
+
+    return optax.chain(optax.adam(rate), optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+
+
+def test_timing_tells_slow_from_fast():
+    calls = []
+    candidates = [Candidate("a", "", "", slow, jnp.array(0.1)), Candidate("b", "", "", adam, jnp.array(0.1))]
+    times = time_per_step(regression(), candidates, rounds=3, seconds=0.01, progress=lambda: calls.append(1))
+    assert times.shape == (2, 3)
+    assert len(calls) == 6
+    assert (times > 0).all()
+    assert np.median(times[0]) > 2 * np.median(times[1])
