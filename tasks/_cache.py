@@ -55,7 +55,7 @@ def cached(
     except FileNotFoundError:
         pass
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"{path} is made anew: {error}", stacklevel=2)
+        warnings.warn(f"{path} is not used but made anew: {error}", stacklevel=2)
     arrays = build()
     check(arrays)
     try:

@@ -81,11 +81,12 @@ def _build(name: str, data_dir: str | None) -> Arrays:
         for split, source in _open(name, data_dir).items():
             arrays[f"{split}_image"], arrays[f"{split}_label"] = read(source, f"{name} {split}")
     except Exception as error:  # TensorFlow Datasets documents no base class for what goes wrong in it
-        where = f" in {data_dir}" if data_dir else ""
+        where = data_dir or "the default directory of TensorFlow Datasets"
+        kept = cache_path(f"{name}-{SIZE}x{SIZE}")
         place = f", data_dir={data_dir!r}" if data_dir else ""
         prepare = f"tfds.builder({name!r}, file_format='array_record'{place}).download_and_prepare()"
         raise DataError(
-            f"data set {name!r} is not cached as {cache_path(f'{name}-{SIZE}x{SIZE}')} and cannot be read{where}: "
+            f"data set {name!r} has no usable cache {kept} and cannot be read from {where}: "
             f"{' '.join(str(error).split()) or type(error).__name__}. To bring it: pip install 'gmn_lopt[datasets]' "
             f'tensorflow; python -c "import tensorflow_datasets as tfds; {prepare}" (only this step needs TensorFlow '
             "and a network); or pass --data-dir DIR where it is prepared already"
@@ -99,8 +100,10 @@ def _open(name: str, data_dir: str | None) -> dict[str, Any]:
 
     builder = tfds.builder(name, data_dir=data_dir)
     if not builder.is_prepared():
-        import tensorflow  # noqa: F401  # preparing needs it: without it, fail now and not after the download
-
+        try:
+            import tensorflow  # noqa: F401  # without it preparing fails, but only after the download
+        except ImportError as error:
+            raise DataError(f"it is not prepared there, and preparing it needs TensorFlow ({error})") from error
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         builder.download_and_prepare()
     return {split: builder.as_data_source(split) for split in ("train", "test")}
