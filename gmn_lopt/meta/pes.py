@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.meta.estimator import Estimate
@@ -84,8 +85,12 @@ class PES:
 
     def estimate(self, phi: PyTree, state: PESState, data: Any, key: jax.Array) -> tuple[PESState, Estimate]:
         """Unroll one window of every pair; see :class:`gmn_lopt.meta.estimator.Estimator`."""
-        keys = jax.random.split(key, self.pairs)
-        new_state, contributions, losses = jax.vmap(self._window, in_axes=(None, 0, None, 0))(phi, state, data, keys)
+        noise_key, key = jax.random.split(key)
+        # One draw for all leaves: each draw's random bits are a program of their own, which takes a second to compile.
+        vector, unravel = ravel_pytree(phi)
+        noise = jax.vmap(unravel)(self.sigma * jax.random.normal(noise_key, (self.pairs, vector.size), vector.dtype))
+        windows = jax.vmap(self._window, in_axes=(None, 0, 0, None, 0))
+        new_state, contributions, losses = windows(phi, noise, state, data, jax.random.split(key, self.pairs))
         return new_state, Estimate(
             gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions),
             loss=losses.mean(),
@@ -95,12 +100,11 @@ class PES:
         )
 
     def _window(
-        self, phi: PyTree, state: PESState, data: Any, key: jax.Array
+        self, phi: PyTree, noise: PyTree, state: PESState, data: Any, key: jax.Array
     ) -> tuple[PESState, PyTree, Float[Array, ""]]:
         """Unroll one window of one pair; return its state, its contribution to the estimate and its mean loss."""
-        noise_key, init_key, window_key = jax.random.split(key, 3)
+        init_key, window_key = jax.random.split(key)
         fresh = state.step == 0
-        noise = optax.tree.scale(self.sigma, optax.tree.random_like(noise_key, phi))
         forget = fresh if self.persistent else True
         xi = jax.tree.map(lambda x, e: jnp.where(forget, e, x + e), state.xi, noise)
         ends_at_horizon = state.step + self.truncation == self.problem.horizon

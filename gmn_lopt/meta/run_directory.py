@@ -83,7 +83,10 @@ class RunDirectory:
 
     def mark_complete(self, meta_step: int) -> None:
         """Say that the run has ended with this meta-step."""
-        write_atomically(self.path / _COMPLETE, f"{meta_step}\n")
+        try:
+            write_atomically(self.path / _COMPLETE, f"{meta_step}\n")
+        except OSError as error:
+            raise RunError(f"cannot write {self.path / _COMPLETE}: {error.strerror}; checkpoints are intact") from None
 
     def log(self, row: Mapping[str, Any]) -> None:
         """Append a row of metrics; numbers that are not finite become null.

@@ -1,0 +1,350 @@
+"""Meta-train a learned optimizer on a task.
+
+python meta_train.py --task digits_mlp --optimizer ds+gmn --out runs/digits
+
+Interrupt it at any time (Ctrl-C or SIGTERM: it finishes the meta-step, saves and exits with code 0) and continue with
+python meta_train.py --out runs/digits --resume
+
+The defaults are the paper's: one stage of PES, 16 pairs, windows of 50 steps, Adam at 1e-4 for 50,000 meta-steps.
+"""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+from tqdm import tqdm
+
+from gmn_lopt.command_line import parse
+from gmn_lopt.factors import analyze
+from gmn_lopt.gradmetanet import GradMetaNetConfig
+from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.estimator import Estimator
+from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.meta.run_directory import RunDirectory, RunError, first_line, read_settings
+from gmn_lopt.meta.stages import Stage, parse_stages
+from gmn_lopt.meta.training_problem import TrainingProblem
+from gmn_lopt.serialization import save
+from tasks import load_task
+
+OPTIMIZERS = ("sgdm", "ds", "ds+gmn")
+RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
+
+
+@dataclass(frozen=True)
+class Config:
+    """Settings of a run. Those that the result depends on are fixed once it has begun."""
+
+    task: str
+    """Name of a file in tasks/, without .py."""
+    out: Path
+    """Directory of the run."""
+    optimizer: Literal["sgdm", "ds", "ds+gmn"] = "ds+gmn"
+    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), ds+gmn (with GradMetaNet)."""
+    data_dir: str | None = None
+    """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
+    resume: bool = False
+    """Continue the run in --out, with its settings; nothing else has to be given again."""
+    seed: int = 0
+    """Seed of all randomness."""
+
+    stages: str = "pes"
+    """Stages, separated by commas: ESTIMATOR[:META_STEPS[:META_LEARNING_RATE]][:SETTING=VALUE...], for example
+    truncated:300:3e-3:K=25:n=8,pes. Estimators are pes and truncated; settings are K (truncation), n (pairs), sigma,
+    clip, schedule and objective. What a stage does not say is taken from the flags below."""
+    meta_steps: int = 50_000
+    """Meta-steps of a stage."""
+    meta_learning_rate: float = 1e-4
+    """Learning rate of the meta-optimizer, Adam."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """Meta-learning rate over a stage: constant, or a cosine down to 0."""
+    meta_clip: float = 1.0
+    """Largest global norm of the meta-gradient; it is clipped to it."""
+    truncation: int = 50
+    """Inner steps K in one window; must divide the horizon."""
+    pairs: int = 16
+    """Antithetic pairs of unrolls in pes; single unrolls in truncated."""
+    sigma: float = 0.01
+    """Standard deviation of the perturbations in pes."""
+    unroll_clip: float = 1.0
+    """Largest norm of one unroll's gradient in truncated."""
+    objective: Literal["mean", "final"] = "mean"
+    """Meta-objective: mean of the inner losses along the trajectory, or the loss at its last step only."""
+    meta_loss: Literal["train", "validation"] = "train"
+    """Batch that the meta-objective is taken on: the one trained on, or one of the split that is never trained on."""
+    horizon: int | None = None
+    """Inner steps T of one inner problem; default: the task's."""
+
+    base: Literal["momentum", "adam"] = "momentum"
+    """Direction that the learned part is added to."""
+    width: int = 32
+    """Width of the hidden layers of the per-parameter network."""
+    gmn: GradMetaNetConfig = dataclasses.field(default_factory=GradMetaNetConfig)
+    """Architecture of GradMetaNet."""
+
+    log_every: int = 10
+    """Meta-steps between rows of metrics; each row averages the meta-steps since the last."""
+    checkpoint_every: int = 500
+    """Meta-steps between checkpoints."""
+    keep: int = 3
+    """Number of latest checkpoints to keep."""
+    keep_every: int = 10
+    """Every how manyth checkpoint is kept for good."""
+
+
+# What a run may be resumed with other values of: none of it changes the meta-parameters that result.
+FREE = ("out", "data_dir", "resume", "log_every", "checkpoint_every", "keep", "keep_every")
+
+
+class UsageError(ValueError):
+    """The configuration asks for something that cannot be done. The message is one line."""
+
+
+def main(config: Config) -> bool:
+    """Meta-train; show progress on stderr.
+
+    Returns:
+        True when the run is complete, False when a signal ended it early (continue with ``resume=True``).
+
+    Raises:
+        UsageError, RunError: in one line, what cannot be done.
+    """
+    stop = StopSignal()
+    with stop.listen():
+        stages = make_stages(config)
+        lopt, problem = make_problem(config)
+        try:
+            estimators = [stage.build(problem) for stage in stages]
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        run = open_run(config)
+        try:
+            if run.complete:
+                print(f"{config.out} is complete: {sum(stage.meta_steps for stage in stages)} meta-steps")
+                return True
+            return train(config, run, lopt, problem, list(zip(stages, estimators)), stop)
+        finally:
+            run.close()
+
+
+def make_stages(config: Config) -> tuple[Stage, ...]:
+    """The stages that the configuration asks for."""
+    for name in ("log_every", "checkpoint_every", "keep", "keep_every", "meta_clip", "width"):
+        if not getattr(config, name) > 0:
+            raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be positive")
+    try:
+        default = Stage(
+            "pes",
+            config.meta_steps,
+            config.meta_learning_rate,
+            config.schedule,
+            config.truncation,
+            config.pairs,
+            config.sigma,
+            config.unroll_clip,
+            config.objective,
+        )
+        return parse_stages(config.stages, default)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem]:
+    """The learned optimizer, and the training of the task with it."""
+    if config.optimizer not in OPTIMIZERS:
+        raise UsageError(f"unknown --optimizer {config.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
+    try:
+        task = load_task(config.task, config.data_dir)
+        params = jax.eval_shape(task.init, jax.random.key(0))
+        batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
+        structure = analyze(task.loss, params, batch)
+        backbone, _, rest = config.optimizer.partition("+")
+        lopt = LearnedOptimizer(structure, backbone, config.gmn if rest else None, config.base, config.width)
+        return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--task {config.task}: {first_line(error)}") from error
+
+
+def open_run(config: Config) -> RunDirectory:
+    """Open or begin the run in ``config.out``."""
+    packages = ("gmn_lopt", "jax", "jaxlib", "flax", "optax", "numpy")
+    versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+    settings = to_json(config)
+    keep_period = config.keep_every * config.checkpoint_every
+    return RunDirectory(config.out, settings, versions, config.resume, FREE, config.keep, keep_period)
+
+
+def train(
+    config: Config,
+    run: RunDirectory,
+    lopt: LearnedOptimizer,
+    problem: TrainingProblem,
+    stages: Sequence[tuple[Stage, Estimator]],
+    stop: "StopSignal",
+) -> bool:
+    """Go through the stages, from the latest checkpoint on; return whether all are done."""
+    key = jax.random.key(config.seed)
+    phi = lopt.init(jax.random.fold_in(key, 0))
+    total = sum(stage.meta_steps for stage, _ in stages)
+    weights = sum(leaf.size for leaf in jax.tree.leaves(phi))
+    print(
+        f"{config.optimizer} on {config.task}: {weights} meta-parameters, {total} meta-steps, horizon "
+        f"{problem.horizon}, {jax.local_device_count()} {jax.default_backend()} device(s), run directory {run.path}",
+        file=sys.stderr,
+    )
+    terminal = sys.stderr.isatty()
+    with tqdm(total=total, initial=run.latest, mininterval=0.2 if terminal else 10, dynamic_ncols=terminal) as bar:
+        begin = 0
+        for index, (stage, estimator) in enumerate(stages):
+            name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
+            if run.latest > end:
+                begin = end
+                continue
+            bar.set_description(f"{name}, compiling")
+            meta_step = MetaStep(estimator, stage.meta_optimizer(config.meta_clip))
+            init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
+            data, step_key = meta_step.place((problem.splits(), step_key))
+            state, step = meta_step.init(phi, data, init_key), begin
+            if run.latest > begin:
+                state, step = run.restore(state), run.latest
+            pending: list[dict[str, Array]] = []  # metrics of the meta-steps since the last row, still on the device
+            timed, clock = 0, math.nan  # number of meta-steps since the clock was started
+            stopping = stop.requested
+            while step < end and not stopping:
+                state, metrics = meta_step(state, data, step_key, step)
+                pending.append(metrics)
+                # The device shall not wait for the host, but meta-steps shall not queue up without bound either.
+                jax.block_until_ready(pending[-RUN_AHEAD:][0])
+                if math.isnan(clock):  # the first meta-step has been compiled
+                    clock = time.perf_counter()
+                else:
+                    timed += 1
+                step += 1
+                bar.set_description(name, refresh=False)
+                bar.update()
+                stopping = stop.requested
+                saving = stopping or step == end or step % config.checkpoint_every == 0
+                if saving or step % config.log_every == 0:
+                    row = average(jax.device_get(pending), stage.truncation, problem.horizon // stage.truncation)
+                    row |= {name: float(value) for name, value in lopt.scalars(state.phi).items()}
+                    rate = timed * estimator.inner_steps / (time.perf_counter() - clock) if timed else math.nan
+                    run.log({"meta_step": step, "stage": name, **row, "inner_steps_per_second": rate})
+                    bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
+                    pending, timed, clock = [], 0, time.perf_counter()
+                if saving:
+                    if step == end and len(stages) > 1:
+                        save_optimizer(run.path / "stages" / name, lopt, state.phi)
+                    save_optimizer(run.path / "optimizer", lopt, state.phi)
+                    run.save(step, state)
+                    clock = time.perf_counter()  # saving does not count
+            if step < end:
+                break
+            phi, begin = state.phi, end
+    if begin < total:
+        print(f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume", file=sys.stderr)
+        return False
+    run.mark_complete(total)
+    return True
+
+
+def average(metrics: Sequence[Mapping[str, np.ndarray]], truncation: int, windows: int) -> dict[str, Any]:
+    """Average the metrics of several meta-steps; the losses also for each window of the horizon (None: not seen)."""
+    row: dict[str, Any] = {
+        name: float(np.mean([m[name] for m in metrics])) for name in ("loss", "gradient_norm", "gradient_noise")
+    }
+    which = np.concatenate([m["window_start"] for m in metrics]) // truncation
+    losses = np.concatenate([m["window_loss"] for m in metrics])
+    row["window_loss"] = [float(losses[which == w].mean()) if (which == w).any() else None for w in range(windows)]
+    return row
+
+
+class StopSignal:
+    """Whether SIGINT or SIGTERM has asked to stop. The second signal ends the process in the usual way."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listen(self) -> Iterator[None]:
+        """Listen while the context lasts (in the main thread; Python allows it nowhere else)."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+        def stop(number: int, frame: Any) -> None:
+            self.requested = True
+            signal.signal(number, before[signal.Signals(number)])
+
+        for number in before:
+            signal.signal(number, stop)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
+    """Save the meta-parameters as an optimizer that :func:`gmn_lopt.load` reads."""
+    try:
+        path.parent.mkdir(exist_ok=True)
+        save(path, lopt, phi)
+    except OSError as error:
+        raise RunError(f"cannot save {path}: {error.strerror or error}; checkpoints are intact") from None
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The configuration as JSON values."""
+    return dataclasses.asdict(config) | {"out": str(config.out)}
+
+
+def from_json(settings: Mapping[str, Any]) -> Config:
+    """The configuration that :func:`to_json` wrote.
+
+    Raises:
+        UsageError: it was written by another version, with other settings.
+    """
+    try:
+        gmn = GradMetaNetConfig(**settings["gmn"])
+        return Config(**{**settings, "out": Path(settings["out"]), "gmn": gmn})
+    except (TypeError, KeyError, ValueError) as error:
+        raise UsageError(f"the run's config.json is of another version of this program: {first_line(error)}") from None
+
+
+def from_command_line(args: Sequence[str]) -> Config:
+    """Parse the command line; with ``--resume`` the settings of the run are the defaults."""
+    default = None
+    if "--resume" in args and "--help" not in args:
+        values = [
+            a.removeprefix("--out=") for i, a in enumerate(args) if a.startswith("--out=") or args[i - 1] == "--out"
+        ]
+        path = Path(values[-1]) if values else None
+        if path and (path / "config.json").exists():
+            default = dataclasses.replace(from_json(read_settings(path)), out=path, resume=True)
+    return parse(Config, __doc__, args, default=default)
+
+
+def cli() -> int:
+    """Run from the command line; returns the exit code."""
+    try:
+        main(from_command_line(sys.argv[1:]))
+    except (UsageError, RunError) as error:
+        print(f"meta_train.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
