@@ -111,6 +111,10 @@ class LearnedOptimizer:
             phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)
         return phi
 
+    def template(self) -> PyTree:
+        """The shapes and dtypes of the meta-parameters, as :meth:`init` draws them."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
         """The rule's coefficients, for monitoring: ``alpha``, and ``beta`` and ``mu`` where the rule has them."""
         values = {n: jnp.exp(phi[f"log_{n}"]) for n in ("alpha", "beta", "one_minus_mu") if f"log_{n}" in phi}
