@@ -35,7 +35,7 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, first_line, read_settings
 from gmn_lopt.meta.stages import Stage, parse_stages
 from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.serialization import save
+from gmn_lopt.serialization import SerializationError, save
 from tasks import load_task
 
 OPTIMIZERS = ("sgdm", "ds", "ds+gmn")
@@ -299,10 +299,9 @@ class StopSignal:
 def save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
     """Save the meta-parameters as an optimizer that :func:`gmn_lopt.load` reads."""
     try:
-        path.parent.mkdir(exist_ok=True)
         save(path, lopt, phi)
-    except OSError as error:
-        raise RunError(f"cannot save {path}: {error.strerror or error}; checkpoints are intact") from None
+    except SerializationError as error:
+        raise RunError(f"{error}; earlier checkpoints are intact, continue with --resume") from None
 
 
 def to_json(config: Config) -> dict[str, Any]:

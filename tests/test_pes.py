@@ -26,8 +26,7 @@ def total(estimates):
     return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *[e.gradient for e in estimates])
 
 
-@pytest.mark.parametrize("objective", ["mean", "final"])
-@pytest.mark.parametrize("truncation", [1, 2, 3, 6])
+@pytest.mark.parametrize(("truncation", "objective"), [(1, "mean"), (3, "mean"), (2, "final"), (6, "final")])
 def test_windows_of_an_episode_sum_to_the_exact_gradient(truncation, objective):
     problem, sigma, pairs = Smooth(), 0.003, 6000
     phi, data = problem.phi(), problem.data()

@@ -1,5 +1,6 @@
 """The directory of one meta-training run: settings, metrics, checkpoints, and the current optimizer."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -53,28 +54,37 @@ class RunDirectory:
         keep_period: int,
     ):
         self.path = path
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-            self._lock = _lock(path / _LOCK)
-            content = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_CONFIG}.partial"}
-            if content and not resume:
-                raise RunError(f"--out {path} is not empty; add --resume to continue the run in it, or choose another")
-            if content:
-                _compare(read_settings(path), settings, free, path)
-            config = {"settings": dict(settings), "versions": dict(versions)}
-            write_atomically(path / _CONFIG, json.dumps(config, indent=2))
-            options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep,
-                keep_period=keep_period,
-                cleanup_tmp_directories=True,
-                enable_async_checkpointing=False,
-            )
-            self._checkpoints = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
-            self.latest: int = self._checkpoints.latest_step() or 0
-            self._metrics = self._open_metrics()
-            self._events = SummaryWriter(str(path / "events"), purge_step=self.latest + 1 if content else None)
-        except OSError as error:
-            raise RunError(f"--out {path}: {error.strerror or error}; choose a directory that can be written") from None
+        with contextlib.ExitStack() as stack:
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                content = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_CONFIG}.partial"}
+                if content and not resume:
+                    raise RunError(
+                        f"--out {path} is not empty; add --resume to continue the run in it, or choose another"
+                    )
+                if content:
+                    _compare(read_settings(path), settings, free, path)
+                self._lock = stack.enter_context(_lock(path / _LOCK))
+                self._open(settings, versions, keep, keep_period)
+            except OSError as error:
+                reason = error.strerror or error
+                raise RunError(f"--out {path}: {reason}; choose a directory that can be written") from None
+            stack.pop_all()  # all went well: the lock is held until the run is closed
+
+    def _open(self, settings: Mapping[str, Any], versions: Mapping[str, str], keep: int, keep_period: int) -> None:
+        path = self.path
+        config = {"settings": dict(settings), "versions": dict(versions)}
+        write_atomically(path / _CONFIG, json.dumps(config, indent=2))
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep,
+            keep_period=keep_period,
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=False,
+        )
+        self._checkpoints = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
+        self.latest: int = self._checkpoints.latest_step() or 0
+        self._metrics = self._open_metrics()
+        self._events = SummaryWriter(str(path / "events"), purge_step=self.latest + 1)
 
     @property
     def complete(self) -> bool:
