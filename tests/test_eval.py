@@ -11,7 +11,11 @@ import numpy as np
 import pytest
 
 import eval as evaluation
+import gmn_lopt
+from gmn_lopt.gradmetanet import GradMetaNetConfig
+from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import Task
+from gmn_lopt.serialization import load, save
 
 LION = "optax:lion:learning_rate=0.05"
 
@@ -120,13 +124,16 @@ def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsy
     assert without_times(resumed) == without_times(evaluation.main(config(tmp_path / "b", LION)))
 
 
-def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path, trained):
-    gmn_lopt = pytest.importorskip("gmn_lopt.serialization") and pytest.importorskip("gmn_lopt")
+def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path, trained, monkeypatch):
+    # Only the training is of interest here, and compiling takes its time.
+    monkeypatch.setattr(evaluation, "time_per_step", lambda task, everyone, **_: np.ones((len(everyone), 2)))
+    for name in ("plot_curves", "plot_trajectories"):
+        monkeypatch.setattr(evaluation.plots, name, lambda *_: None)
     params, batch = TASK.init(jax.random.key(0)), TASK.sample(jax.random.key(0), TASK.data["train"])
     structure = gmn_lopt.analyze(TASK.loss, params, batch)
-    lopt = gmn_lopt.LearnedOptimizer(structure)
+    lopt = LearnedOptimizer(structure, gradmetanet=GradMetaNetConfig(width=4, set_layers=1, neuron_layers=0))
     for seed, place in enumerate(("run/optimizer", "saved")):
-        gmn_lopt.save(str(tmp_path / place), lopt, lopt.init(jax.random.key(seed)))
+        save(str(tmp_path / place), lopt, lopt.init(jax.random.key(seed)))
     specs = (str(tmp_path / "run"), f"after truncated={tmp_path / 'saved'}")
     report = evaluation.main(config(tmp_path / "out", *specs))
     assert [row["name"] for row in report["optimizers"]] == ["adam", "run", "after truncated"]
@@ -134,18 +141,23 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
     assert curves["run"] != curves["after truncated"]
 
     # By hand, with the public interface.
-    _, batches = jax.random.split(jax.random.key(0))
-    params, tx = TASK.init(jax.random.split(jax.random.key(0))[0]), gmn_lopt.load(str(tmp_path / "saved"), structure)
+    initialisation, batches = jax.random.split(jax.random.key(0))
+    params, tx = TASK.init(initialisation), load(tmp_path / "saved", structure)
     state = tx.init(params)
-    for t in range(2):
+
+    @jax.jit
+    def step(params, state, t):
         batch = TASK.sample(jax.random.fold_in(batches, t), TASK.data["train"])
         _, grads, factors = gmn_lopt.value_grad_and_factors(TASK.loss)(params, batch)
         updates, state = tx.update(grads, state, params, factors=factors)
-        params = jax.tree.map(jnp.add, params, updates)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    for t in range(2):
+        params, state = step(params, state, t)
         np.testing.assert_allclose(curves["after truncated"][0][t], TASK.loss(params, TASK.data["test"]), rtol=1e-4)
 
     # Trained further at the same place: computed again, and only that one.
-    gmn_lopt.save(str(tmp_path / "saved"), lopt, lopt.init(jax.random.key(9)))
+    save(str(tmp_path / "saved"), lopt, lopt.init(jax.random.key(9)))
     trained.clear()
     evaluation.main(config(tmp_path / "out", *specs))
     assert trained == ["after truncated"]

@@ -51,21 +51,29 @@ def diary() -> Task:
     return Task("diary", 6, 4, 99.0, data, init, loss, lambda key, split: jax.random.normal(key, (4,)))
 
 
-def plain_loop(task: Task, rate: float, seed: int) -> tuple[list[float], list[float]]:
-    init_key, batch_key = run_keys(seed)
-    params = task.init(init_key)
-    tx = optax.adam(rate)
-    state = tx.init(params)
-    test, train = [], []
-    sample, value_and_grad = jax.jit(task.sample), jax.jit(jax.value_and_grad(task.loss))
-    for t in range(task.horizon):
-        batch = sample(jax.random.fold_in(batch_key, t), task.data["train"])
-        value, grads = value_and_grad(params, batch)
-        updates, state = tx.update(grads, state, params)
+def plain_loop(task: Task):
+    """A function of learning rate and seed: training with Adam, one step after the other."""
+
+    @jax.jit
+    def step(params, state, rate, key):
+        batch = task.sample(key, task.data["train"])
+        value, grads = jax.value_and_grad(task.loss)(params, batch)
+        updates, state = optax.adam(rate).update(grads, state, params)
         params = optax.apply_updates(params, updates)
-        train.append(float(value))
-        test.append(float(task.loss(params, task.data["test"])))
-    return test, train
+        return params, state, value, task.loss(params, task.data["test"])
+
+    def run(rate: float, seed: int) -> tuple[list[float], list[float]]:
+        init_key, batch_key = run_keys(seed)
+        params = task.init(init_key)
+        state = optax.adam(rate).init(params)
+        tests, trains = [], []
+        for t in range(task.horizon):
+            params, state, train, test = step(params, state, rate, jax.random.fold_in(batch_key, t))
+            trains.append(float(train))
+            tests.append(float(test))
+        return tests, trains
+
+    return run
 
 
 def test_grid_equals_a_plain_loop():
@@ -75,9 +83,10 @@ def test_grid_equals_a_plain_loop():
     curves = training_curves(task, grid, SEEDS, 3, grid=True, record_weights=True, progress=done.append)
     assert sum(done) == len(rates) * len(SEEDS) * task.horizon
     assert curves.weights.shape == (3, 2, 5, 4)
+    plain = plain_loop(task)
     for h, rate in enumerate(rates):
         for s, seed in enumerate(SEEDS):
-            test, train = plain_loop(task, rate, seed)
+            test, train = plain(rate, seed)
             np.testing.assert_allclose(curves.test_loss[h, s], test[2::3], rtol=1e-4)
             np.testing.assert_allclose(curves.train_loss[h, s], np.reshape(train, (4, 3)).mean(axis=1), rtol=1e-4)
     one = training_curves(task, Candidate("adam", "", "", adam, jnp.array(0.3)), SEEDS, 3)
