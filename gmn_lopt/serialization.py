@@ -147,15 +147,15 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
             f"{file} has format version {config.get('version')!r}, but this gmn_lopt reads version {VERSION}: "
             "install the gmn_lopt that wrote it"
         )
-    architecture = config.get("optimizer")
+    architecture: Any = config.get("optimizer")
     known = {f.name for f in fields(LearnedOptimizer)} - {"structure"}
     _check_keys(architecture, known, f'{file}: "optimizer"')
     gradmetanet = architecture["gradmetanet"]
     if gradmetanet is not None:
         _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
     try:
-        config_or_none = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)
-        return LearnedOptimizer(structure, **architecture | {"gradmetanet": config_or_none})
+        architecture["gradmetanet"] = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)
+        return LearnedOptimizer(structure, **architecture)
     except (TypeError, ValueError) as error:
         raise SerializationError(f"{file}: {_one_line(error)}") from error
 

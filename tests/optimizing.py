@@ -1,4 +1,4 @@
-"""What the tests of learned optimizers share: small models, lively meta-parameters, and steps recorded from training."""
+"""What the tests of learned optimizers share: small models, lively meta-parameters, recorded training steps."""
 
 import functools
 import itertools
@@ -36,7 +36,7 @@ def mlp(*widths, batch=BATCH, seed=0):
 
 
 def residual(batch=4, tokens=3, width=6):
-    """A residual stream (one space with several sites), read by tokens and, pooled, by examples; blocks; a loose leaf."""
+    """A residual stream (one space, several sites) read by tokens and, pooled, by examples; blocks; loose leaves."""
     rng = np.random.default_rng(5)
     shapes = {
         "embed": (5, width),
