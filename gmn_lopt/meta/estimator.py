@@ -1,6 +1,6 @@
 """The interface that all estimators of the meta-gradient share."""
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, Int, PyTree
@@ -24,6 +24,7 @@ class Estimate(NamedTuple):
     window_start: Int[Array, "unrolls"]
 
 
+@runtime_checkable
 class Estimator(Protocol):
     """Pure functions: ``state = init(phi, data, key)``; ``state, estimate = estimate(phi, state, data, key)``.
 

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.meta.estimator import Estimate
 from gmn_lopt.meta.problem import InnerProblem
-from gmn_lopt.meta.window import Objective, check_window, first_lengths, standard_error, unroll, window_objective
+from gmn_lopt.meta.window import check_window, first_lengths, standard_error, unroll, window_objective
 
 
 class PESState(NamedTuple):
@@ -45,7 +45,7 @@ class PES:
         pairs: number of antithetic pairs of unrolls; both unrolls of a pair see the same problems and batches.
         truncation: inner steps ``K`` in one window; must divide the horizon.
         sigma: standard deviation of the perturbation drawn for each window.
-        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.Objective`.
+        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.OBJECTIVES`.
         persistent: False forgets the perturbations of earlier windows, which makes this truncated evolution
             strategies: less noise, but biased towards short horizons.
 
@@ -56,8 +56,8 @@ class PES:
     problem: InnerProblem
     pairs: int = 16
     truncation: int = 50
-    sigma: float = 0.01
-    objective: Objective = "mean"
+    sigma: float | int = 0.01
+    objective: str = "mean"
     persistent: bool = True
 
     def __post_init__(self) -> None:

@@ -1,11 +1,12 @@
 """What an estimator of the meta-gradient unrolls: any inner problem that depends on meta-parameters."""
 
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 from jaxtyping import Array, Float, PyTree
 
 
+@runtime_checkable
 class InnerProblem(Protocol):
     """An inner problem, unrolled by the estimators of this package."""
 

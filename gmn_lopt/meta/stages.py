@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, get_args
+from typing import Any
 
 import optax
 
@@ -11,7 +11,7 @@ from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.truncated import Truncated
-from gmn_lopt.meta.window import Objective
+from gmn_lopt.meta.window import OBJECTIVES
 
 SCHEDULES = ("constant", "cosine")
 
@@ -46,7 +46,7 @@ class Stage:
     objective: str = "mean"
 
     def __post_init__(self) -> None:
-        for name, known in (("estimator", ESTIMATORS), ("schedule", SCHEDULES), ("objective", get_args(Objective))):
+        for name, known in (("estimator", ESTIMATORS), ("schedule", SCHEDULES), ("objective", OBJECTIVES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", "clip"):
@@ -58,7 +58,7 @@ class Stage:
         """The stage's estimator of the meta-gradient of ``problem``."""
         return ESTIMATORS[self.estimator](self, problem)
 
-    def meta_optimizer(self, clip_norm: float) -> optax.GradientTransformation:
+    def meta_optimizer(self, clip_norm: float | int) -> optax.GradientTransformation:
         """Adam, after clipping the meta-gradient to a global norm."""
         rate: Any = self.learning_rate
         if self.schedule == "cosine":
@@ -67,8 +67,8 @@ class Stage:
 
 
 ESTIMATORS: dict[str, Callable[[Stage, InnerProblem], Any]] = {
-    "pes": lambda s, problem: PES(problem, s.pairs, s.truncation, s.sigma, s.objective),  # type: ignore[arg-type]
-    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective),  # type: ignore[arg-type]
+    "pes": lambda s, problem: PES(problem, s.pairs, s.truncation, s.sigma, s.objective),
+    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective),
 }
 
 SHORT_NAMES = {"K": "truncation", "n": "pairs"}

@@ -1,7 +1,7 @@
 """Training a task with a learned optimizer, as the inner problem of meta-training."""
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, PyTree
 from gmn_lopt.factors import value_grad_and_factors
 from gmn_lopt.meta.task import Task
 
-MetaLoss = Literal["train", "validation"]
+META_LOSSES = ("train", "validation")
 """The batch the meta-objective is taken on: the one the step trains on, or one of examples it never trains on."""
 
 
+@runtime_checkable
 class Learned(Protocol):
     """What is asked of a learned optimizer, such as :class:`gmn_lopt.LearnedOptimizer`."""
 
@@ -52,12 +53,12 @@ class TrainingProblem:
 
     task: Task
     lopt: Learned
-    meta_loss: MetaLoss = "train"
+    meta_loss: str = "train"
     steps: int | None = None
 
     def __post_init__(self) -> None:
-        if self.meta_loss not in get_args(MetaLoss):
-            raise ValueError(f"unknown meta-loss {self.meta_loss!r}; choose one of {', '.join(get_args(MetaLoss))}")
+        if self.meta_loss not in META_LOSSES:
+            raise ValueError(f"unknown meta-loss {self.meta_loss!r}; choose one of {', '.join(META_LOSSES)}")
 
     @property
     def horizon(self) -> int:

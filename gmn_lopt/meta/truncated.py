@@ -11,7 +11,6 @@ from jaxtyping import Array, Float, Int, PyTree
 from gmn_lopt.meta.estimator import Estimate
 from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.window import (
-    Objective,
     check_window,
     first_lengths,
     standard_error,
@@ -49,7 +48,7 @@ class Truncated:
         unrolls: number of inner problems unrolled in parallel.
         truncation: inner steps ``K`` in one window; must divide the horizon.
         clip: largest global norm of one unroll's gradient.
-        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.Objective`.
+        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.OBJECTIVES`.
         remat: recompute each step in the backward pass: memory for ``K`` inner states instead of all intermediate
             values of ``K`` steps, for about one more forward pass of time.
 
@@ -60,8 +59,8 @@ class Truncated:
     problem: InnerProblem
     unrolls: int = 16
     truncation: int = 50
-    clip: float = 1.0
-    objective: Objective = "mean"
+    clip: float | int = 1.0
+    objective: str = "mean"
     remat: bool = False
 
     def __post_init__(self) -> None:

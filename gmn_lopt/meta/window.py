@@ -1,6 +1,6 @@
 """One window of an unrolled inner problem: what all estimators of the meta-gradient are built from."""
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,11 +8,11 @@ from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gmn_lopt.meta.problem import InnerProblem
 
-Objective = Literal["mean", "final"]
+OBJECTIVES = ("mean", "final")
 """``"mean"``: the mean loss along the trajectory. ``"final"``: the loss at the last step of the horizon only."""
 
 
-def check_window(problem: InnerProblem, truncation: int, objective: str, **counts: float) -> None:
+def check_window(problem: InnerProblem, truncation: int, objective: str, **counts: float | int) -> None:
     """Check what every estimator is configured with.
 
     Raises:
@@ -29,8 +29,8 @@ def check_window(problem: InnerProblem, truncation: int, objective: str, **count
             f"truncation {truncation} does not divide the horizon {problem.horizon}; choose a divisor, such as "
             + ", ".join(map(str, near))
         )
-    if objective not in get_args(Objective):
-        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(get_args(Objective))}")
+    if objective not in OBJECTIVES:
+        raise ValueError(f"unknown objective {objective!r}; choose one of {', '.join(OBJECTIVES)}")
 
 
 def first_lengths(horizon: int, truncation: int, count: int) -> Int[Array, "count"]:
@@ -78,7 +78,7 @@ def unroll(
 
 
 def window_objective(
-    losses: Float[Array, "truncation"], ends_at_horizon: Bool[Array, ""], objective: Objective
+    losses: Float[Array, "truncation"], ends_at_horizon: Bool[Array, ""], objective: str
 ) -> Float[Array, ""]:
     """What one window contributes to the objective; nothing to ``"final"`` unless it ends at the horizon."""
     if objective == "mean":
