@@ -228,7 +228,7 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _scalars(name: str, value: Any) -> dict[str, float]:
+def _scalars(name: str, value: Any) -> dict[str, float | int]:
     """The numbers of a metric, each with a name."""
     if isinstance(value, list):
         width = len(str(len(value)))
