@@ -20,8 +20,9 @@ def update_averages(
     They start at zero and are not corrected for it: everything that reads them divides them by their root mean square,
     in which a common factor cancels (up to the epsilon in the root, which lets a slow average grow in gradually).
     """
-    decays = jnp.asarray(DECAYS, jnp.float32).reshape((-1,) + (1,) * value.ndim)
-    return decays * averages + (1.0 - decays) * value
+    decays = np.asarray(DECAYS).reshape((-1,) + (1,) * value.ndim)
+    # One minus the decay in double precision: in single precision 1 - 0.9999 is off in the fourth digit.
+    return np.float32(decays) * averages + np.float32(1.0 - decays) * value
 
 
 def parameter_features(

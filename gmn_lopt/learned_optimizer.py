@@ -1,5 +1,6 @@
 """Learned optimizers: update rules whose networks are meta-trained, as optax gradient transformations."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ class LearnedOptimizer:
 
     def template(self) -> PyTree:
         """The shapes and dtypes of the meta-parameters, as :meth:`init` draws them."""
-        return jax.eval_shape(self.init, jax.random.key(0))
+        return _template(self)
 
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
         """The rule's coefficients, for monitoring: ``alpha``, and ``beta`` and ``mu`` where the rule has them."""
@@ -128,7 +129,7 @@ class LearnedOptimizer:
         ``update(grads, state, params, factors=factors)`` takes the factors of
         :func:`gmn_lopt.value_grad_and_factors`, always those of the whole model, even where ``optax.masked`` or
         ``optax.partition`` hand it only some of the parameters; without GradMetaNet they are ignored. All arithmetic is
-        in float32; updates have the gradients' dtypes. A gradient or factor that is not finite makes the update, and
+        in float32; updates have the parameters' dtypes. A gradient or factor that is not finite makes the update, and
         from then on the moving averages, not finite, as Adam's; guard with ``optax.apply_if_finite``.
 
         In ``optax.MultiSteps`` the gradient is the mean over the micro-steps and the factors are those of the last
@@ -140,7 +141,11 @@ class LearnedOptimizer:
         Returns:
             The transformation. Its functions raise :class:`StructureError` where parameters, gradients or factors do
             not match the structure, and ``ValueError`` without ``params`` or without factors that it needs.
+
+        Raises:
+            ValueError: if ``phi`` is not shaped like this architecture's meta-parameters.
         """
+        _check_meta_parameters(phi, self.template())
 
         def init(params: PyTree) -> LearnedOptimizerState:
             _match(self.structure, params, "parameter")
@@ -160,7 +165,10 @@ class LearnedOptimizer:
             **_: Any,
         ) -> tuple[PyTree, LearnedOptimizerState]:
             if params is None:
-                raise ValueError(optax._src.base.NO_PARAMS_MSG)
+                raise ValueError(
+                    "You are using a transformation that requires the current value of parameters, but you are not "
+                    "passing `params` when calling `update`."
+                )
             return self._update(phi, updates, state, params, factors)
 
         return optax.GradientTransformationExtraArgs(init, update)
@@ -211,7 +219,7 @@ class LearnedOptimizer:
                 beta = jnp.exp(phi["log_beta"])
                 steps = [v + beta * f.reshape(v.shape) for v, f in zip(steps, outputs)]
         alpha = jnp.exp(phi["log_alpha"])
-        steps = [(-alpha * step).astype(g.dtype) for step, g in zip(steps, jax.tree.leaves(params))]
+        steps = [(-alpha * v).astype(jnp.result_type(p)) for v, p in zip(steps, jax.tree.leaves(params))]
         step = optax.safe_increment(state.step)
         return (
             jax.tree.unflatten(treedef, steps),
@@ -245,6 +253,28 @@ class LearnedOptimizer:
         outputs: Any = self._gradmetanet.apply({"params": phi["gradmetanet"]}, channels, by_index)
         chosen = [outputs[i] for i in indices]
         return [None if x is None else x.reshape(-1, x.shape[-1]) for x in chosen]
+
+
+@functools.lru_cache(maxsize=64)
+def _template(lopt: LearnedOptimizer) -> PyTree:
+    return jax.eval_shape(lopt.init, jax.random.key(0))
+
+
+def _check_meta_parameters(phi: PyTree, template: PyTree) -> None:
+    given, expected = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (phi, template)
+    )
+    for name in [*expected, *given]:
+        if given.get(name) == expected.get(name):
+            continue
+        if name not in given:
+            problem = f"phi lacks {name}"
+        elif name not in expected:
+            problem = f"phi holds {name}, which this architecture does not have"
+        else:
+            problem = f"phi{name} has shape {given[name]}, but {expected[name]} in this architecture"
+        raise ValueError(f"{problem}: use meta-parameters from the init of the same LearnedOptimizer")
 
 
 def _match(structure: GradientStructure, tree: PyTree, what: str) -> list[int]:

@@ -1,0 +1,289 @@
+"""The update rule against numpy, and the rules that optax transformations obey."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from optimizing import analyzed, lively, mlp, play, record, relative_difference
+
+import gmn_lopt
+from gmn_lopt import StructureError
+from gmn_lopt.features import DECAYS, parameter_features, time_features, update_averages
+from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig
+from gmn_lopt.learned_optimizer import LearnedOptimizer
+
+SMALL = GradMetaNetConfig(width=8, product_width=8)
+MODEL = mlp(5, 7, 4)
+STRUCTURE = analyzed(MODEL)
+RECORDED = record(MODEL, steps=4)
+
+
+@functools.cache
+def optimizer(**options):
+    lopt = LearnedOptimizer(STRUCTURE, width=8, **{"gradmetanet": SMALL} | options)
+    return lopt, lively(lopt)
+
+
+def numpy_features(parameter, gradient, averages, t):
+    channels = []
+    for x in (parameter, gradient, *averages):
+        x = np.clip(np.asarray(x, np.float64).ravel(), -1, 1)
+        channels.append(x / np.sqrt(np.mean(x**2) + 1e-5))
+    taus = (1, 3, 10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5)
+    return np.concatenate(
+        [np.stack(channels, 1), np.tile(np.tanh(t / np.array(taus) - 1), (parameter.size, 1))], axis=1
+    )
+
+
+def test_features_are_clipped_then_normalised():
+    rng = np.random.default_rng(0)
+    parameter, gradient = rng.normal(size=(2, 3, 4)).astype(np.float32) * np.array([[[1.0]], [[3.0]]], np.float32)
+    averages = (rng.normal(size=(6, 3, 4)) * 10.0 ** np.arange(-4, 2)[:, None, None]).astype(np.float32)
+    expected = numpy_features(parameter, gradient, averages, 17)
+    np.testing.assert_allclose(
+        parameter_features(*map(jnp.asarray, (parameter, gradient, averages))), expected[:, :8], rtol=1e-5
+    )
+    np.testing.assert_allclose(time_features(jnp.array(17)), expected[0, 8:], rtol=1e-5)
+    assert expected.shape[1] == 19
+
+
+def test_averages_are_exponential_moving_averages():
+    values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
+    averages = jnp.zeros((6, 3))
+    for value in values:
+        averages = update_averages(averages, jnp.asarray(value))
+    for decay, average in zip((0.1, 0.5, 0.9, 0.99, 0.999, 0.9999), averages, strict=True):
+        weights = (1 - decay) * decay ** np.arange(4, -1, -1.0)
+        np.testing.assert_allclose(average, weights @ values, rtol=1e-4)
+
+
+def numpy_updates(lopt, phi, base):
+    """The whole rule for all recorded steps, with every channel concatenated and repeated as section 5 says."""
+    w = jax.tree.map(lambda x: np.asarray(x, np.float64), phi)
+    leaves = [[np.asarray(g, np.float64) for g in jax.tree.leaves(grads)] for _, grads, _ in RECORDED]
+    averages = [np.zeros((6, *g.shape)) for g in leaves[0]]
+    momentum, second = [np.zeros_like(g) for g in leaves[0]], [np.zeros_like(g) for g in leaves[0]]
+    factor_averages = jax.tree.map(lambda x: np.zeros((6, *x.shape)), RECORDED[0][2])
+    decays, updates = np.array(DECAYS), []
+    for t, ((params, _, factors), grads) in enumerate(zip(RECORDED, leaves)):
+        extra = [None] * len(grads)
+        if lopt.needs_factors:
+            scaled = gmn_lopt.Factors(factors.activations, tuple(len(g) * g for g in factors.tangents))
+            ema = lambda a, x: decays[:, None, None] * a + (1 - decays)[:, None, None] * np.asarray(x)  # noqa: E731
+            factor_averages = jax.tree.map(ema, factor_averages, scaled)
+            channels = jax.tree.map(
+                lambda x, a: jnp.concatenate([x[None], a.astype(np.float32)]), scaled, factor_averages
+            )
+            module = GradMetaNet(STRUCTURE, lopt.gradmetanet, 7)
+            extra = module.apply({"params": phi["gradmetanet"]}, channels)
+        step = []
+        for i, (parameter, gradient) in enumerate(zip(jax.tree.leaves(params), grads)):
+            shape = (6,) + (1,) * gradient.ndim
+            averages[i] = decays.reshape(shape) * averages[i] + (1 - decays).reshape(shape) * gradient
+            if base == "adam":
+                momentum[i] = 0.9 * momentum[i] + 0.1 * gradient
+                second[i] = 0.999 * second[i] + 0.001 * gradient**2
+                v = momentum[i] / (1 - 0.9 ** (t + 1)) / (np.sqrt(second[i] / (1 - 0.999 ** (t + 1))) + 1e-8)
+            else:
+                one_minus_mu = np.exp(w["log_one_minus_mu"])
+                v = momentum[i] = (1 - one_minus_mu) * momentum[i] + one_minus_mu * gradient
+            if lopt.backbone == "ds":
+                x = numpy_features(parameter, gradient, averages[i], t)
+                if extra[i] is not None:
+                    x = np.concatenate([x[:, :8], np.asarray(extra[i]).reshape(len(x), -1), x[:, 8:]], axis=1)
+                for k in range(4):
+                    x = x @ w["backbone"][f"kernel_{k}"] + w["backbone"][f"bias_{k}"]
+                    x = np.maximum(x, 0) if k < 3 else x
+                v = v + np.exp(w["log_beta"]) * x.reshape(v.shape)
+            step.append(-np.exp(w["log_alpha"]) * v)
+        updates.append(step)
+    return updates
+
+
+@pytest.mark.parametrize("base", ["momentum", "adam"])
+@pytest.mark.parametrize("options", [{"backbone": "sgdm"}, {"gradmetanet": None}, {}], ids=["sgdm", "ds", "ds+gmn"])
+def test_the_update_is_the_rule(options, base):
+    lopt, phi = optimizer(base=base, **options)
+    for update, expected in zip(play(lopt, phi, RECORDED), numpy_updates(lopt, phi, base), strict=True):
+        assert relative_difference(update, expected) < 1e-4
+
+
+def test_starting_coefficients():
+    lopt = LearnedOptimizer(STRUCTURE)
+    start = {name: float(value) for name, value in lopt.scalars(lopt.init(jax.random.key(0))).items()}
+    assert start == pytest.approx({"alpha": 0.1, "beta": 0.001, "mu": 0.9})
+    adam = LearnedOptimizer(STRUCTURE, backbone="sgdm", base="adam")
+    assert float(adam.scalars(adam.init(jax.random.key(0)))["alpha"]) == pytest.approx(1e-3)
+    assert not adam.needs_factors
+
+
+def test_meta_parameters_fit_other_widths_depths_and_batch_sizes():
+    _, phi = optimizer()
+    for model in (mlp(3, 20, 2, batch=5), mlp(4, 6, 5, 7, 3)):
+        other = LearnedOptimizer(analyzed(model), gradmetanet=SMALL, width=8)
+        assert jax.tree.map(jnp.shape, other.template()) == jax.tree.map(jnp.shape, phi)
+        update = play(other, phi, record(model, steps=1))[0]
+        assert jax.tree.map(jnp.shape, update) == jax.tree.map(jnp.shape, model[1])
+        assert all(jnp.isfinite(u).all() and jnp.any(u != 0) for u in jax.tree.leaves(update))
+
+
+def run(tx, params=MODEL[1], **extra):
+    """Two compiled steps of a transformation; returns the last updates."""
+    state = tx.init(params)
+
+    @jax.jit
+    def step(grads, state, factors):
+        return tx.update(grads, state, params, factors=factors, **extra)
+
+    for _, grads, factors in RECORDED[:2]:
+        updates, state = step(grads, state, factors)
+    return updates
+
+
+def test_unknown_arguments_are_ignored_and_factors_too_where_not_needed():
+    plain, phi = optimizer(gradmetanet=None)
+    tx = plain.optimizer(phi)
+    updates, _ = tx.update(RECORDED[0][1], tx.init(MODEL[1]), MODEL[1])
+    more, _ = tx.update(RECORDED[0][1], tx.init(MODEL[1]), MODEL[1], factors=3, value=jnp.ones(()), other="x")
+    assert relative_difference(more, updates) == 0
+
+
+def test_chains_with_clipping_weight_decay_and_schedules():
+    lopt, phi = optimizer(gradmetanet=None)
+    tx = lopt.optimizer(phi)
+    plain = run(tx)
+    chained = run(optax.chain(tx, optax.add_decayed_weights(-0.1), optax.scale_by_schedule(lambda t: 1.0 + t)))
+    expected = jax.tree.map(lambda u, p: 2.0 * (u - 0.1 * p), plain, MODEL[1])
+    assert relative_difference(chained, expected) < 1e-5
+    clipped = run(optax.chain(optax.clip_by_global_norm(1e6), tx))
+    assert relative_difference(clipped, plain) < 1e-5
+    injected = run(optax.inject_hyperparams(lambda scale: optax.chain(tx, optax.scale(scale)))(scale=lambda t: 0.5 + t))
+    assert relative_difference(injected, jax.tree.map(lambda u: 1.5 * u, plain)) < 1e-5
+
+
+@pytest.mark.parametrize("prefix", [False, True])
+def test_masked_and_partitioned_parameters_get_the_updates_they_get_among_all(prefix):
+    lopt, phi = optimizer()
+    tx = lopt.optimizer(phi)
+    plain, grads = run(tx), RECORDED[1][1]
+    mask = [True, False] if prefix else [{"b": False, "w": True}, {"b": True, "w": False}]
+    full = [{"b": True, "w": True}, {"b": False, "w": False}] if prefix else mask
+
+    masked = run(optax.masked(tx, mask))
+    assert relative_difference(masked, jax.tree.map(lambda m, u, g: u if m else g, full, plain, grads)) < 1e-5
+    labels = jax.tree.map(lambda m: "learned" if m else "sgd", mask)
+    partitioned = run(optax.partition({"learned": tx, "sgd": optax.sgd(0.1)}, labels))
+    assert (
+        relative_difference(partitioned, jax.tree.map(lambda m, u, g: u if m else -0.1 * g, full, plain, grads)) < 1e-5
+    )
+
+
+def test_multi_steps_update_with_the_mean_gradient():
+    lopt, phi = optimizer()
+    tx = lopt.optimizer(phi)
+    wrapped = optax.MultiSteps(tx, every_k_schedule=2)
+    step = jax.jit(lambda grads, state, factors: wrapped.update(grads, state, MODEL[1], factors=factors))
+    state = wrapped.init(MODEL[1])
+    for _, grads, factors in RECORDED[:2]:
+        updates, state = step(grads, state, factors)
+    mean = jax.tree.map(lambda a, b: (a + b) / 2, RECORDED[0][1], RECORDED[1][1])
+    expected, _ = tx.update(mean, tx.init(MODEL[1]), MODEL[1], factors=RECORDED[1][2])
+    assert relative_difference(updates, expected) < 1e-5
+    assert int(state.inner_opt_state.step) == 1
+
+
+def test_optax_can_map_over_the_state():
+    lopt, phi = optimizer()
+    tx = lopt.optimizer(phi)
+    state = optax.tree_map_params(tx, lambda x: x + 1.0, tx.init(MODEL[1]))
+    assert all((x == 1.0).all() for x in jax.tree.leaves((state.direction, state.gradient_averages)))
+    assert all((x == 0.0).all() for x in jax.tree.leaves((state.step, state.factor_averages)))
+
+
+def test_updates_have_the_parameters_dtypes():
+    lopt, phi = optimizer()
+    params, grads, factors = jax.tree.map(lambda x: x.astype(jnp.bfloat16), RECORDED[0])
+    tx = lopt.optimizer(phi)
+    updates, state = tx.update(grads, tx.init(params), params, factors=factors)
+    assert {u.dtype for u in jax.tree.leaves(updates)} == {jnp.dtype(jnp.bfloat16)}
+    assert {x.dtype for x in jax.tree.leaves(state._replace(step=()))} == {jnp.dtype(jnp.float32)}
+    exact = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads, factors))
+    assert (
+        relative_difference(jax.tree.map(lambda u: u.astype(jnp.float32), updates), play(lopt, phi, [exact])[0]) < 1e-2
+    )
+
+
+def test_scan_and_vmap_over_meta_parameters_agree_with_single_steps():
+    lopt, phi = optimizer()
+    stacked = jax.tree.map(lambda x: jnp.stack([x, 0.9 * x]), phi)
+    params, grads, factors = jax.tree.map(lambda *x: jnp.stack(x), *RECORDED)
+
+    def unroll(phi):
+        tx = lopt.optimizer(phi)
+
+        def step(state, inputs):
+            params, grads, factors = inputs
+            updates, state = tx.update(grads, state, params, factors=factors)
+            return state, updates
+
+        return jax.lax.scan(step, tx.init(MODEL[1]), (params, grads, factors))[1]
+
+    both = jax.jit(jax.vmap(unroll))(stacked)
+    for i in range(2):
+        single = play(lopt, jax.tree.map(lambda x, i=i: x[i], stacked), RECORDED)[-1]
+        assert relative_difference(jax.tree.map(lambda x, i=i: x[i, -1], both), single) < 1e-4
+
+
+def test_missing_arguments_say_what_is_needed():
+    lopt, phi = optimizer()
+    tx, (params, grads, factors) = lopt.optimizer(phi), RECORDED[0]
+    state = tx.init(params)
+    with pytest.raises(ValueError, match="value_grad_and_factors"):
+        tx.update(grads, state, params)
+    with pytest.raises(ValueError, match="not passing `params`"):
+        tx.update(grads, state, factors=factors)
+    with pytest.raises(StructureError, match="Factors"):
+        tx.update(grads, state, params, factors=(factors.activations, factors.tangents))
+
+
+def test_parameters_gradients_and_factors_of_another_model_are_refused():
+    lopt, phi = optimizer()
+    tx, (params, grads, factors) = lopt.optimizer(phi), RECORDED[0]
+    state = tx.init(params)
+    with pytest.raises(StructureError, match=r"parameter \[0\]\['w'\] has shape \(5, 8\), but \(5, 7\)"):
+        tx.init([{"b": params[0]["b"], "w": jnp.ones((5, 8))}, params[1]])
+    with pytest.raises(StructureError, match=r"parameter \[2\]\['b'\] is not in the analysed model"):
+        tx.init(mlp(5, 7, 4, 3)[1])
+    with pytest.raises(StructureError, match=r"parameter \[1\]\['b'\] of the analysed model is missing"):
+        tx.init(params[:1])
+    with pytest.raises(StructureError, match=r"gradient \[1\]\['w'\] has shape"):
+        tx.update([grads[0], {"b": grads[1]["b"], "w": grads[1]["w"].T}], state, params, factors=factors)
+    with pytest.raises(StructureError, match="same leaves"):
+        tx.update([grads[0], optax.MaskedNode()], state, params, factors=factors)
+    with pytest.raises(StructureError, match=r"activations\[0\] has a set of 6 elements, but 12"):
+        tx.update(grads, state, params, factors=jax.tree.map(lambda x: x[:6], factors))
+    with pytest.raises(StructureError, match=r"activations\[1\] has shape \(12, 8\), but \(12, 7\)"):
+        tx.update(grads, state, params, factors=record(mlp(5, 8, 4), steps=1)[0][2])
+    with pytest.raises(StructureError, match=r"activations holds 3 arrays, but 2"):
+        tx.update(grads, state, params, factors=record(mlp(5, 7, 4, 4), steps=1)[0][2])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"backbone": "dss"}, "dss.*ds, sgdm"), ({"base": "sgd"}, "sgd.*momentum, adam"), ({"width": 0}, "width")],
+)
+def test_unknown_architectures_are_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        LearnedOptimizer(STRUCTURE, **options)
+
+
+def test_meta_parameters_of_another_architecture_are_refused():
+    lopt, phi = optimizer()
+    _, without = optimizer(gradmetanet=None)
+    with pytest.raises(ValueError, match=r"phi\['backbone'\]\['kernel_0'\] has shape \(19, 8\)"):
+        lopt.optimizer(without)
+    with pytest.raises(ValueError, match=r"phi lacks \['log_beta'\]"):
+        lopt.optimizer({name: value for name, value in phi.items() if name != "log_beta"})

@@ -1,0 +1,184 @@
+"""Saved learned optimizers come back unchanged, and damaged ones are refused in one line that names the file."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.numpy
+from optimizing import analyzed, lively, mlp
+
+from gmn_lopt import serialization
+from gmn_lopt.gradmetanet import GradMetaNetConfig
+from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.serialization import SerializationError, load, load_learned, save
+
+MODEL = mlp(5, 7, 4)
+STRUCTURE = analyzed(MODEL)
+OPTIONS = {
+    "sgdm": {"backbone": "sgdm"},
+    "ds": {"gradmetanet": None, "width": 12},
+    "ds+gmn": {"gradmetanet": GradMetaNetConfig(width=6, set_layers=1, use_parameter=True), "base": "adam"},
+}
+
+
+@pytest.fixture
+def saved(tmp_path):
+    lopt = LearnedOptimizer(STRUCTURE, gradmetanet=None, width=4)
+    save(tmp_path / "saved", lopt, lively(lopt))
+    return tmp_path / "saved"
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_round_trip(tmp_path, name):
+    lopt = LearnedOptimizer(STRUCTURE, **OPTIONS[name])
+    phi = lively(lopt)
+    save(tmp_path / "deep" / "saved", lopt, phi)
+    assert sorted(p.name for p in (tmp_path / "deep" / "saved").iterdir()) == ["config.json", "phi.safetensors"]
+
+    other = analyzed(mlp(3, 6, 5, 2))
+    loaded, weights = load_learned(str(tmp_path / "deep" / "saved"), other)
+    assert loaded == LearnedOptimizer(other, **OPTIONS[name])
+    assert jax.tree.structure(weights) == jax.tree.structure(phi)
+    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(phi)))
+
+
+def test_load_gives_the_transformation(saved):
+    tx = load(saved, STRUCTURE)
+    grads = jax.tree.map(jnp.ones_like, MODEL[1])
+    updates, _ = tx.update(grads, tx.init(MODEL[1]), MODEL[1])
+    lopt, phi = load_learned(saved, STRUCTURE)
+    expected, _ = lopt.optimizer(phi).update(grads, tx.init(MODEL[1]), MODEL[1])
+    assert all(np.array_equal(a, b) and np.any(a) for a, b in zip(jax.tree.leaves(updates), jax.tree.leaves(expected)))
+
+
+def test_saving_again_replaces_all_of_it(saved):
+    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    save(saved, lopt, lopt.init(jax.random.key(0)))
+    assert load_learned(saved, STRUCTURE)[0] == lopt
+    assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+def test_a_failing_save_leaves_what_was_there(saved, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    monkeypatch.setattr(serialization.os, "fsync", fail)
+    with pytest.raises(SerializationError, match="saved: No space left"):
+        save(saved, lopt, lopt.init(jax.random.key(0)))
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+    assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+def test_nothing_else_is_overwritten(tmp_path):
+    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    (tmp_path / "thesis.tex").write_text("years of work")
+    for path in (tmp_path, tmp_path / "thesis.tex"):
+        with pytest.raises(SerializationError, match="not a saved optimizer"):
+            save(path, lopt, lopt.init(jax.random.key(0)))
+    assert (tmp_path / "thesis.tex").read_text() == "years of work"
+
+
+def test_meta_parameters_of_another_optimizer_are_not_saved(tmp_path):
+    lopt = LearnedOptimizer(STRUCTURE, gradmetanet=None)
+    with pytest.raises(SerializationError, match=r"phi lacks backbone/bias_0"):
+        save(tmp_path / "saved", lopt, LearnedOptimizer(STRUCTURE, backbone="sgdm").init(jax.random.key(0)))
+    assert not (tmp_path / "saved").exists()
+
+
+def edit_config(**changes):
+    def edit(saved):
+        config = json.loads((saved / "config.json").read_text())
+        for key, value in changes.items():
+            (config if key in config else config["optimizer"])[key] = value
+        (saved / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+def drop_from_config(saved):
+    config = json.loads((saved / "config.json").read_text())
+    del config["optimizer"]["base"]
+    (saved / "config.json").write_text(json.dumps(config))
+
+
+def edit_weights(change):
+    def edit(saved):
+        arrays = safetensors.numpy.load_file(saved / "phi.safetensors")
+        safetensors.numpy.save_file(change(arrays), saved / "phi.safetensors")
+
+    return edit
+
+
+def truncate(file, keep):
+    return lambda saved: (saved / file).write_bytes((saved / file).read_bytes()[:keep])
+
+
+DAMAGE = {
+    "empty weights": (truncate("phi.safetensors", 0), "phi.safetensors is damaged"),
+    "truncated header": (truncate("phi.safetensors", 20), "phi.safetensors is damaged"),
+    "truncated weights": (truncate("phi.safetensors", -1), "phi.safetensors is damaged"),
+    "a pickle": (
+        lambda d: (d / "phi.safetensors").write_bytes(b"\x80\x04cos\nsystem\n."),
+        "phi.safetensors is damaged",
+    ),
+    "no weights": (lambda d: (d / "phi.safetensors").unlink(), "phi.safetensors is missing"),
+    "wrong shape": (
+        edit_weights(lambda a: a | {"backbone/kernel_1": np.zeros((4, 5), np.float32)}),
+        r"phi.safetensors holds backbone/kernel_1 with shape \(4, 5\).*needs \(4, 4\)",
+    ),
+    "wrong dtype": (
+        edit_weights(lambda a: a | {"log_alpha": a["log_alpha"].astype(np.float16)}),
+        "phi.safetensors holds log_alpha as float16, not float32",
+    ),
+    "one too many": (edit_weights(lambda a: a | {"extra": a["log_alpha"]}), "phi.safetensors holds extra"),
+    "one too few": (
+        edit_weights(lambda a: {k: v for k, v in a.items() if k != "log_alpha"}),
+        "lacks log_alpha",
+    ),
+    "truncated config": (truncate("config.json", 40), "config.json is damaged"),
+    "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
+    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json does not describe"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
+    "other format": (edit_config(format="else"), "config.json does not describe"),
+    "unknown version": (edit_config(version=99), "config.json has format version 99.*reads version 1"),
+    "no architecture": (edit_config(optimizer=3), "config.json.*missing or not an object"),
+    "lacking entry": (drop_from_config, "config.json.*lacks base"),
+    "unknown entry": (edit_config(depth=3), "config.json.*unknown entry depth"),
+    "unknown backbone": (edit_config(backbone="resnet"), "config.json: unknown backbone 'resnet'"),
+    "wrong type": (edit_config(width="wide"), "config.json: width"),
+    "other width": (edit_config(width=5), r"phi.safetensors holds backbone/\S+ with shape \(4,.*but.*needs \(5,"),
+    "other base": (edit_config(base="adam"), "phi.safetensors holds log_one_minus_mu"),
+    "GradMetaNet claimed": (edit_config(gradmetanet={"width": 3}), "config.json.*lacks neuron_layers"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damage_is_named(saved, damage):
+    do, message = DAMAGE[damage]
+    do(saved)
+    with pytest.raises(SerializationError, match=message) as error:
+        load(saved, STRUCTURE)
+    assert "\n" not in str(error.value) and str(saved) in str(error.value)
+
+
+def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
+    with pytest.raises(SerializationError, match="no-such-optimizer"):
+        load("no-such-optimizer", STRUCTURE)
+    (tmp_path / "pretrained" / "shipped").mkdir(parents=True)
+    monkeypatch.setattr(serialization.resources, "files", lambda _: tmp_path)
+    with pytest.raises(SerializationError, match=r"no-such-optimizer.*\(those are shipped\)"):
+        load("no-such-optimizer", STRUCTURE)
+    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    (tmp_path / "pretrained" / "shipped").rmdir()
+    save(tmp_path / "pretrained" / "shipped", lopt, lopt.init(jax.random.key(0)))
+    assert load_learned("shipped", STRUCTURE)[0] == lopt
+
+
+def test_a_file_is_not_a_directory(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SerializationError, match="not a directory"):
+        load(tmp_path / "file", STRUCTURE)
