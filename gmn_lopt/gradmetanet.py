@@ -301,7 +301,10 @@ def init_gradmetanet(module: GradMetaNet | InvariantGradMetaNet, key: jax.Array)
         tuple(one((module.channels, *shape), jnp.float32) for shape in shapes)
         for shapes in (s.activation_shapes, s.tangent_shapes)
     )
-    factors: Any = Factors(activations, tangents)  # type: ignore[arg-type]
-    if isinstance(module, InvariantGradMetaNet):
-        return init_weights(module.init, key, factors)
-    return init_weights(module.init, key, factors, [one(p.shape, jnp.float32) for p in s.parameters])
+    parameters = [one(p.shape, jnp.float32) for p in s.parameters]
+
+    def init(key: jax.Array, activations: Any, tangents: Any, parameters: Any) -> Any:
+        rest = () if isinstance(module, InvariantGradMetaNet) else (parameters,)
+        return module.init(key, Factors(activations, tangents), *rest)
+
+    return init_weights(init, key, activations, tangents, parameters)

@@ -42,14 +42,14 @@ class LearnedOptimizerState(NamedTuple):
         direction: the momentum, shaped like the parameters; with ``base="adam"`` optax's state of Adam.
         gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]``; empty for
             ``sgdm``.
-        factor_averages: moving averages of the factors, slot by slot of the set: arrays ``[6, S, d]``; empty without
-            GradMetaNet.
+        factor_averages: moving averages of the activations and of the tangents (at per-element scale), slot by slot
+            of the set: arrays ``[6, S, d]``; empty without GradMetaNet.
     """
 
     step: Int[Array, ""]
     direction: PyTree
     gradient_averages: PyTree
-    factor_averages: Factors | tuple[()]
+    factor_averages: PyTree
 
 
 @dataclass(frozen=True)
@@ -183,14 +183,12 @@ class LearnedOptimizer:
         assert self.gradmetanet is not None
         return GradMetaNet(self.structure, self.gradmetanet, channels=1 + len(DECAYS))
 
-    def _init_factor_averages(self) -> Factors | tuple[()]:
+    def _init_factor_averages(self) -> PyTree:
         if not self.needs_factors:
             return ()
         s = self.structure
-        return Factors(
-            tuple(jnp.zeros((len(DECAYS), *shape), jnp.float32) for shape in s.activation_shapes),
-            tuple(jnp.zeros((len(DECAYS), *shape), jnp.float32) for shape in s.tangent_shapes),
-        )
+        zeros = [jnp.zeros((len(DECAYS), *shape), jnp.float32) for shape in (*s.activation_shapes, *s.tangent_shapes)]
+        return tuple(zeros[: len(s.activation_shapes)]), tuple(zeros[len(s.activation_shapes) :])
 
     def _update(
         self, phi: PyTree, updates: PyTree, state: LearnedOptimizerState, params: PyTree, factors: Any
@@ -233,15 +231,15 @@ class LearnedOptimizer:
         momentum = jax.tree.map(lambda v, g: v + one_minus_mu * (g - v), state, grads)
         return momentum, momentum
 
-    def _factor_channels(self, averages: Any, factors: Any) -> tuple[Factors, Factors]:
+    def _factor_channels(self, averages: PyTree, factors: Any) -> tuple[Factors, PyTree]:
         """The channels that GradMetaNet reads: current factors and their moving averages, tangents per element."""
         _check_factors(self.structure, factors)
-        current = Factors(
+        current = (
             tuple(jnp.asarray(a, jnp.float32) for a in factors.activations),
             tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
         )
         new = jax.tree.map(update_averages, averages, current)
-        return jax.tree.map(lambda x, a: jnp.concatenate([x[None], a]), current, new), new
+        return Factors(*jax.tree.map(lambda x, a: jnp.concatenate([x[None], a]), current, new)), new
 
     def _extra_features(
         self, phi: PyTree, channels: Factors, indices: Sequence[int], values: Sequence[jax.Array]

@@ -66,17 +66,18 @@ def numpy_updates(lopt, phi, base):
     leaves = [[np.asarray(g, np.float64) for g in jax.tree.leaves(grads)] for _, grads, _ in RECORDED]
     averages = [np.zeros((6, *g.shape)) for g in leaves[0]]
     momentum, second = [np.zeros_like(g) for g in leaves[0]], [np.zeros_like(g) for g in leaves[0]]
-    factor_averages = jax.tree.map(lambda x: np.zeros((6, *x.shape)), RECORDED[0][2])
+    factor_averages = [np.zeros((6, *x.shape)) for x in jax.tree.leaves(RECORDED[0][2])]
     decays, updates = np.array(DECAYS), []
     for t, ((params, _, factors), grads) in enumerate(zip(RECORDED, leaves)):
         extra = [None] * len(grads)
         if lopt.needs_factors:
-            scaled = gmn_lopt.Factors(factors.activations, tuple(len(g) * g for g in factors.tangents))
-            ema = lambda a, x: decays[:, None, None] * a + (1 - decays)[:, None, None] * np.asarray(x)  # noqa: E731
-            factor_averages = jax.tree.map(ema, factor_averages, scaled)
-            channels = jax.tree.map(
-                lambda x, a: jnp.concatenate([x[None], a.astype(np.float32)]), scaled, factor_averages
-            )
+            kinds = len(factors.activations)
+            slots = [np.asarray(x, np.float64) for x in jax.tree.leaves(factors)]
+            slots = slots[:kinds] + [len(g) * g for g in slots[kinds:]]
+            ema = decays[:, None, None]
+            factor_averages = [ema * a + (1 - ema) * x for a, x in zip(factor_averages, slots)]
+            channels = [jnp.asarray(np.stack([x, *a]), jnp.float32) for x, a in zip(slots, factor_averages)]
+            channels = gmn_lopt.Factors(tuple(channels[:kinds]), tuple(channels[kinds:]))
             module = GradMetaNet(STRUCTURE, lopt.gradmetanet, 7)
             extra = module.apply({"params": phi["gradmetanet"]}, channels)
         step = []
