@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 from gmn_lopt.encoding import ENCODING_FEATURES, encode_sites
 from gmn_lopt.initialization import init_weights
 from gmn_lopt.site_features import SLOTS, FactorFeatures, NeuronFeatures, SetGroup, group_sites, mean_over_copies
-from gmn_lopt.structure import Factors, GradientStructure, SiteRef
+from gmn_lopt.structure import Factors, GradientStructure, Site, SiteRef, Space
 
 
 @dataclass(frozen=True)
@@ -289,22 +289,27 @@ class InvariantGradMetaNet(nn.Module):
         return self.head(jnp.concatenate(self.trunk(factors)).mean(0))
 
 
+# Weights do not depend on the model, so they are drawn for the smallest one: a single neuron.
+_ONE_NEURON = GradientStructure(
+    spaces=(Space(1, True),),
+    sites=(Site(spaces=(0,), size=1, set_size=1, set_axes=(0,), activation=0, tangent=0),),
+    parameters=(),
+    layers=(),
+    treedef=jax.tree.structure(()),
+    activation_shapes=((1, 1),),
+    tangent_shapes=((1, 1),),
+)
+
+
 def init_gradmetanet(module: GradMetaNet | InvariantGradMetaNet, key: jax.Array) -> PyTree:
     """Draw the weights of a module; they do not depend on its structure.
 
     Returns:
         Its parameters: ``module.apply({"params": weights}, factors)``.
     """
-    s = module.structure
-    one = jax.ShapeDtypeStruct
-    activations, tangents = (
-        tuple(one((module.channels, *shape), jnp.float32) for shape in shapes)
-        for shapes in (s.activation_shapes, s.tangent_shapes)
-    )
-    parameters = [one(p.shape, jnp.float32) for p in s.parameters]
 
-    def init(key: jax.Array, activations: Any, tangents: Any, parameters: Any) -> Any:
-        rest = () if isinstance(module, InvariantGradMetaNet) else (parameters,)
-        return module.init(key, Factors(activations, tangents), *rest)
+    def init(key: jax.Array, channels: Float[Array, "channels 1 1"]) -> Any:
+        rest = () if isinstance(module, InvariantGradMetaNet) else ((),)
+        return module.clone(structure=_ONE_NEURON).init(key, Factors((channels,), (channels,)), *rest)
 
-    return init_weights(init, key, activations, tangents, parameters)
+    return init_weights(init, key, jax.ShapeDtypeStruct((module.channels, 1, 1), jnp.float32))

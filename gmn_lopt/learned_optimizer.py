@@ -86,8 +86,8 @@ class LearnedOptimizer:
 
     @property
     def needs_factors(self) -> bool:
-        """Whether ``update`` has to be given ``factors``."""
-        return self.gradmetanet is not None
+        """Whether ``update`` has to be given ``factors``: with GradMetaNet, unless no parameter has a site."""
+        return self.gradmetanet is not None and any(p.sites for p in self.structure.parameters)
 
     def init(self, key: jax.Array) -> PyTree:
         """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure.
@@ -208,7 +208,7 @@ class LearnedOptimizer:
             averages = [update_averages(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
-            if self.gradmetanet is not None:
+            if self.needs_factors:
                 channels, factor_averages = self._factor_channels(state.factor_averages, factors)
                 extra = self._extra_features(phi, channels, indices, values)
             features = [parameter_features(*leaf) for leaf in zip(values, grads, averages)]

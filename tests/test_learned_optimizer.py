@@ -79,7 +79,7 @@ def numpy_updates(lopt, phi, base):
             channels = [jnp.asarray(np.stack([x, *a]), jnp.float32) for x, a in zip(slots, factor_averages)]
             channels = gmn_lopt.Factors(tuple(channels[:kinds]), tuple(channels[kinds:]))
             module = GradMetaNet(STRUCTURE, lopt.gradmetanet, 7)
-            extra = module.apply({"params": phi["gradmetanet"]}, channels)
+            extra = jax.jit(module.apply)({"params": phi["gradmetanet"]}, channels)
         step = []
         for i, (parameter, gradient) in enumerate(zip(jax.tree.leaves(params), grads)):
             shape = (6,) + (1,) * gradient.ndim
@@ -288,3 +288,13 @@ def test_meta_parameters_of_another_architecture_are_refused():
         lopt.optimizer(without)
     with pytest.raises(ValueError, match=r"phi lacks \['log_beta'\]"):
         lopt.optimizer({name: value for name, value in phi.items() if name != "log_beta"})
+
+
+def test_a_model_without_any_factors_is_optimized_all_the_same():
+    params = {"loose": jnp.arange(3.0)}
+    structure = gmn_lopt.analyze(lambda p: (p["loose"] ** 2).sum(), params)
+    lopt = LearnedOptimizer(structure, gradmetanet=SMALL, width=8)
+    assert not lopt.needs_factors
+    tx = lopt.optimizer(optimizer()[1])
+    updates, _ = tx.update(params, tx.init(params), params)
+    assert jnp.isfinite(updates["loose"]).all() and jnp.any(updates["loose"] != 0)
