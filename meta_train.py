@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
@@ -88,6 +89,10 @@ class Config:
 
     base: Literal["momentum", "adam"] = "momentum"
     """Direction that the learned part is added to."""
+    initial_alpha: float | None = None
+    """What alpha, the learning rate of the whole update, starts at; default: 0.1, for the Adam base 0.001."""
+    initial_beta: float | None = None
+    """What beta, the weight of the network's part, starts at; default: 0.001, for the Adam base 0.1."""
     width: int = 32
     """Width of the hidden layers of the per-parameter network."""
     gmn: GradMetaNetConfig = dataclasses.field(default_factory=GradMetaNetConfig)
@@ -143,6 +148,10 @@ def make_stages(config: Config) -> tuple[Stage, ...]:
     for name in ("log_every", "checkpoint_every", "keep", "keep_every", "meta_clip", "width"):
         if not getattr(config, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be positive")
+    for name in ("initial_alpha", "initial_beta"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive")
     try:
         default = Stage(
             "pes",
@@ -195,7 +204,7 @@ def train(
 ) -> bool:
     """Go through the stages, from the latest checkpoint on; return whether all are done."""
     key = jax.random.key(config.seed)
-    phi = lopt.init(jax.random.fold_in(key, 0))
+    phi = initial_phi(config, lopt, jax.random.fold_in(key, 0))
     total = sum(stage.meta_steps for stage, _ in stages)
     weights = sum(leaf.size for leaf in jax.tree.leaves(phi))
     print(
@@ -256,6 +265,15 @@ def train(
         return False
     run.mark_complete(total)
     return True
+
+
+def initial_phi(config: Config, lopt: LearnedOptimizer, key: jax.Array) -> PyTree:
+    """Draw the meta-parameters, with the coefficients that the configuration sets."""
+    phi = lopt.init(key)
+    for name, value in (("log_alpha", config.initial_alpha), ("log_beta", config.initial_beta)):
+        if value is not None and name in phi:
+            phi[name] = jnp.log(jnp.asarray(value, phi[name].dtype))
+    return phi
 
 
 def average(metrics: Sequence[Mapping[str, np.ndarray]], truncation: int, windows: int) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def haiku_mlp():
 
 
 def remat_mlp():
-    loss, params, args = jnp_mlp(jnp.tanh)
+    _, params, args = jnp_mlp(jnp.tanh)
 
     def rematerialised(params, x, labels):
         def hidden(params, x):

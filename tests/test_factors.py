@@ -32,7 +32,7 @@ def test_factors_rebuild_the_gradient(name):
 
 
 def test_tangents_are_dense_per_example_gradients():
-    """The outer product of one element's factors is that element's part of the gradient, from a per-example Jacobian."""
+    """One element's outer product is its part of the gradient, by a per-example Jacobian."""
     loss, params, (x, labels) = jnp_mlp()
     _, _, factors = value_grad_and_factors(loss)(params, x, labels)
     per_example = jax.vmap(jax.grad(loss), in_axes=(None, 0, 0))(params, x[:, None], labels[:, None])
@@ -128,7 +128,7 @@ def test_any_widths_and_batch_size(widths, batch, bias):
 
 def test_wrong_input_is_one_clear_line():
     loss, params, (x, labels) = jnp_mlp()
-    with pytest.raises(StructureError, match="floating-point scalar.*12"):
+    with pytest.raises(StructureError, match=r"floating-point scalar.*12"):
         analyze(lambda params, x: (x @ params[0]["w"]).sum(1), params, x)
     with pytest.raises(StructureError, match="has_aux=True"):
         analyze(lambda params, x: (x.sum(), None), params, x)
@@ -136,7 +136,7 @@ def test_wrong_input_is_one_clear_line():
         analyze(lambda params: 0.0, [{"n": jnp.ones(3, int)}])
     structure = analyze(loss, params, x, labels)
     _, _, small = value_grad_and_factors(loss)(params, x[:5], labels[:5])
-    with pytest.raises(StructureError, match="5 elements.*12"):
+    with pytest.raises(StructureError, match=r"5 elements.*12"):
         structure.reconstruct(small)
     with pytest.raises(StructureError, match="do not fit the structure"):
         structure.reconstruct(Factors(small.activations[:1], small.tangents))

@@ -65,6 +65,10 @@ class MetaStep:
         """
         return self._step(state, data, key, np.uint32(number))
 
+    def compile(self, state: MetaState, data: PyTree, key: jax.Array) -> jax.stages.Compiled:
+        """The compiled meta-step by itself, to measure; call it with the number of the meta-step as a ``uint32``."""
+        return self._step.lower(state, data, key, np.uint32(0)).compile()
+
     @cached_property
     def _shardings(self) -> MetaState:
         split, replicated = unroll_shardings(self.estimator.parallel)
