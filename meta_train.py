@@ -212,6 +212,8 @@ def train(
         f"{problem.horizon}, {jax.local_device_count()} {jax.default_backend()} device(s), run directory {run.path}",
         file=sys.stderr,
     )
+    if run.latest == 0 and len(stages) > 1:
+        save_optimizer(run.path / "stages" / "0-start", lopt, phi)
     terminal = sys.stderr.isatty()
     with tqdm(total=total, initial=run.latest, mininterval=0.2 if terminal else 10, dynamic_ncols=terminal) as bar:
         begin = 0
