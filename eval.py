@@ -25,13 +25,15 @@ from tqdm import tqdm
 
 import gmn_lopt
 from gmn_lopt.command_line import parse
+from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation import plots, protocol
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
-from gmn_lopt.evaluation.results import Results, ResultsError, write_atomically
-from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, one_line, split_label
+from gmn_lopt.evaluation.results import Results, ResultsError
+from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, split_label
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
+from gmn_lopt.files import write_atomically
 from gmn_lopt.meta.task import Task
 from tasks import load_task
 
@@ -172,7 +174,7 @@ def find_task(name: str, data_dir: str | None) -> Task:
     try:
         return load_task(name, data_dir)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise UsageError(f"--task {name}: {one_line(error)}") from None
+        raise UsageError(f"--task {name}: {first_line(error)}") from None
 
 
 def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:

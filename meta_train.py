@@ -28,12 +28,13 @@ from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
 from gmn_lopt.command_line import parse
+from gmn_lopt.errors import first_line
 from gmn_lopt.factors import analyze
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.meta_step import MetaStep
-from gmn_lopt.meta.run_directory import RunDirectory, RunError, first_line, read_settings
+from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
 from gmn_lopt.meta.stages import Stage, parse_stages
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.serialization import SerializationError, save

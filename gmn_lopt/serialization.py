@@ -16,6 +16,7 @@ import safetensors
 import safetensors.numpy
 from jaxtyping import PyTree
 
+from gmn_lopt.errors import first_line
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.structure import GradientStructure
@@ -94,7 +95,7 @@ def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> 
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
         if isinstance(error, SerializationError):
             raise
-        raise SerializationError(f"{weights} is damaged or not a safetensors file: {_one_line(error)}") from error
+        raise SerializationError(f"{weights} is damaged or not a safetensors file: {first_line(error)}") from error
     _check_arrays(arrays, lopt, str(weights))
     template = lopt.template()
     leaves = [jax.numpy.asarray(arrays[name]) for name in _named_arrays(template)]
@@ -139,7 +140,7 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
     try:
         config = json.loads(_read(file))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise SerializationError(f"{file} is damaged or not JSON: {_one_line(error)}") from error
+        raise SerializationError(f"{file} is damaged or not JSON: {first_line(error)}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
     if config.get("version") != VERSION:
@@ -157,7 +158,7 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
         architecture["gradmetanet"] = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)
         return LearnedOptimizer(structure, **architecture)
     except (TypeError, ValueError) as error:
-        raise SerializationError(f"{file}: {_one_line(error)}") from error
+        raise SerializationError(f"{file}: {first_line(error)}") from error
 
 
 def _check_keys(value: Any, known: set[str], what: str) -> None:
@@ -211,7 +212,3 @@ def _replace_directory(new: Path, path: Path) -> None:
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())

@@ -6,8 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from gmn_lopt.evaluation.results import Results, ResultsError, write_atomically
+from gmn_lopt.evaluation.results import Results, ResultsError
 from gmn_lopt.evaluation.sources import SourceError, find_candidate, optax_transformation, parse_optax, split_label
+from gmn_lopt.files import write_atomically
 from gmn_lopt.meta.task import Task
 
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import re
 import tempfile
 import zipfile
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from gmn_lopt.files import write_atomically
 
 
 class ResultsError(ValueError):
@@ -74,16 +75,3 @@ class Results:
     def _file(self, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60]
         return self.directory / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.npz"
-
-
-def write_atomically(file: Path, content: bytes) -> None:
-    """Write a file so that at any moment it is either the old one or the new one, whole."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 
+from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation.candidate import Candidate, train_step
 from gmn_lopt.meta.task import Task
 from gmn_lopt.structure import GradientStructure
@@ -87,7 +88,7 @@ def optax_transformation(spec: str) -> optax.GradientTransformation:
         tx = factory(**arguments)
     except Exception as error:  # optax checks arguments in many ways
         raise SourceError(
-            f"--optimizer {spec!r}: optax.{name} does not take these arguments: {one_line(error)}"
+            f"--optimizer {spec!r}: optax.{name} does not take these arguments: {first_line(error)}"
         ) from None
     if not isinstance(tx, optax.GradientTransformation):
         raise SourceError(f"--optimizer {spec!r}: optax.{name} does not make an optimizer")
@@ -124,12 +125,6 @@ def find_candidate(
     return candidate
 
 
-def one_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, or its type."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
-
-
 def _digest(*parts: bytes) -> str:
     digest = hashlib.sha256()
     for part in parts:
@@ -150,7 +145,7 @@ def _learned(label: str | None, source: str, structure: GradientStructure, known
     try:
         lopt, phi = load_learned(str(directory) if path.is_dir() else source, structure)
     except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SourceError(f"--optimizer {source!r}: {one_line(error)}") from None
+        raise SourceError(f"--optimizer {source!r}: {first_line(error)}") from None
     if directory.is_dir():
         files = sorted(file for file in directory.rglob("*") if file.is_file())
         digest = _digest(*(part for f in files for part in (str(f.relative_to(directory)).encode(), f.read_bytes())))
@@ -172,4 +167,4 @@ def _check(candidate: Candidate, task: Task) -> None:
     try:
         jax.eval_shape(step, candidate.hyper, jax.random.key(0), task.data["train"])
     except Exception as error:  # whatever an optimizer may raise: the user needs its name
-        raise SourceError(f"--optimizer {candidate.source!r} cannot train {task.name}: {one_line(error)}") from None
+        raise SourceError(f"--optimizer {candidate.source!r} cannot train {task.name}: {first_line(error)}") from None

@@ -5,7 +5,6 @@ import errno
 import fcntl
 import json
 import math
-import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, TextIO
@@ -14,6 +13,9 @@ import jax
 import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from tensorboardX import SummaryWriter
+
+from gmn_lopt.errors import first_line
+from gmn_lopt.files import write_atomically
 
 _CONFIG, _METRICS, _COMPLETE, _LOCK = "config.json", "metrics.jsonl", "COMPLETE", ".lock"
 
@@ -57,7 +59,7 @@ class RunDirectory:
         with contextlib.ExitStack() as stack:
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                content = {entry.name for entry in path.iterdir()} - {_LOCK, f"{_CONFIG}.partial"}
+                content = {entry.name for entry in path.iterdir() if entry.suffix != ".partial"} - {_LOCK}
                 if content and not resume:
                     raise RunError(
                         f"--out {path} is not empty; add --resume to continue the run in it, or choose another"
@@ -74,7 +76,7 @@ class RunDirectory:
     def _open(self, settings: Mapping[str, Any], versions: Mapping[str, str], keep: int, keep_period: int) -> None:
         path = self.path
         config = {"settings": dict(settings), "versions": dict(versions)}
-        write_atomically(path / _CONFIG, json.dumps(config, indent=2))
+        write_atomically(path / _CONFIG, json.dumps(config, indent=2).encode())
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep,
             keep_period=keep_period,
@@ -94,7 +96,7 @@ class RunDirectory:
     def mark_complete(self, meta_step: int) -> None:
         """Say that the run has ended with this meta-step."""
         try:
-            write_atomically(self.path / _COMPLETE, f"{meta_step}\n")
+            write_atomically(self.path / _COMPLETE, f"{meta_step}\n".encode())
         except OSError as error:
             raise RunError(f"cannot write {self.path / _COMPLETE}: {error.strerror}; checkpoints are intact") from None
 
@@ -166,7 +168,7 @@ class RunDirectory:
                 break  # the line that was being written when the process was killed
             if row["meta_step"] <= self.latest:
                 kept.append(line + "\n")
-        write_atomically(file, "".join(kept))
+        write_atomically(file, "".join(kept).encode())
         return file.open("a")
 
 
@@ -183,21 +185,6 @@ def read_settings(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise RunError(f"--out {path} is not the directory of a run: it has no readable {_CONFIG}; choose another")
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a file such that at any moment it is either the old one or the new one, whole."""
-    partial = file.with_name(f"{file.name}.partial")
-    with partial.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    partial.replace(file)
-
-
-def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, or its type."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _lock(file: Path) -> TextIO:

@@ -1,0 +1,6 @@
+"""Errors of others in one line."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first non-empty line of an error's message, or its type."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
