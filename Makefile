@@ -5,8 +5,16 @@ INSTALLED := .venv/.installed
 
 .PHONY: demo test lint bench clean
 
+# Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
-	$(BIN)/python demo.py
+	$(BIN)/python meta_train.py --task digits_mlp --optimizer ds+gmn --out runs/demo --resume \
+		--gmn.width 16 --gmn.set-layers 1 --gmn.product-width 16 \
+		--base adam --initial-alpha 0.02 --initial-beta 0.02 --checkpoint-every 50 \
+		--stages truncated:400:4e-3:K=25:n=8:schedule=cosine,pes:60:1e-4:K=25:n=8
+	$(BIN)/python eval.py --task digits_mlp --out report/demo --smoothing 10 \
+		--optimizer "untrained=runs/demo/stages/0-start" \
+		--optimizer "after truncated=runs/demo/stages/1-truncated" \
+		--optimizer "after PES=runs/demo"
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest
