@@ -9,8 +9,8 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python meta_train.py --task digits_mlp --optimizer ds+gmn --out runs/demo --resume \
 		--gmn.width 16 --gmn.set-layers 1 --gmn.product-width 16 \
-		--base adam --initial-alpha 0.02 --initial-beta 0.02 --checkpoint-every 50 \
-		--stages truncated:400:4e-3:K=25:n=8:schedule=cosine,pes:60:1e-4:K=25:n=8
+		--initial-alpha 2 --initial-beta 2e-4 --checkpoint-every 50 \
+		--stages truncated:400:3e-3:K=25:n=8:schedule=cosine,pes:60:1e-4:K=25:n=8
 	$(BIN)/python eval.py --task digits_mlp --out report/demo --smoothing 10 \
 		--optimizer "untrained=runs/demo/stages/0-start" \
 		--optimizer "after truncated=runs/demo/stages/1-truncated" \
