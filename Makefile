@@ -17,7 +17,7 @@ demo: $(INSTALLED)
 		--optimizer "after PES=runs/demo"
 
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

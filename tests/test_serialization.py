@@ -149,7 +149,7 @@ DAMAGE = {
     "lacking entry": (drop_from_config, "config.json.*lacks base"),
     "unknown entry": (edit_config(depth=3), "config.json.*unknown entry depth"),
     "unknown backbone": (edit_config(backbone="resnet"), "config.json: unknown backbone 'resnet'"),
-    "wrong type": (edit_config(width="wide"), "config.json: .*width"),
+    "wrong type": (edit_config(width=True), "config.json: width must be a whole number.*not True"),
     "other width": (edit_config(width=5), r"phi.safetensors holds backbone/\S+ with shape \(4,.*but.*needs \(5,"),
     "other base": (edit_config(base="adam"), "phi.safetensors holds log_one_minus_mu"),
     "GradMetaNet claimed": (edit_config(gradmetanet={"width": 3}), "config.json.*lacks neuron_layers"),

@@ -7,6 +7,11 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
+def usable_devices(parallel: int, devices: int) -> int:
+    """How many of so many devices can share ``parallel`` unrolls evenly."""
+    return max(n for n in range(1, devices + 1) if parallel % n == 0)
+
+
 def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None) -> tuple[NamedSharding, NamedSharding]:
     """Shardings for an estimator's state and for everything else.
 
@@ -22,6 +27,5 @@ def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None)
         ``(split, replicated)``.
     """
     devices = jax.local_devices() if devices is None else devices
-    count = max(n for n in range(1, len(devices) + 1) if parallel % n == 0)
-    mesh = Mesh(np.asarray(devices[:count]), ("unrolls",))
+    mesh = Mesh(np.asarray(devices[: usable_devices(parallel, len(devices))]), ("unrolls",))
     return NamedSharding(mesh, PartitionSpec("unrolls")), NamedSharding(mesh, PartitionSpec())
