@@ -27,6 +27,7 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.task import Task
 from gmn_lopt.meta.training_problem import TrainingProblem
+from meta_train import use_all_cores
 from tasks import fashion_mnist_mlp
 
 
@@ -110,4 +111,5 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
+    use_all_cores()
     main(tyro.cli(Config, description=__doc__))
