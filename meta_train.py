@@ -41,7 +41,7 @@ from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.serialization import SerializationError, save
 from tasks import load_task
 
-OPTIMIZERS = ("sgdm", "ds", "ds+gmn")
+OPTIMIZERS = ("sgdm", "ds", "ds+gmn", "celo", "celo+gmn")
 RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
 
 
@@ -53,8 +53,9 @@ class Config:
     """Name of a file in tasks/, without .py."""
     out: Path
     """Directory of the run."""
-    optimizer: Literal["sgdm", "ds", "ds+gmn"] = "ds+gmn"
-    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), ds+gmn (with GradMetaNet)."""
+    optimizer: Literal["sgdm", "ds", "ds+gmn", "celo", "celo+gmn"] = "ds+gmn"
+    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), celo (the same on features that
+    know neither scale nor time), each also with GradMetaNet (+gmn)."""
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
     resume: bool = False
@@ -89,14 +90,26 @@ class Config:
     horizon: int | None = None
     """Inner steps T of one inner problem; default: the task's."""
 
-    base: Literal["momentum", "adam"] = "momentum"
+    base: Literal["momentum", "adam", "muon"] = "momentum"
     """Direction that the learned part is added to."""
+    rule: Literal["additive", "normalized"] = "additive"
+    """How direction and learned part make a step; normalized: of a size that only the learning rate sets."""
+    orthogonalize: bool = False
+    """Whether the normalized rule orthogonalises the steps of kernels, as Muon does."""
+    gate: bool = False
+    """Whether the network also scales the step, entry by entry: a learned schedule."""
+    bound: float | None = None
+    """Largest size of the learned part relative to the direction, in the additive rule; default: none."""
+    learning_rate: float = 1e-3
+    """Learning rate of the normalized rule."""
     initial_alpha: float | None = None
-    """What alpha, the learning rate of the whole update, starts at; default: 0.1, for the Adam base 0.001."""
+    """What alpha, the learning rate of the whole update, starts at; default: by base, 0.1, 0.001 or 0.03."""
     initial_beta: float | None = None
-    """What beta, the weight of the network's part, starts at; default: 0.001, for the Adam base 0.1."""
+    """What beta, the weight of the network's part, starts at; default: by base, 0.001, 0.1 or 0.01; normalized, 0.1."""
     width: int = 32
     """Width of the hidden layers of the per-parameter network."""
+    hidden_layers: int = 3
+    """Number of hidden layers of the per-parameter network."""
     gmn: GradMetaNetConfig = dataclasses.field(default_factory=GradMetaNetConfig)
     """Architecture of GradMetaNet."""
 
@@ -147,7 +160,7 @@ def main(config: Config) -> bool:
 
 def make_stages(config: Config) -> tuple[Stage, ...]:
     """The stages that the configuration asks for."""
-    for name in ("log_every", "checkpoint_every", "keep", "keep_every", "meta_clip", "width"):
+    for name in ("log_every", "checkpoint_every", "keep", "keep_every", "meta_clip", "width", "learning_rate"):
         if not getattr(config, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be positive")
     for name in ("initial_alpha", "initial_beta"):
@@ -181,7 +194,19 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem]:
         batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
         structure = analyze(task.loss, params, batch)
         backbone, _, rest = config.optimizer.partition("+")
-        lopt = LearnedOptimizer(structure, backbone, config.gmn if rest else None, config.base, config.width)
+        lopt = LearnedOptimizer(
+            structure,
+            backbone,
+            config.gmn if rest else None,
+            config.base,
+            config.width,
+            config.hidden_layers,
+            config.rule,
+            config.orthogonalize,
+            config.gate,
+            config.bound,
+            config.learning_rate,
+        )
         return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 
 
 class DeepSets(nn.Module):
-    """``ds``: one multi-layer perceptron applied to every parameter entry by itself (three hidden layers, ReLU).
+    """``ds``: one multi-layer perceptron applied to every parameter entry by itself (hidden layers with ReLU).
 
     Its weights are those of an ordinary perceptron on the concatenated channels
     ``[per-parameter, GradMetaNet, time]``; the concatenation is never built, since the time channels are the same for
@@ -25,6 +25,7 @@ class DeepSets(nn.Module):
         time_channels: number of channels that all entries share.
         width: width of the hidden layers.
         hidden_layers: number of hidden layers.
+        outputs: number of outputs for each entry.
     """
 
     parameter_channels: int
@@ -32,10 +33,11 @@ class DeepSets(nn.Module):
     time_channels: int
     width: int = 32
     hidden_layers: int = 3
+    outputs: int = 1
 
     def setup(self) -> None:  # noqa: D102
         inputs = self.parameter_channels + self.extra_channels + self.time_channels
-        sizes = [inputs] + [self.width] * self.hidden_layers + [1]
+        sizes = [inputs] + [self.width] * self.hidden_layers + [self.outputs]
         shapes = list(itertools.pairwise(sizes))
         self.kernels = [self.param(f"kernel_{i}", nn.initializers.lecun_normal(), s) for i, s in enumerate(shapes)]
         self.biases = [self.param(f"bias_{i}", nn.initializers.zeros, s[1:]) for i, s in enumerate(shapes)]
@@ -45,7 +47,7 @@ class DeepSets(nn.Module):
         features: Sequence[Float[Array, "_ channels"]],
         extra: Sequence[Float[Array, "_ extra"] | None],
         time: Float[Array, "times"],
-    ) -> list[Float[Array, "_"]]:
+    ) -> list[Float[Array, "_ outputs"]]:
         """Compute the update of each parameter.
 
         Args:
@@ -55,7 +57,7 @@ class DeepSets(nn.Module):
             time: the channels that all entries share.
 
         Returns:
-            For each leaf, one number for each entry.
+            For each leaf, the outputs for each of its entries.
         """
         first_extra = self.parameter_channels
         first_time = first_extra + self.extra_channels
@@ -69,4 +71,4 @@ class DeepSets(nn.Module):
         for kernel, bias in zip(self.kernels[1:], self.biases[1:]):
             x = jax.nn.relu(x) @ kernel + bias
         offsets = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-        return jnp.split(x[:, 0], offsets)
+        return jnp.split(x, offsets)

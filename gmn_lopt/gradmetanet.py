@@ -26,6 +26,8 @@ class GradMetaNetConfig:
         product_width: width of the hidden layer of the product layer's perceptrons.
         out_features: number of features per parameter entry (of the invariant head: number of outputs).
         use_parameter: whether the product layer also reads the value of each parameter entry.
+        max_set_size: in a learned optimizer, the largest number of set elements that are read, a random subset at each
+            step (:mod:`gmn_lopt.set_subset`); None: all.
     """
 
     width: int = 32
@@ -34,12 +36,15 @@ class GradMetaNetConfig:
     product_width: int = 32
     out_features: int = 14
     use_parameter: bool = False
+    max_set_size: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.use_parameter, bool):
             raise ValueError(f"GradMetaNetConfig.use_parameter must be True or False, not {self.use_parameter!r}")
         for name in [f.name for f in fields(self) if f.name != "use_parameter"]:
             value, least = getattr(self, name), 0 if name == "neuron_layers" else 1
+            if name == "max_set_size" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"GradMetaNetConfig.{name} must be a whole number of at least {least}, not {value!r}")
 

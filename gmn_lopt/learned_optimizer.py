@@ -1,7 +1,8 @@
 """Learned optimizers: update rules whose networks are meta-trained, as optax gradient transformations."""
 
 import functools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
+from gmn_lopt import celo_features
 from gmn_lopt.backbones import DeepSets
+from gmn_lopt.base_direction import BASES, init_direction, update_direction
 from gmn_lopt.features import (
     DECAYS,
     PARAMETER_CHANNELS,
@@ -21,17 +24,27 @@ from gmn_lopt.features import (
 )
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
-from gmn_lopt.structure import Factors, GradientStructure, StructureError
+from gmn_lopt.matrices import is_kernel, orthogonalize
+from gmn_lopt.set_subset import subset, subset_size
+from gmn_lopt.structure import Factors, GradientStructure, Parameter, StructureError
 
-BACKBONES = ("ds", "sgdm")
-BASES = ("momentum", "adam")
+BACKBONES = ("ds", "celo", "sgdm")
+RULES = ("additive", "normalized")
 DEFAULT_GRADMETANET = GradMetaNetConfig()
-# What alpha, beta and mu start at. Adam's direction has entries of about one where a gradient's are small, so its own
+# What the coefficients start at. Adam's direction has entries of about one where a gradient's are small, so its own
 # learning rate is small; beta is larger by as much, so that the network's part has the same step size in both.
 INITIAL = {
     "momentum": {"alpha": 0.1, "beta": 1e-3, "one_minus_mu": 0.1},
     "adam": {"alpha": 1e-3, "beta": 0.1},
+    "muon": {"alpha": 0.03, "beta": 0.01, "gamma": 0.3},
 }
+NORMALIZED_BETA = 0.1
+COEFFICIENTS = ("alpha", "beta", "gamma", "one_minus_mu")
+# How much an output of one of the backbone's second output changes the logarithm of a step.
+MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.2
+TINY = 1e-30
+
+LearningRate = float | Callable[[Array], Any]
 
 
 class LearnedOptimizerState(NamedTuple):
@@ -39,11 +52,12 @@ class LearnedOptimizerState(NamedTuple):
 
     Attributes:
         step: number of steps taken.
-        direction: the momentum, shaped like the parameters; with ``base="adam"`` optax's state of Adam.
-        gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]``; empty for
-            ``sgdm``.
+        direction: the momentum, shaped like the parameters; with ``base="adam"`` optax's state of Adam, with
+            ``base="muon"`` a :class:`gmn_lopt.base_direction.MuonState`.
+        gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]`` (``celo``:
+            ``[4, *shape]``); empty for ``sgdm``.
         factor_averages: moving averages of the activations and of the tangents (at per-element scale), slot by slot
-            of the set: arrays ``[6, S, d]``; empty without GradMetaNet.
+            of the set (or of the subset that is read): arrays ``[6, S, d]``; empty without GradMetaNet.
     """
 
     step: Int[Array, ""]
@@ -56,17 +70,31 @@ class LearnedOptimizerState(NamedTuple):
 class LearnedOptimizer:
     """A learned optimizer for one model: its architecture and that model's gradient structure.
 
-    The update is ``theta' = theta - alpha (v + beta F)``: ``v`` is momentum, ``v <- mu v + (1 - mu) grad``, or Adam's
-    direction, and ``F`` the backbone's output (arXiv:2507.01649, section 6; Harrison et al. 2022). ``alpha``, ``beta``
-    and ``mu`` are meta-learned with the networks' weights.
+    The additive rule is ``theta' = theta - alpha (v + beta F)``: ``v`` is a base direction, ``F`` the backbone's output
+    (arXiv:2507.01649, section 6; Harrison et al. 2022). The normalised rule is
+    ``theta' = theta - lr N(v / rms(v) + beta F)`` with ``N(D) = D / rms(D)``, all per tensor, and ``F`` = direction x exp(0.001 magnitude) of two outputs of the
+    backbone: the rule of Celo2 (arXiv:2602.19142) with a base direction, from which it starts. The coefficients
+    (``alpha``, ``beta``, those of the base) are meta-learned with the networks' weights.
 
     Attributes:
         structure: the structure of the model, from :func:`gmn_lopt.analyze`.
-        backbone: ``"ds"``, or ``"sgdm"`` for no network at all: then GradMetaNet is left out whatever ``gradmetanet``
-            says, and the rule is momentum (or Adam) with learned coefficients.
+        backbone: ``"ds"`` (the paper's per-parameter network and features), ``"celo"`` (the same network on scale-free
+            features without a clock, :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
+            GradMetaNet is left out whatever ``gradmetanet`` says, and the rule is the base with learned coefficients.
         gradmetanet: architecture of the GradMetaNet whose output joins the features; None: without.
-        base: ``"momentum"`` or ``"adam"`` (decays 0.9 and 0.999, bias-corrected; ``alpha`` is then its learning rate).
+        base: ``"momentum"``, ``"adam"`` or ``"muon"``, see :func:`gmn_lopt.base_direction.update_direction`.
         width: width of the backbone's hidden layers.
+        hidden_layers: number of the backbone's hidden layers.
+        rule: ``"additive"`` or ``"normalized"``.
+        orthogonalize: in the normalised rule, the ``N(D)`` of a kernel is ``D`` orthogonalised, as in Muon
+            (:func:`gmn_lopt.matrices.orthogonalize`), and that of other parameters is multiplied by the learned
+            ``gamma``.
+        gate: whether a second output ``m`` of the backbone multiplies the step, entry by entry: ``exp(0.2 m)`` times
+            ``v`` in the additive rule, times ``N(D)`` in the normalised one. With the clock of ``ds`` that is a learned
+            schedule.
+        bound: in the additive rule, the largest ``beta rms(F) / rms(v)``, per tensor; beyond, ``F`` is scaled down.
+            None: no bound.
+        learning_rate: ``lr`` of the normalised rule where the user gives none.
     """
 
     structure: GradientStructure
@@ -74,13 +102,30 @@ class LearnedOptimizer:
     gradmetanet: GradMetaNetConfig | None = DEFAULT_GRADMETANET
     base: str = "momentum"
     width: int = 32
+    hidden_layers: int = 3
+    rule: str = "additive"
+    orthogonalize: bool = False
+    gate: bool = False
+    bound: float | None = None
+    learning_rate: float = 1e-3
 
     def __post_init__(self) -> None:
-        for name, known in (("backbone", BACKBONES), ("base", BASES)):
+        for name, known in (("backbone", BACKBONES), ("base", BASES), ("rule", RULES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}: choose one of {', '.join(known)}")
-        if not isinstance(self.width, int) or isinstance(self.width, bool) or self.width < 1:
-            raise ValueError(f"width must be a whole number of at least 1, not {self.width!r}")
+        for name in ("width", "hidden_layers"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        for name in ("bound", "learning_rate"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive, not {value!r}")
+        normalized = self.rule == "normalized"
+        if (self.orthogonalize and not normalized) or (self.bound is not None and normalized):
+            raise ValueError("orthogonalize belongs to the normalized rule, bound to the additive one")
+        if self.base == "muon" and normalized:
+            raise ValueError("the normalized rule with orthogonalize=True is Muon's; use it with base='momentum'")
         if self.backbone == "sgdm":
             object.__setattr__(self, "gradmetanet", None)
 
@@ -96,17 +141,22 @@ class LearnedOptimizer:
             key: a random key.
 
         Returns:
-            A dictionary with ``log_alpha``, and, where the rule has them, ``log_one_minus_mu``, ``log_beta``,
-            ``backbone`` and ``gradmetanet``.
+            A dictionary with those that the architecture has of ``log_alpha``, ``log_beta``, ``log_gamma``,
+            ``log_one_minus_mu``, ``backbone`` and ``gradmetanet``.
         """
         key_backbone, key_gmn = jax.random.split(key)
         start = dict(INITIAL[self.base])
+        if self.rule == "normalized":
+            del start["alpha"]
+            start["beta"] = NORMALIZED_BETA
+            if self.orthogonalize:
+                start["gamma"] = INITIAL["muon"]["gamma"]
         if self.backbone == "sgdm":
             del start["beta"]
         phi: dict[str, Any] = {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in start.items()}
-        if self.backbone == "ds":
+        if self.backbone != "sgdm":
             module, one = self._backbone, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-            inputs = [one(1, PARAMETER_CHANNELS)], [one(1, module.extra_channels)], one(TIME_CHANNELS)
+            inputs = [one(1, module.parameter_channels)], [one(1, module.extra_channels)], one(module.time_channels)
             phi["backbone"] = init_weights(module.init, key_backbone, *inputs)
         if self.gradmetanet is not None:
             phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)
@@ -117,13 +167,15 @@ class LearnedOptimizer:
         return _template(self)
 
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
-        """The rule's coefficients, for monitoring: ``alpha``, and ``beta`` and ``mu`` where the rule has them."""
-        values = {n: jnp.exp(phi[f"log_{n}"]) for n in ("alpha", "beta", "one_minus_mu") if f"log_{n}" in phi}
+        """The rule's coefficients, for monitoring: those that it has of ``alpha``, ``beta``, ``gamma`` and ``mu``."""
+        values = {n: jnp.exp(phi[f"log_{n}"]) for n in COEFFICIENTS if f"log_{n}" in phi}
         if "one_minus_mu" in values:
             values["mu"] = 1.0 - values.pop("one_minus_mu")
         return values
 
-    def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
+    def optimizer(
+        self, phi: PyTree, learning_rate: LearningRate | None = None, weight_decay: float = 0.0
+    ) -> optax.GradientTransformationExtraArgs:
         """The optax transformation that these meta-parameters define.
 
         ``update(grads, state, params, factors=factors)`` takes the factors of
@@ -137,23 +189,36 @@ class LearnedOptimizer:
 
         Args:
             phi: meta-parameters, shaped like those from :meth:`init`.
+            learning_rate: ``lr`` of the normalised rule, a number or an optax schedule; default: :attr:`learning_rate`.
+            weight_decay: decoupled weight decay of the normalised rule: ``lr * weight_decay * theta`` is subtracted as
+                well.
 
         Returns:
             The transformation. Its functions raise :class:`StructureError` where parameters, gradients or factors do
             not match the structure, and ``ValueError`` without ``params`` or without factors that it needs.
 
         Raises:
-            ValueError: if ``phi`` is not shaped like this architecture's meta-parameters.
+            ValueError: if ``phi`` is not shaped like this architecture's meta-parameters, or a learning rate or weight
+                decay is given to the additive rule, which has learned its own.
         """
+        if self.rule != "normalized" and not (
+            learning_rate is None and isinstance(weight_decay, float | int) and weight_decay == 0
+        ):
+            raise ValueError(
+                "this optimizer has learned its own learning rate and takes neither learning_rate nor weight_decay; "
+                "chain it with optax.scale or optax.add_decayed_weights, or use one with rule='normalized'"
+            )
+        rate = self.learning_rate if learning_rate is None else learning_rate
         _check_meta_parameters(phi, self.template())
 
         def init(params: PyTree) -> LearnedOptimizerState:
-            _match(self.structure, params, "parameter")
+            indices = _match(self.structure, params, "parameter")
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            direction = zeros if self.base == "momentum" else optax.scale_by_adam().init(zeros)
+            direction = init_direction(self.base, [self.structure.parameters[i] for i in indices], zeros)
             averages: PyTree = ()
             if self.backbone != "sgdm":
-                averages = jax.tree.map(lambda p: jnp.zeros((len(DECAYS), *p.shape), jnp.float32), params)
+                count = len(DECAYS) if self.backbone == "ds" else celo_features.AVERAGES
+                averages = jax.tree.map(lambda p: jnp.zeros((count, *p.shape), jnp.float32), params)
             return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, averages, self._init_factor_averages())
 
         def update(
@@ -169,75 +234,124 @@ class LearnedOptimizer:
                     "You are using a transformation that requires the current value of parameters, but you are not "
                     "passing `params` when calling `update`."
                 )
-            return self._update(phi, updates, state, params, factors)
+            lr = rate(state.step) if callable(rate) else rate
+            return self._update(phi, updates, state, params, factors, lr, weight_decay)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
     @property
     def _backbone(self) -> DeepSets:
         extra = 0 if self.gradmetanet is None else self.gradmetanet.out_features
-        return DeepSets(PARAMETER_CHANNELS, extra, TIME_CHANNELS, self.width)
+        own, time = (PARAMETER_CHANNELS, TIME_CHANNELS) if self.backbone == "ds" else (celo_features.CHANNELS, 0)
+        outputs = 2 if self.gate or self.rule == "normalized" else 1
+        return DeepSets(own, extra, time, self.width, self.hidden_layers, outputs)
 
     @property
     def _gradmetanet(self) -> GradMetaNet:
         assert self.gradmetanet is not None
         return GradMetaNet(self.structure, self.gradmetanet, channels=1 + len(DECAYS))
 
+    def _read(self, set_size: int) -> int:
+        assert self.gradmetanet is not None
+        return subset_size(set_size, self.gradmetanet.max_set_size)
+
     def _init_factor_averages(self) -> PyTree:
         if not self.needs_factors:
             return ()
         s = self.structure
-        zeros = [jnp.zeros((len(DECAYS), *shape), jnp.float32) for shape in (*s.activation_shapes, *s.tangent_shapes)]
+        shapes = [(self._read(size), d) for size, d in (*s.activation_shapes, *s.tangent_shapes)]
+        zeros = [jnp.zeros((len(DECAYS), *shape), jnp.float32) for shape in shapes]
         return tuple(zeros[: len(s.activation_shapes)]), tuple(zeros[len(s.activation_shapes) :])
 
     def _update(
-        self, phi: PyTree, updates: PyTree, state: LearnedOptimizerState, params: PyTree, factors: Any
+        self,
+        phi: PyTree,
+        updates: PyTree,
+        state: LearnedOptimizerState,
+        params: PyTree,
+        factors: Any,
+        learning_rate: Any,
+        weight_decay: Any,
     ) -> tuple[PyTree, LearnedOptimizerState]:
         indices = _match(self.structure, params, "parameter")
         if _match(self.structure, updates, "gradient") != indices:
             raise StructureError("the gradients are not those of the parameters: give both for the same leaves")
         # The leaves that are handled, in the order of the gradients' tree; a masked tree lacks some.
+        parameters = [self.structure.parameters[i] for i in indices]
         treedef = jax.tree.structure(updates)
         grads = [jnp.asarray(g, jnp.float32) for g in jax.tree.leaves(updates)]
         values = [jnp.asarray(p, jnp.float32) for p in jax.tree.leaves(params)]
 
-        direction, direction_state = self._direction(phi, jax.tree.unflatten(treedef, grads), state.direction)
-        steps = jax.tree.leaves(direction)
+        gradient_tree = jax.tree.unflatten(treedef, grads)
+        direction, direction_state = update_direction(self.base, parameters, phi, gradient_tree, state.direction)
+        base = jax.tree.leaves(direction)
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
+        outputs: Sequence[Any] = [None] * len(base)
         if self.backbone != "sgdm":
-            averages = [update_averages(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
+            advance = update_averages if self.backbone == "ds" else celo_features.update_celo_averages
+            averages = [advance(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
             if self.needs_factors:
-                channels, factor_averages = self._factor_channels(state.factor_averages, factors)
+                channels, factor_averages = self._factor_channels(state.factor_averages, factors, state.step)
                 extra = self._extra_features(phi, channels, indices, values)
-            features = [parameter_features(*leaf) for leaf in zip(values, grads, averages)]
+            features = [self._features(*leaf, state.step) for leaf in zip(values, grads, averages)]
             if features:
-                outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time_features(state.step))
-                beta = jnp.exp(phi["log_beta"])
-                steps = [v + beta * f.reshape(v.shape) for v, f in zip(steps, outputs)]
-        alpha = jnp.exp(phi["log_alpha"])
-        steps = [(-alpha * v).astype(jnp.result_type(p)) for v, p in zip(steps, jax.tree.leaves(params))]
+                time = time_features(state.step) if self.backbone == "ds" else jnp.zeros(0)
+                outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time)
+        if self.rule == "additive":
+            alpha = jnp.exp(phi["log_alpha"])
+            steps = [alpha * self._additive(phi, v, out) for v, out in zip(base, outputs)]
+        else:
+            steps = [self._normalized(phi, p, v, out) for p, v, out in zip(parameters, base, outputs)]
+            steps = [learning_rate * (d + weight_decay * theta) for d, theta in zip(steps, values)]
+        steps = [(-d).astype(jnp.result_type(p)) for d, p in zip(steps, jax.tree.leaves(params))]
         step = optax.safe_increment(state.step)
         return (
             jax.tree.unflatten(treedef, steps),
             LearnedOptimizerState(step, direction_state, gradient_averages, factor_averages),
         )
 
-    def _direction(self, phi: PyTree, grads: PyTree, state: PyTree) -> tuple[PyTree, PyTree]:
-        if self.base == "adam":
-            return optax.scale_by_adam().update(grads, state)
-        one_minus_mu = jnp.exp(phi["log_one_minus_mu"])
-        momentum = jax.tree.map(lambda v, g: v + one_minus_mu * (g - v), state, grads)
-        return momentum, momentum
+    def _features(self, value: jax.Array, grad: jax.Array, averages: jax.Array, step: jax.Array) -> jax.Array:
+        if self.backbone == "ds":
+            return parameter_features(value, grad, averages)
+        return celo_features.celo_features(value, grad, averages, step)
 
-    def _factor_channels(self, averages: PyTree, factors: Any) -> tuple[Factors, PyTree]:
+    def _additive(self, phi: PyTree, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
+        """``v + beta F`` of one leaf, with its gate and bound."""
+        if outputs is None:
+            return v
+        learned = jnp.exp(phi["log_beta"]) * outputs[:, 0].reshape(v.shape)
+        if self.bound is not None:
+            ratio = self.bound * _rms(v) / _rms(learned)
+            learned = jnp.minimum(1.0, ratio) * learned
+        return self._gated(v, outputs) + learned
+
+    def _normalized(self, phi: PyTree, parameter: Parameter, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
+        """``N(v / rms(v) + beta F)`` of one leaf, with its gate."""
+        d = v / _rms(v)
+        if outputs is not None:
+            learned = outputs[:, 0] if self.gate else outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])
+            d = d + jnp.exp(phi["log_beta"]) * learned.reshape(v.shape)
+        if self.orthogonalize and is_kernel(parameter):
+            d = orthogonalize(parameter, d)
+        else:
+            d = d / _rms(d) * (jnp.exp(phi["log_gamma"]) if self.orthogonalize else 1.0)
+        return d if outputs is None else self._gated(d, outputs)
+
+    def _gated(self, d: jax.Array, outputs: jax.Array) -> jax.Array:
+        return d * jnp.exp(GATE_SCALE * outputs[:, 1]).reshape(d.shape) if self.gate else d
+
+    def _factor_channels(self, averages: PyTree, factors: Any, step: jax.Array) -> tuple[Factors, PyTree]:
         """The channels that GradMetaNet reads: current factors and their moving averages, tangents per element."""
         _check_factors(self.structure, factors)
-        current = (
+        assert self.gradmetanet is not None
+        per_element = Factors(
             tuple(jnp.asarray(a, jnp.float32) for a in factors.activations),
             tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
         )
+        read = subset(per_element, self.gradmetanet.max_set_size, step)
+        current = (read.activations, read.tangents)
         new = jax.tree.map(update_averages, averages, current)
         return Factors(*jax.tree.map(lambda x, a: jnp.concatenate([x[None], a]), current, new)), new
 
@@ -308,6 +422,11 @@ def _match(structure: GradientStructure, tree: PyTree, what: str) -> list[int]:
     return indices
 
 
+def _rms(x: jax.Array) -> jax.Array:
+    """Root mean square over a tensor."""
+    return jnp.sqrt(jnp.mean(x**2) + TINY)
+
+
 def _check_factors(structure: GradientStructure, factors: Any) -> None:
     if factors is None:
         raise ValueError(
@@ -317,22 +436,4 @@ def _check_factors(structure: GradientStructure, factors: Any) -> None:
         )
     if not isinstance(factors, Factors):
         raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
-    for kind, shapes in (("activations", structure.activation_shapes), ("tangents", structure.tangent_shapes)):
-        arrays = getattr(factors, kind)
-        if len(arrays) != len(shapes):
-            raise StructureError(
-                f"factors.{kind} holds {len(arrays)} arrays, but {len(shapes)} in the analysed model: "
-                "compute the factors of the loss that was analysed"
-            )
-        for i, (array, shape) in enumerate(zip(arrays, shapes)):
-            if array.shape == shape:
-                continue
-            if array.shape[1:] == shape[1:]:
-                raise StructureError(
-                    f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {shape[0]} when the model was "
-                    "analysed: keep the batch size, or analyse anew (moving averages belong to the slots of the batch)"
-                )
-            raise StructureError(
-                f"factors.{kind}[{i}] has shape {array.shape}, but {shape} in the analysed model: "
-                "compute the factors of the loss that was analysed"
-            )
+    structure.check_factors(factors)

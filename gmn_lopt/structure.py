@@ -200,22 +200,26 @@ class GradientStructure:
 
     def check_factors(self, factors: Factors) -> None:
         """Raise a StructureError unless the factors have the shapes of this structure."""
-        for name, arrays, shapes in (
-            ("activations", factors.activations, self.activation_shapes),
-            ("tangents", factors.tangents, self.tangent_shapes),
-        ):
-            found = tuple(tuple(array.shape) for array in arrays)
-            if found == shapes:
-                continue
-            if [shape[1:] for shape in found] == [shape[1:] for shape in shapes]:
+        for kind, shapes in (("activations", self.activation_shapes), ("tangents", self.tangent_shapes)):
+            arrays = getattr(factors, kind)
+            if len(arrays) != len(shapes):
                 raise StructureError(
-                    f"the factors have sets of {found[0][0]} elements, but the structure was analysed with "
-                    f"{shapes[0][0]}; analyse the loss again with a batch of the new size, or keep the batch size"
+                    f"factors.{kind} holds {len(arrays)} arrays, but {len(shapes)} in the analysed model; "
+                    "take factors from value_grad_and_factors of the loss that was analysed"
                 )
-            raise StructureError(
-                f"{name} of shapes {list(found)} do not fit the structure, which has {list(shapes)}; take factors from "
-                "value_grad_and_factors of the loss that was analysed"
-            )
+            for i, (array, shape) in enumerate(zip(arrays, shapes)):
+                if array.shape == shape:
+                    continue
+                if array.shape[1:] == shape[1:]:
+                    raise StructureError(
+                        f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {shape[0]} when the model "
+                        "was analysed; keep the batch size, or analyse the loss again with a batch of the new size "
+                        "(the moving averages of a learned optimizer belong to the slots of the batch)"
+                    )
+                raise StructureError(
+                    f"factors.{kind}[{i}] has shape {array.shape}, but {shape} in the analysed model; "
+                    "take factors from value_grad_and_factors of the loss that was analysed"
+                )
 
     def __str__(self) -> str:
         from gmn_lopt.structure_table import table

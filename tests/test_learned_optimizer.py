@@ -274,7 +274,7 @@ def test_parameters_gradients_and_factors_of_another_model_are_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backbone": "dss"}, "dss.*ds, sgdm"), ({"base": "sgd"}, "sgd.*momentum, adam"), ({"width": 0}, "width")],
+    [({"backbone": "dss"}, "dss.*ds, celo, sgdm"), ({"base": "sgd"}, "sgd.*momentum, adam"), ({"width": 0}, "width")],
 )
 def test_unknown_architectures_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -1,0 +1,48 @@
+"""Kernels as matrices, from the neurons that they read from to those that they write to; their orthogonalisation."""
+
+import math
+
+import jax.numpy as jnp
+import optax.contrib
+from jaxtyping import Array, Float
+
+from gmn_lopt.structure import Parameter
+
+
+def is_kernel(parameter: Parameter) -> bool:
+    """Whether a parameter maps the neurons of one site to those of another, so that it is a matrix (or a stack)."""
+    if len(parameter.sites) != 2:
+        return False
+    read, write = (set(ref.dims) for ref in parameter.sites)
+    sizes = parameter.cut_shape
+    return not read & write and min(math.prod(sizes[d] for d in dims) for dims in (read, write)) > 1
+
+
+def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
+
+    By the Newton-Schulz iteration of Muon (Jordan et al. 2024) in optax, whose factor for the width this is: the step
+    it gives then changes a layer's output by about the same, however wide it is. Axes that belong to neither site are
+    batch axes.
+
+    Args:
+        parameter: a kernel (:func:`is_kernel`).
+        value: an array of its shape.
+
+    Returns:
+        An array of its shape.
+    """
+    read, write = (ref.dims for ref in parameter.sites)
+    batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
+    order = (*batch, *read, *write)
+    sizes = [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
+    stack = value.reshape(parameter.cut_shape).transpose(order).reshape(sizes)
+    axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
+    # Muon without its momentum is the iteration by itself.
+    muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
+    # Scaled first: the iteration divides by the norm with an epsilon that would matter to small gradients.
+    stack = stack / jnp.maximum(jnp.abs(stack).max((1, 2), keepdims=True), jnp.finfo(stack.dtype).tiny)
+    orthogonal, _ = muon.update(stack, muon.init(stack))
+    scaled = orthogonal * math.sqrt(max(1.0, sizes[2] / sizes[1]))
+    inverse = [order.index(d) for d in range(len(order))]
+    return scaled.reshape([parameter.cut_shape[d] for d in order]).transpose(inverse).reshape(value.shape)
