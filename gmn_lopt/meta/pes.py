@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.meta.estimator import Estimate
 from gmn_lopt.meta.problem import InnerProblem
-from gmn_lopt.meta.window import check_window, first_lengths, standard_error, unroll, window_objective
+from gmn_lopt.meta.window import check_window, first_lengths, map_unrolls, standard_error, unroll, window_objective
 
 
 class PESState(NamedTuple):
@@ -59,6 +59,7 @@ class PES:
     sigma: float | int = 0.01
     objective: str = "mean"
     persistent: bool = True
+    turns: int = 1
 
     def __post_init__(self) -> None:
         check_window(self.problem, self.truncation, self.objective, pairs=self.pairs, sigma=self.sigma)
@@ -89,8 +90,10 @@ class PES:
         # One draw for all leaves: each draw's random bits are a program of their own, which takes a second to compile.
         vector, unravel = ravel_pytree(phi)
         noise = jax.vmap(unravel)(self.sigma * jax.random.normal(noise_key, (self.pairs, vector.size), vector.dtype))
-        windows = jax.vmap(self._window, in_axes=(None, 0, 0, None, 0))
-        new_state, contributions, losses = windows(phi, noise, state, data, jax.random.split(key, self.pairs))
+        new_state, contributions, losses = map_unrolls(
+            lambda noise, state, key: self._window(phi, noise, state, data, key),
+            *(self.turns, noise, state, jax.random.split(key, self.pairs)),
+        )
         return new_state, Estimate(
             gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions),
             loss=losses.mean(),

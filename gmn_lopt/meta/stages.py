@@ -30,6 +30,9 @@ class Stage:
         sigma: standard deviation of the perturbations of PES.
         clip: largest norm of one unroll's gradient in ``truncated``.
         objective: ``"mean"`` or ``"final"``.
+        order: 2 or 1, of the derivatives in ``truncated``; see :class:`gmn_lopt.meta.training_problem.TrainingProblem`.
+        turns: groups of unrolls that each device takes one after the other; see
+            :func:`gmn_lopt.meta.window.map_unrolls`.
 
     Raises:
         ValueError: in one line, a value that no stage can have.
@@ -44,18 +47,22 @@ class Stage:
     sigma: float = 0.01
     clip: float = 1.0
     objective: str = "mean"
+    order: int = 2
+    turns: int = 1
 
     def __post_init__(self) -> None:
         for name, known in (("estimator", ESTIMATORS), ("schedule", SCHEDULES), ("objective", OBJECTIVES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", "clip"):
+        for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", "clip", "turns"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be positive")
 
     def build(self, problem: InnerProblem) -> Estimator:
         """The stage's estimator of the meta-gradient of ``problem``."""
+        if self.order != 2:
+            problem = replace(problem, order=self.order)
         return ESTIMATORS[self.estimator](self, problem)
 
     def meta_optimizer(self, clip_norm: float | int) -> optax.GradientTransformation:
@@ -67,8 +74,8 @@ class Stage:
 
 
 ESTIMATORS: dict[str, Callable[[Stage, InnerProblem], Any]] = {
-    "pes": lambda s, problem: PES(problem, s.pairs, s.truncation, s.sigma, s.objective),
-    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective),
+    "pes": lambda s, problem: PES(problem, s.pairs, s.truncation, s.sigma, s.objective, turns=s.turns),
+    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective, turns=s.turns),
 }
 
 SHORT_NAMES = {"K": "truncation", "n": "pairs"}

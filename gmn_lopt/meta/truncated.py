@@ -13,6 +13,7 @@ from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.window import (
     check_window,
     first_lengths,
+    map_unrolls,
     standard_error,
     tree_all_finite,
     unroll,
@@ -62,6 +63,7 @@ class Truncated:
     clip: float | int = 1.0
     objective: str = "mean"
     remat: bool = True
+    turns: int = 1
 
     def __post_init__(self) -> None:
         check_window(self.problem, self.truncation, self.objective, unrolls=self.unrolls, clip=self.clip)
@@ -90,7 +92,9 @@ class Truncated:
     ) -> tuple[TruncatedState, Estimate]:
         """Differentiate one window of every unroll; see :class:`gmn_lopt.meta.estimator.Estimator`."""
         keys = jax.random.split(key, self.unrolls)
-        new_state, gradients, losses = jax.vmap(self._window, in_axes=(None, 0, None, 0))(phi, state, data, keys)
+        new_state, gradients, losses = map_unrolls(
+            lambda state, key: self._window(phi, state, data, key), self.turns, state, keys
+        )
         return new_state, Estimate(
             gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients),
             loss=losses.mean(),

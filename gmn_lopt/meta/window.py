@@ -1,5 +1,6 @@
 """One window of an unrolled inner problem: what all estimators of the meta-gradient are built from."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -102,3 +103,25 @@ def standard_error(contributions: PyTree) -> Float[Array, ""]:
     if count == 1:
         return jnp.full((), jnp.nan)
     return jnp.sqrt(sum(leaf.var(axis=0, ddof=1).sum() for leaf in leaves) / count)
+
+
+def map_unrolls(function: Callable[..., PyTree], turns: int, *args: PyTree) -> PyTree:
+    """Apply ``function`` to all unrolls, ``turns`` groups of them one after the other, each group at once.
+
+    ``jax.vmap`` of everything makes stacks of small matrices, whose products are slow on a processor, and arrays that
+    leave its cache. The unrolls of a group lie apart by ``turns``, so that each device that holds a part of the leading
+    axis takes part in every turn.
+
+    Args:
+        function: of one unroll.
+        turns: number of groups; must divide the number of unrolls.
+        *args: each leaf ``[unrolls, ...]``.
+
+    Returns:
+        What ``function`` returns, each leaf ``[unrolls, ...]``.
+    """
+    if turns == 1:
+        return jax.vmap(function)(*args)
+    groups = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(-1, turns, *x.shape[1:]), 1, 0), args)
+    results = jax.lax.map(lambda group: jax.vmap(function)(*group), groups)
+    return jax.tree.map(lambda x: jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:]), results)
