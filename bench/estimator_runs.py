@@ -56,6 +56,16 @@ class Run:
     meta_clip: float
 
 
+@dataclass(frozen=True)
+class _Make:
+    """Makes the optimizer of meta-parameters; equal architectures are equal, and so share compiled programs."""
+
+    lopt: LearnedOptimizer
+
+    def __call__(self, phi: PyTree) -> Any:
+        return self.lopt.optimizer(phi)
+
+
 def make_run(task: Task, optimizer: str, overrides: Mapping[str, Any], rate: float, inner_steps: int) -> Run:
     """Make a run of the overrides in a table of ``estimator_variants.py``.
 
@@ -137,7 +147,7 @@ def meta_train(
 def evaluate(task: Task, lopt: LearnedOptimizer, phis: Sequence[PyTree], seeds: int) -> dict[str, np.ndarray]:
     """Train the task with several meta-parameters: ``test_loss`` and ``train_loss``, ``[phis, seeds, evaluations]``."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *phis)
-    candidate = Candidate("learned", "", "", lopt.optimizer, stacked, lopt.needs_factors)
+    candidate = Candidate("learned", "", "", _Make(lopt), stacked, lopt.needs_factors)
     curves = training_curves(task, candidate, range(seeds), protocol.default_eval_every(task.horizon), grid=True)
     return {"test_loss": curves.test_loss, "train_loss": curves.train_loss}
 
