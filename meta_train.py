@@ -33,6 +33,7 @@ from gmn_lopt.errors import first_line
 from gmn_lopt.factors import analyze
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.averaging import averaged
 from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
@@ -65,22 +66,26 @@ class Config:
 
     stages: str = "pes"
     """Stages, separated by commas: ESTIMATOR[:META_STEPS[:META_LEARNING_RATE]][:SETTING=VALUE...], for example
-    truncated:300:3e-3:K=25:n=8,pes. Estimators are pes and truncated; settings are K (truncation), n (pairs), sigma,
-    clip, schedule and objective. What a stage does not say is taken from the flags below."""
+    truncated:300:3e-3:K=25:n=8,pes. Estimators are pes, nres (one perturbation for a whole inner problem), es
+    (truncated evolution strategies) and truncated (back-propagation). Settings are K (truncation), n (pairs), sigma,
+    clip, schedule and objective; what a stage does not say of these is taken from the flags below. Of a stage only:
+    coefficient_sigma (sigma of the scalar coefficients), shaping (of the loss differences: none, ranks or clip),
+    warmup (meta-steps), weight_decay (AdamW), coefficient_rate (times the meta-learning rate, for the scalar
+    coefficients), ema (decay of an average of the meta-parameters, which is then what the stage saves and hands on)."""
     meta_steps: int = 50_000
     """Meta-steps of a stage."""
     meta_learning_rate: float = 1e-4
     """Learning rate of the meta-optimizer, Adam."""
-    schedule: Literal["constant", "cosine"] = "constant"
-    """Meta-learning rate over a stage: constant, or a cosine down to 0."""
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    """Meta-learning rate over a stage: constant, or a cosine or a line down to 0."""
     meta_clip: float = 1.0
     """Largest global norm of the meta-gradient; it is clipped to it."""
     truncation: int = 50
     """Inner steps K in one window; must divide the horizon."""
     pairs: int = 16
-    """Antithetic pairs of unrolls in pes; single unrolls in truncated."""
+    """Antithetic pairs of unrolls in pes, nres and es; single unrolls in truncated."""
     sigma: float = 0.01
-    """Standard deviation of the perturbations in pes."""
+    """Standard deviation of the perturbations in pes, nres and es."""
     unroll_clip: float = 1.0
     """Largest norm of one unroll's gradient in truncated."""
     objective: Literal["mean", "final"] = "mean"
@@ -102,6 +107,8 @@ class Config:
     """Largest size of the learned part relative to the direction, in the additive rule; default: none."""
     learning_rate: float = 1e-3
     """Learning rate of the normalized rule."""
+    output_scale: float = 1.0
+    """What the last layer of the per-parameter network is multiplied by at the start; 0: the direction by itself."""
     initial_alpha: float | None = None
     """What alpha, the learning rate of the whole update, starts at; default: by base, 0.1, 0.001 or 0.03."""
     initial_beta: float | None = None
@@ -206,6 +213,7 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem]:
             config.gate,
             config.bound,
             config.learning_rate,
+            config.output_scale,
         )
         return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
@@ -281,14 +289,15 @@ def train(
                     bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
                     pending, timed, clock = [], 0, time.perf_counter()
                 if saving:
+                    result = averaged(state.optimizer, state.phi)
                     if step == end and len(stages) > 1:
-                        save_optimizer(run.path / "stages" / name, lopt, state.phi)
-                    save_optimizer(run.path / "optimizer", lopt, state.phi)
+                        save_optimizer(run.path / "stages" / name, lopt, result)
+                    save_optimizer(run.path / "optimizer", lopt, result)
                     run.save(step, state)
                     clock = time.perf_counter()  # saving does not count
             if step < end:
                 break
-            phi, begin = state.phi, end
+            phi, begin = averaged(state.optimizer, state.phi), end
     if begin < total:
         print(f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume", file=sys.stderr)
         return False

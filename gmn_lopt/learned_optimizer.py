@@ -41,7 +41,7 @@ INITIAL = {
 NORMALIZED_BETA = 0.1
 COEFFICIENTS = ("alpha", "beta", "gamma", "one_minus_mu")
 # How much an output of one of the backbone's second output changes the logarithm of a step.
-MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.2
+MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.5
 TINY = 1e-30
 
 LearningRate = float | Callable[[Array], Any]
@@ -89,12 +89,14 @@ class LearnedOptimizer:
         orthogonalize: in the normalised rule, the ``N(D)`` of a kernel is ``D`` orthogonalised, as in Muon
             (:func:`gmn_lopt.matrices.orthogonalize`), and that of other parameters is multiplied by the learned
             ``gamma``.
-        gate: whether a second output ``m`` of the backbone multiplies the step, entry by entry: ``exp(0.2 m)`` times
+        gate: whether a second output ``m`` of the backbone multiplies the step, entry by entry: ``exp(0.5 m)`` times
             ``v`` in the additive rule, times ``N(D)`` in the normalised one. With the clock of ``ds`` that is a learned
             schedule.
         bound: in the additive rule, the largest ``beta rms(F) / rms(v)``, per tensor; beyond, ``F`` is scaled down.
             None: no bound.
         learning_rate: ``lr`` of the normalised rule where the user gives none.
+        output_scale: what the backbone's last layer is multiplied by at initialisation; with 0 the untrained optimizer
+            is its base.
     """
 
     structure: GradientStructure
@@ -108,6 +110,7 @@ class LearnedOptimizer:
     gate: bool = False
     bound: float | None = None
     learning_rate: float = 1e-3
+    output_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name, known in (("backbone", BACKBONES), ("base", BASES), ("rule", RULES)):
@@ -157,7 +160,9 @@ class LearnedOptimizer:
         if self.backbone != "sgdm":
             module, one = self._backbone, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
             inputs = [one(1, module.parameter_channels)], [one(1, module.extra_channels)], one(module.time_channels)
-            phi["backbone"] = init_weights(module.init, key_backbone, *inputs)
+            weights = init_weights(module.init, key_backbone, *inputs)
+            last = f"kernel_{self.hidden_layers}"
+            phi["backbone"] = weights | {last: self.output_scale * weights[last]}
         if self.gradmetanet is not None:
             phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)
         return phi

@@ -22,7 +22,7 @@ from meta_train import Config, UsageError
 from tasks import load_task
 
 ROOT = Path(meta_train.__file__).parent
-STAGES = "truncated:40:1e-2:K=5:n=4:schedule=cosine,pes:40:1e-2:K=2:n=3"
+STAGES = "truncated:40:1e-2:K=5:n=4:schedule=cosine:ema=0.9,nres:40:1e-2:K=2:n=3:warmup=5:ema=0.8"
 
 
 def config(out, **changes):
@@ -81,9 +81,12 @@ def test_run_directory(finished):
     assert {int(path.name) for path in (finished / "checkpoints").iterdir()} == {24, 48, 72, 78, 80}, "4th and latest 2"
     assert any((finished / "events").iterdir())
     assert (finished / "COMPLETE").read_text() == "80\n"
-    saved = ocp.StandardCheckpointer().restore(finished / "checkpoints" / "80" / "default")["phi"]
+    saved = ocp.StandardCheckpointer().restore(finished / "checkpoints" / "80" / "default")
     loaded = phi_of(finished / "optimizer")
-    jax.tree.map(np.testing.assert_array_equal, saved, loaded)
+    # What is saved is the average, not the last meta-parameters.
+    jax.tree.map(np.testing.assert_array_equal, saved["optimizer"][-1]["average"], loaded)
+    assert saved["phi"]["log_alpha"] != loaded["log_alpha"]
+    assert abs(saved["phi"]["log_alpha"] - loaded["log_alpha"]) < 0.1
     first = phi_of(finished / "stages" / "1-truncated")
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(loaded)))
 
@@ -119,7 +122,7 @@ def test_killed_and_stopped_runs_end_like_one_that_was_not(finished, tmp_path):
     assert f"interrupted at meta-step {last} of 80" in stderr, "the checkpoint is not of the last meta-step"
 
     assert meta_train.main(config(out, resume=True)) is True
-    for name in ("optimizer", "stages/1-truncated", "stages/2-pes"):
+    for name in ("optimizer", "stages/1-truncated", "stages/2-nres"):
         jax.tree.map(np.testing.assert_array_equal, phi_of(out / name), phi_of(finished / name))
     restore = ocp.StandardCheckpointer().restore
     states = [restore(run / "checkpoints" / "80" / "default") for run in (out, finished)]

@@ -1,3 +1,5 @@
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,7 +7,8 @@ import optax
 import pytest
 from inner_problems import Diverging, InfluenceBalancing, Smooth
 
-from gmn_lopt.meta.pes import PES
+from gmn_lopt.meta.pes import NOISES, PES
+from gmn_lopt.meta.shaping import shape_differences
 from gmn_lopt.meta.truncated import Truncated
 
 KEY = jax.random.key(0)
@@ -26,11 +29,12 @@ def total(estimates):
     return jax.tree.map(lambda *leaves: np.sum(leaves, axis=0), *[e.gradient for e in estimates])
 
 
+@pytest.mark.parametrize("noise", ["persistent", "reused"])
 @pytest.mark.parametrize(("truncation", "objective"), [(1, "mean"), (3, "mean"), (2, "final"), (6, "final")])
-def test_windows_of_an_episode_sum_to_the_exact_gradient(truncation, objective):
+def test_windows_of_an_episode_sum_to_the_exact_gradient(truncation, objective, noise):
     problem, sigma, pairs = Smooth(), 0.003, 6000
     phi, data = problem.phi(), problem.data()
-    estimator = PES(problem, pairs=pairs, truncation=truncation, sigma=sigma, objective=objective)
+    estimator = PES(problem, pairs=pairs, truncation=truncation, sigma=sigma, objective=objective, noise=noise)
     state = estimator.init(phi, data, KEY)
     # All pairs in step, so that one pass over the horizon is one whole episode of every pair.
     state = state._replace(length=jnp.full(pairs, problem.horizon))
@@ -87,6 +91,77 @@ def test_perturbations_accumulate_over_windows():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-3), estimates[1].gradient, expected)
 
 
+@dataclass(frozen=True)
+class Linear:
+    """A linear recurrence, ``x <- x + phi``, with the loss ``w . x``: after ``t`` steps it is ``t w . phi``."""
+
+    horizon: int = 12
+    loss_cap: float = np.inf
+
+    def init(self, phi, data, key):
+        return jax.tree.map(jnp.zeros_like, phi)
+
+    def step(self, phi, state, data, key):
+        state = jax.tree.map(jnp.add, state, phi)
+        return state, optax.tree.vdot(data, state)
+
+
+def test_reused_noise_in_closed_form():
+    """Every pair's sum over an episode is its perturbation times the exact derivative along it, over the variance."""
+    problem, sigma, truncation = Linear(), 0.2, 4
+    phi, data = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(0.5)}, {"a": jnp.array([0.3, -0.7]), "b": jnp.array(2.0)}
+    states, estimates = run(PES(problem, 1, truncation, sigma, noise="reused"), phi, data, 6)
+    for first in (1, 4):
+        noises = [jax.tree.map(lambda leaf: leaf[0], state.xi) for state in states[first : first + 3]]
+        jax.tree.map(lambda *leaves: [np.testing.assert_array_equal(leaves[0], leaf) for leaf in leaves], *noises)
+        slope = optax.tree.vdot(noises[0], data) * sum(range(1, problem.horizon + 1)) / truncation / sigma**2
+        expected = jax.tree.map(lambda e, s=slope: e * s, noises[0])
+        found = total(estimates[first - 1 : first + 2])
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4), found, expected)
+    assert states[1].xi["b"] != states[4].xi["b"], "the next episode has a perturbation of its own"
+
+
+@pytest.mark.parametrize("noise", NOISES)
+def test_coefficients_have_perturbations_of_their_own_size(noise):
+    problem, pairs = Linear(horizon=8), 4000
+    phi = {"log_alpha": jnp.array(0.0), "network": {"log_w": jnp.zeros(3)}}
+    data = {"log_alpha": jnp.array(2.0), "network": {"log_w": jnp.array([1.0, -1.0, 0.5])}}
+    estimator = PES(problem, pairs, 8, sigma=0.01, noise=noise, coefficient_sigma=0.5)
+    state = estimator.init(phi, data, KEY)._replace(length=jnp.full(pairs, 8))
+    state, estimate = jax.jit(estimator.estimate)(phi, state, data, KEY)
+    assert np.std(state.xi["log_alpha"]) == pytest.approx(0.5, rel=0.1)
+    assert np.std(state.xi["network"]["log_w"]) == pytest.approx(0.01, rel=0.1)
+    assert estimate.gradient["log_alpha"] == pytest.approx(4.5 * 2.0, rel=0.1)
+    # The weights' estimate is drowned by the coefficient's larger share in the difference: its error is what to expect.
+    error = optax.tree.norm(jax.tree.map(lambda g, d: g - 4.5 * d, estimate.gradient, data))
+    assert error < 2 * estimate.noise
+
+
+@pytest.mark.parametrize("shaping", ["ranks", "clip"])
+def test_shaping_keeps_one_pair_from_taking_over(shaping):
+    differences = jnp.array([0.1, -0.2, 0.0, 0.3, -1e4, 0.0])
+    shaped = np.asarray(shape_differences(differences, shaping))
+    np.testing.assert_array_equal(np.sign(shaped), np.sign(differences))
+    expected = [0.1, -0.2, 0, 0.3, -0.75, 0]  # clip: at 3 times the median of the four that are not zero, 0.25
+    if shaping == "ranks":  # the set of the differences and their negatives has the centred ranks +-1/8 ... +-7/8
+        expected = 0.5 * np.array([1, -3, 0, 5, -7, 0]) / 8
+    np.testing.assert_allclose(shaped, expected, rtol=1e-6)
+    np.testing.assert_allclose(shape_differences(-differences, shaping), -shaped)
+    np.testing.assert_array_equal(shape_differences(jnp.zeros(4), shaping), np.zeros(4))
+    ties = shape_differences(jnp.array([1.0, -1.0, 1.0]), shaping)
+    np.testing.assert_allclose(ties, [1, -1, 1])
+
+
+def test_estimates_use_the_shaped_differences():
+    problem, phi = InfluenceBalancing(), jnp.array(0.5)
+    plain, ranked = (
+        run(PES(problem, 16, 10, 0.1, shaping=shaping), phi, None, 1)[1][0].gradient for shaping in ("none", "ranks")
+    )
+    assert np.isfinite(ranked)
+    assert ranked != plain
+    assert 0.2 < ranked / plain < 5, "the scale is gone"
+
+
 def test_influence_balancing():
     """PES has the sign of the long-run gradient, truncated estimators that of the short-run one."""
     problem, phi = InfluenceBalancing(), jnp.array(0.5)
@@ -102,7 +177,9 @@ def test_influence_balancing():
     mean, error = late_mean(PES(problem, pairs=200, truncation=1, sigma=0.1))
     assert abs(mean - exact[0].gradient) < 2 * error
     assert mean > 2 * error
-    assert late_mean(PES(problem, pairs=2000, truncation=1, sigma=0.1, persistent=False))[0] < -0.1
+    reused, reused_error = late_mean(PES(problem, pairs=200, truncation=1, sigma=0.1, noise="reused"))
+    assert abs(reused - exact[0].gradient) < 3 * reused_error
+    assert late_mean(PES(problem, pairs=2000, truncation=1, sigma=0.1, noise="truncated"))[0] < -0.1
     assert late_mean(Truncated(problem, 100, truncation=1, clip=1e9))[0] < -0.1
 
 
@@ -159,6 +236,9 @@ def test_diverging_problems_do_not_poison_the_estimate(cap):
         ({"sigma": 0.0}, "sigma is 0.0"),
         ({"sigma": float("nan")}, "sigma is nan"),
         ({"objective": "best"}, "unknown objective 'best'"),
+        ({"noise": "white"}, "unknown noise 'white'; choose one of persistent, reused, truncated"),
+        ({"shaping": "sign"}, "unknown shaping 'sign'; choose one of none, ranks, clip"),
+        ({"coefficient_sigma": -1.0}, "coefficient_sigma is -1.0"),
     ],
 )
 def test_wrong_settings(settings, message):

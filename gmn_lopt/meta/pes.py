@@ -1,4 +1,4 @@
-"""Persistent evolution strategies (PES): unbiased meta-gradients from truncated unrolls."""
+"""Evolution strategies on truncated unrolls: persistent (PES), with reused noise (NRES), and truncated."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,9 +9,18 @@ import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int, PyTree
 
+from gmn_lopt.meta.coefficients import is_coefficient
 from gmn_lopt.meta.estimator import Estimate
 from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.shaping import SHAPINGS, shape_differences
 from gmn_lopt.meta.window import check_window, first_lengths, map_unrolls, standard_error, unroll, window_objective
+
+NOISES = ("persistent", "reused", "truncated")
+"""``"persistent"``: PES. A new perturbation for each window; the estimate weighs the sum of those since the episode's
+start, and is unbiased. ``"reused"``: noise-reuse evolution strategies (NRES; Li et al. 2023, arXiv:2304.12180). One
+perturbation for the whole episode: unbiased too, and the windows of an episode do not add up noise of their own.
+``"truncated"``: a new perturbation for each window, and earlier ones are forgotten: less noise, but biased towards
+short horizons."""
 
 
 class PESState(NamedTuple):
@@ -19,7 +28,8 @@ class PESState(NamedTuple):
 
     Attributes:
         inner: inner states; each leaf ``[pairs, 2, ...]``, the positive state of a pair first, then the negative.
-        xi: the perturbation accumulated since the start of the episode; each leaf ``[pairs, *leaf_of_phi.shape]``.
+        xi: the perturbation that the estimate weighs, accumulated since the start of the episode, or that of the
+            episode or of the window; each leaf ``[pairs, *leaf_of_phi.shape]``.
         step: inner steps taken in the current episode; 0 where the next window starts a new one.
         length: length of the current episode in inner steps; the horizon, except for the first (staggered) episodes.
     """
@@ -32,9 +42,10 @@ class PESState(NamedTuple):
 
 @dataclass(frozen=True)
 class PES:
-    """Antithetic persistent evolution strategies (Vicol et al. 2021, arXiv:2112.13835, algorithm 2).
+    """Antithetic evolution strategies: by default persistent ones (Vicol et al. 2021, arXiv:2112.13835, algorithm 2).
 
-    The estimates of all windows of an episode sum to an unbiased estimate of the gradient of the sum of the windows'
+    The contribution of a pair is ``xi (L+ - L-) / (2 sigma^2)``, entry by entry. With persistent and with reused noise
+    the estimates of all windows of an episode sum to an unbiased estimate of the gradient of the sum of the windows'
     objectives, smoothed by the perturbations: for ``"mean"`` the mean loss of each window, for ``"final"`` the loss at
     the last step of the horizon, which only the last window sees. An inner problem that has reached its horizon is
     replaced at the start of the next window, with the initial state drawn under the pair's perturbed meta-parameters,
@@ -44,13 +55,16 @@ class PES:
         problem: the inner problem.
         pairs: number of antithetic pairs of unrolls; both unrolls of a pair see the same problems and batches.
         truncation: inner steps ``K`` in one window; must divide the horizon.
-        sigma: standard deviation of the perturbation drawn for each window.
+        sigma: standard deviation of the perturbations.
         objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.OBJECTIVES`.
-        persistent: False forgets the perturbations of earlier windows, which makes this truncated evolution
-            strategies: less noise, but biased towards short horizons.
+        noise: how long a perturbation is used and remembered, see :data:`NOISES`.
+        coefficient_sigma: standard deviation of the perturbations of the coefficients
+            (:func:`gmn_lopt.meta.coefficients.is_coefficient`); 0: ``sigma``.
+        shaping: what is done to the pairs' loss differences, see :func:`gmn_lopt.meta.shaping.shape_differences`.
 
     Raises:
-        ValueError: a count or ``sigma`` is not positive, or ``truncation`` does not divide the horizon.
+        ValueError: a count or ``sigma`` is not positive, ``truncation`` does not divide the horizon, or a name is not
+            known.
     """
 
     problem: InnerProblem
@@ -58,11 +72,18 @@ class PES:
     truncation: int = 50
     sigma: float | int = 0.01
     objective: str = "mean"
-    persistent: bool = True
+    noise: str = "persistent"
+    coefficient_sigma: float | int = 0.0
+    shaping: str = "none"
     turns: int = 1
 
     def __post_init__(self) -> None:
         check_window(self.problem, self.truncation, self.objective, pairs=self.pairs, sigma=self.sigma)
+        if not self.coefficient_sigma >= 0:
+            raise ValueError(f"coefficient_sigma is {self.coefficient_sigma}; it must be positive, or 0 for sigma")
+        for name, known in (("noise", NOISES), ("shaping", SHAPINGS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
 
     @property
     def parallel(self) -> int:
@@ -89,11 +110,16 @@ class PES:
         noise_key, key = jax.random.split(key)
         # One draw for all leaves: each draw's random bits are a program of their own, which takes a second to compile.
         vector, unravel = ravel_pytree(phi)
-        noise = jax.vmap(unravel)(self.sigma * jax.random.normal(noise_key, (self.pairs, vector.size), vector.dtype))
-        new_state, contributions, losses = map_unrolls(
+        sigma = self._sigma(phi)
+        scale = ravel_pytree(jax.tree.map(jnp.full_like, phi, sigma))[0]
+        noise = jax.vmap(unravel)(scale * jax.random.normal(noise_key, (self.pairs, vector.size), vector.dtype))
+        new_state, differences, losses = map_unrolls(
             lambda noise, state, key: self._window(phi, noise, state, data, key),
             *(self.turns, noise, state, jax.random.split(key, self.pairs)),
         )
+        differences = shape_differences(differences, self.shaping)
+        weigh = jax.vmap(lambda xi, d: jax.tree.map(lambda x, s: x * (d / (2 * s**2)), xi, sigma))
+        contributions = weigh(new_state.xi, differences)
         return new_state, Estimate(
             gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions),
             loss=losses.mean(),
@@ -102,14 +128,23 @@ class PES:
             window_start=state.step,
         )
 
+    def _sigma(self, phi: PyTree) -> PyTree:
+        """The standard deviation of each leaf's perturbations."""
+        own = self.coefficient_sigma or self.sigma
+        return jax.tree.map(lambda coefficient: own if coefficient else self.sigma, is_coefficient(phi))
+
     def _window(
         self, phi: PyTree, noise: PyTree, state: PESState, data: Any, key: jax.Array
-    ) -> tuple[PESState, PyTree, Float[Array, ""]]:
-        """Unroll one window of one pair; return its state, its contribution to the estimate and its mean loss."""
+    ) -> tuple[PESState, Float[Array, ""], Float[Array, ""]]:
+        """Unroll one window of one pair; return its state, the difference of its objectives and its mean loss."""
         init_key, window_key = jax.random.split(key)
         fresh = state.step == 0
-        forget = fresh if self.persistent else True
-        xi = jax.tree.map(lambda x, e: jnp.where(forget, e, x + e), state.xi, noise)
+        if self.noise == "reused":
+            noise = xi = optax.tree.where(fresh, noise, state.xi)
+        elif self.noise == "truncated":
+            xi = noise
+        else:
+            xi = jax.tree.map(lambda x, e: jnp.where(fresh, e, x + e), state.xi, noise)
         ends_at_horizon = state.step + self.truncation == self.problem.horizon
 
         def one_sign(sign: Float[Array, ""], inner: PyTree) -> tuple[PyTree, Float[Array, ""], Float[Array, ""]]:
@@ -122,7 +157,6 @@ class PES:
         # Without a finite cap a diverged unroll has an infinite loss; its pair then tells nothing about the gradient.
         difference = objective[0] - objective[1]
         difference = jnp.where(jnp.isfinite(difference), difference, 0.0)
-        contribution = optax.tree.scale(difference / (2 * self.sigma**2), xi)
         step = state.step + self.truncation
         done = step >= state.length
         new_state = PESState(
@@ -131,4 +165,4 @@ class PES:
             step=jnp.where(done, 0, step),
             length=jnp.where(done, self.problem.horizon, state.length),
         )
-        return new_state, contribution, losses.mean()
+        return new_state, difference, losses.mean()

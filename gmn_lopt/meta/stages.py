@@ -7,13 +7,16 @@ from typing import Any
 
 import optax
 
+from gmn_lopt.meta.averaging import average_of_parameters
+from gmn_lopt.meta.coefficients import is_coefficient, is_weight
 from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.shaping import SHAPINGS
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.window import OBJECTIVES
 
-SCHEDULES = ("constant", "cosine")
+SCHEDULES = ("constant", "cosine", "linear")
 
 
 @dataclass(frozen=True)
@@ -23,16 +26,25 @@ class Stage:
     Attributes:
         estimator: a key of :data:`ESTIMATORS`.
         meta_steps: number of meta-steps.
-        learning_rate: learning rate of the meta-optimizer, Adam; where it decays, that of the first meta-step.
-        schedule: ``"constant"``, or ``"cosine"``: decayed to zero over the stage.
+        learning_rate: learning rate of the meta-optimizer, Adam; where it decays or is warmed up, the largest.
+        schedule: ``"constant"``, or ``"cosine"`` or ``"linear"``: decayed to zero over the stage.
         truncation: inner steps ``K`` in one window.
-        pairs: number of antithetic pairs of PES, of single unrolls of ``truncated``.
-        sigma: standard deviation of the perturbations of PES.
+        pairs: number of antithetic pairs of the evolution strategies, of single unrolls of ``truncated``.
+        sigma: standard deviation of the perturbations of the evolution strategies.
         clip: largest norm of one unroll's gradient in ``truncated``.
         objective: ``"mean"`` or ``"final"``.
         order: 2 or 1, of the derivatives in ``truncated``; see :class:`gmn_lopt.meta.training_problem.TrainingProblem`.
         turns: groups of unrolls that each device takes one after the other; see
             :func:`gmn_lopt.meta.window.map_unrolls`.
+        coefficient_sigma: ``sigma`` of the scalar coefficients (``log_alpha`` and so on); 0: the same.
+        shaping: of the loss differences of the evolution strategies, see
+            :func:`gmn_lopt.meta.shaping.shape_differences`.
+        warmup: meta-steps over which the learning rate rises linearly, before its schedule begins.
+        weight_decay: decoupled weight decay (AdamW): this times the learning rate of every weight is taken off it at
+            each meta-step; scalar coefficients are left alone. 0: none, which is Adam.
+        coefficient_rate: multiple of the learning rate that the scalar coefficients are learned with; 0 keeps them.
+        ema: decay, per meta-step, of the moving average of the meta-parameters that is the stage's result
+            (:func:`gmn_lopt.meta.averaging.averaged`); 0: the meta-parameters of the last meta-step are.
 
     Raises:
         ValueError: in one line, a value that no stage can have.
@@ -49,15 +61,31 @@ class Stage:
     objective: str = "mean"
     order: int = 2
     turns: int = 1
+    coefficient_sigma: float = 0.0
+    shaping: str = "none"
+    warmup: int = 0
+    weight_decay: float = 0.0
+    coefficient_rate: float = 1.0
+    ema: float = 0.0
 
     def __post_init__(self) -> None:
-        for name, known in (("estimator", ESTIMATORS), ("schedule", SCHEDULES), ("objective", OBJECTIVES)):
+        names = {"estimator": ESTIMATORS, "schedule": SCHEDULES, "objective": OBJECTIVES, "shaping": SHAPINGS}
+        for name, known in names.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", "clip", "turns"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be positive")
+
+        for name in ("coefficient_sigma", "warmup", "weight_decay", "coefficient_rate"):
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name} is {value}; it must not be negative")
+        if self.warmup >= self.meta_steps:
+            raise ValueError(f"warmup is {self.warmup}; it must be less than the {self.meta_steps} meta-steps")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"ema is {self.ema}; it must be at least 0 and less than 1")
 
     def build(self, problem: InnerProblem) -> Estimator:
         """The stage's estimator of the meta-gradient of ``problem``."""
@@ -66,17 +94,49 @@ class Stage:
         return ESTIMATORS[self.estimator](self, problem)
 
     def meta_optimizer(self, clip_norm: float | int) -> optax.GradientTransformation:
-        """Adam, after clipping the meta-gradient to a global norm."""
-        rate: Any = self.learning_rate
-        if self.schedule == "cosine":
-            rate = optax.cosine_decay_schedule(rate, self.meta_steps)
-        return optax.chain(optax.clip_by_global_norm(clip_norm), optax.adam(rate))
+        """Adam or AdamW, after clipping the meta-gradient to a global norm; it keeps the average if there is one."""
+        rate = self._rate()
+        decay = self.weight_decay
+        parts = [
+            optax.clip_by_global_norm(clip_norm),
+            optax.adamw(rate, weight_decay=decay, mask=is_weight) if decay else optax.adam(rate),
+        ]
+        if self.coefficient_rate != 1:
+            parts.append(optax.masked(optax.scale(self.coefficient_rate), is_coefficient))
+        if self.ema:
+            parts.append(average_of_parameters(self.ema))
+        return optax.chain(*parts)
+
+    def _rate(self) -> Any:
+        """The learning rate: a number, or a function of the number of the meta-step."""
+        rate, steps = self.learning_rate, self.meta_steps - self.warmup
+        decayed: Any = {
+            "constant": rate if not self.warmup else optax.constant_schedule(rate),
+            "cosine": optax.cosine_decay_schedule(rate, steps),
+            "linear": optax.linear_schedule(rate, 0.0, steps),
+        }[self.schedule]
+        if not self.warmup:
+            return decayed
+        rising = optax.linear_schedule(rate / (self.warmup + 1), rate, self.warmup)
+        return optax.join_schedules([rising, decayed], [self.warmup])
+
+
+def _evolution(noise: str) -> Callable[[Stage, InnerProblem], PES]:
+    def build(s: Stage, problem: InnerProblem) -> PES:
+        return PES(
+            *(problem, s.pairs, s.truncation, s.sigma, s.objective, noise, s.coefficient_sigma, s.shaping, s.turns)
+        )
+
+    return build
 
 
 ESTIMATORS: dict[str, Callable[[Stage, InnerProblem], Any]] = {
-    "pes": lambda s, problem: PES(problem, s.pairs, s.truncation, s.sigma, s.objective, turns=s.turns),
+    "pes": _evolution("persistent"),
+    "nres": _evolution("reused"),
+    "es": _evolution("truncated"),
     "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective, turns=s.turns),
 }
+"""Persistent, noise-reuse and truncated evolution strategies; truncated back-propagation."""
 
 SHORT_NAMES = {"K": "truncation", "n": "pairs"}
 
