@@ -12,13 +12,14 @@ OF_THE_MACHINE = ("out", "data_dir", "resume")
 
 
 def train_command(settings: Mapping[str, Any], out: str) -> str:
-    """The command that trains with these settings; it names those that are not the defaults.
+    """The command that trains with these settings; it names the optimizer, and what is not as by default.
 
     Args:
         settings: those of a run's ``config.json``.
         out: the run directory that the command writes.
     """
     defaults = meta_train.to_json(meta_train.Config(task="", out=Path()))
+    del defaults["optimizer"]
     chosen = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
     return " ".join(["python meta_train.py", *_flags(chosen, defaults), f"--out {shlex.quote(out)}"])
 

@@ -66,11 +66,12 @@ def main(config: Config, root: Path = ROOT) -> Path:
         The directory that holds the shipped optimizer.
 
     Raises:
-        ShipError, RunError, UsageError, SerializationError: in one line, what keeps it from being shipped. Nothing is
-            changed then.
+        ShipError, RunError, UsageError, SerializationError, TableError: in one line, what keeps it from being shipped.
+            Nothing is changed then.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", config.name):
         raise ShipError(f"--name {config.name!r}: use letters, digits and _ . + - only")
+    tables.generated(root)  # fails before anything is changed, if it fails
     source = config.run / "optimizer" if (config.run / "optimizer").is_dir() else config.run
     lopt, phi = load_learned(source, small_structure())
     training = _training(config)

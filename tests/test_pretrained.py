@@ -113,6 +113,7 @@ def test_shipping(trained, root, monkeypatch):
     tx = gmn_lopt.load(NAME, gmn_lopt.analyze(loss, params))
     assert np.isfinite(tx.update(params, tx.init(params), params)[0]["w"]).all()
 
+    assert training["commands"]["train"].startswith("python meta_train.py --task digits_mlp --optimizer sgdm ")
     # The commands make the same settings, and the same evaluation.
     again = meta_train.from_command_line(shlex.split(training["commands"]["train"])[2:])
     assert meta_train.to_json(again) == meta_train.to_json(replace(RUN, out=Path(f"runs/{NAME}")))
@@ -270,10 +271,24 @@ def test_the_tables_are_up_to_date():
     assert tables.outdated(ROOT) == [], "run python pretrained/tables.py"
 
 
-def test_a_file_without_markers_is_named(root):
+def test_a_file_without_markers_is_named(trained, root):
     (root / "docs/pretrained.md").write_text("nothing")
-    with pytest.raises(tables.TableError, match=r"docs/pretrained\.md lacks"):
-        tables.write(root)
+    for attempt in (tables.write, lambda root: ship.main(config(trained), root)):
+        with pytest.raises(tables.TableError, match=r"docs/pretrained\.md lacks"):
+            attempt(root)
+    assert not (root / "gmn_lopt").exists()
+
+
+def test_the_check_says_what_is_out_of_date(trained, root, monkeypatch, capsys):
+    monkeypatch.setattr(tables, "ROOT", root)
+    assert tables.cli(["--check"]) == 0
+    ship.main(config(trained), root)
+    written = (root / "docs/pretrained.md").read_text()
+    (root / "docs/pretrained.md").write_text(written.replace(" of 2 |", " of 3 |"))
+    assert tables.cli(["--check"]) == 1
+    assert "not up to date with the cards: docs/pretrained.md;" in capsys.readouterr().err
+    assert tables.cli([]) == tables.cli(["--check"]) == 0
+    assert (root / "docs/pretrained.md").read_text() == written
 
 
 def test_shipped_files_are_package_data():
@@ -284,7 +299,7 @@ def test_shipped_files_are_package_data():
         assert any(fnmatch(f"pretrained/{file}", pattern) for pattern in patterns)
 
 
-def train(tx_of, steps=60):
+def train(tx_of, steps=200):
     """Training losses of a small network on digits."""
     task = load_task("digits_mlp", hidden=16, batch_size=32)
     params, batch = task.init(jax.random.key(0)), task.sample(jax.random.key(0), task.data["train"])
