@@ -5,8 +5,12 @@ python eval.py --task digits_mlp --optimizer runs/digits --optimizer optax:lion:
 Every optimizer trains from the same initialisations on the same batches. The report says how many times fewer steps
 than tuned Adam it takes to Adam's best test loss, and at what cost per step. Interrupt it at any time: the same command
 goes on where it stopped.
+
+Transfer is an evaluation on another task, or on one with other settings:
+python eval.py --task cifar10_mlp --task-setting hidden=64 --optimizer runs/width-32 --out report/width-32-to-64
 """
 
+import ast
 import hashlib
 import importlib.metadata
 import json
@@ -28,12 +32,13 @@ from gmn_lopt.command_line import parse
 from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation import plots, protocol
 from gmn_lopt.evaluation.candidate import Candidate
-from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
+from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table, task_title
 from gmn_lopt.evaluation.results import Results, ResultsError
 from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, split_label
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
 from gmn_lopt.files import write_atomically
+from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.meta.task import Task
 from tasks import load_task
 
@@ -51,8 +56,11 @@ class Config:
         out: Directory for report.json, report.md, the pictures, and results/ (what an evaluation resumes from).
         optimizer: An optimizer to compare with tuned Adam; repeat the flag for several. A run directory of
             meta_train.py, a directory saved by gmn_lopt.save, the name of a shipped optimizer, or
-            optax:NAME:key=value,key=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4). LABEL= in
-            front of it sets its name in the report.
+            optax:NAME:key=value,key=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4). Learned
+            optimizers that take a learning rate get it in the same way, runs/c10:learning_rate=3e-3. LABEL= in front
+            of it sets its name in the report.
+        task_setting: A setting of the task as NAME=VALUE, such as hidden=64 or batch_size=64; repeat the flag for
+            several. The settings are the arguments of make() in the task's file.
         data_dir: Directory of data sets and their caches; default: the task's own.
         seeds: Number of seeds (initialisations and batch orders).
         first_seed: The first seed; the others follow it.
@@ -68,6 +76,7 @@ class Config:
     task: str
     out: Path
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    task_setting: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     data_dir: str | None = None
     seeds: int = 5
     first_seed: int = 0
@@ -85,7 +94,8 @@ def main(config: Config) -> dict[str, Any]:
         UsageError, SourceError, ResultsError, ProtocolError: in one line, if it cannot be done.
     """
     _check_counts(config)
-    task = find_task(config.task, config.data_dir)
+    task_settings = parse_task_settings(config.task_setting)
+    task = find_task(config.task, config.data_dir, **task_settings)
     task = replace(task, horizon=task.horizon if config.horizon is None else config.horizon)
     eval_every = protocol.default_eval_every(task.horizon) if config.eval_every is None else config.eval_every
     if task.horizon % eval_every:
@@ -94,7 +104,7 @@ def main(config: Config) -> dict[str, Any]:
     weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
     candidates = find_candidates(config.optimizer, task)
 
-    settings = {
+    settings: dict[str, Any] = {
         "task": task.name,
         "seeds": list(seeds),
         "horizon": task.horizon,
@@ -107,6 +117,8 @@ def main(config: Config) -> dict[str, Any]:
         "task_file": _file_digest(config.task),
         "device": jax.devices()[0].device_kind,
     }
+    if task_settings:
+        settings["task_settings"] = task_settings
     results = Results(config.out / "results", settings)
 
     # Training. One unit of work per part of Adam's grid and per optimizer; finished ones are read back.
@@ -148,16 +160,17 @@ def main(config: Config) -> dict[str, Any]:
 
     # Report.
     outcomes = [
-        Outcome(candidate.name, candidate.source, c.test_loss, c.train_loss, seconds, c.weights)
+        Outcome(candidate.name, candidate.source, c.test_loss, c.train_loss, seconds, c.weights, candidate.digest)
         for candidate, c, seconds in zip(everyone, curves, timed["seconds"])
     ]
     report = build_report(settings, _environment(), list(seeds), grid.test_loss, outcomes)
     pictures = ["curves.png"]
     steps = protocol.evaluation_steps(task.horizon, eval_every)
-    plots.plot_curves(config.out / "curves.png", task.name, steps, config.smoothing, outcomes)
+    title = task_title(settings)
+    plots.plot_curves(config.out / "curves.png", title, steps, config.smoothing, outcomes)
     if weights == 2:
         pictures.append("trajectories.png")
-        plots.plot_trajectories(config.out / "trajectories.png", task.name, _loss_at(task), list(seeds), outcomes)
+        plots.plot_trajectories(config.out / "trajectories.png", title, _loss_at(task), list(seeds), outcomes)
     write_atomically(config.out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
     write_atomically(config.out / "report.md", markdown(report, pictures).encode())
     print(table(report))
@@ -165,15 +178,37 @@ def main(config: Config) -> dict[str, Any]:
     return report
 
 
-def find_task(name: str, data_dir: str | None) -> Task:
-    """Make the task of a file in ``tasks/``.
+def parse_task_settings(specs: Sequence[str]) -> dict[str, Any]:
+    """Parse ``NAME=VALUE`` settings, each value a Python literal; nothing is evaluated.
 
     Raises:
-        UsageError: if there is no such task, or its data or a package that it needs are missing.
+        UsageError: if one is not of this form, or a name is given twice.
+    """
+    settings: dict[str, Any] = {}
+    for spec in specs:
+        name, equals, value = (part.strip() for part in spec.partition("="))
+        try:
+            parsed = ast.literal_eval(value)
+        except (SyntaxError, ValueError):
+            equals = ""
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--task-setting {spec!r}: write NAME=VALUE, as in hidden=64 or augment=False")
+        if name in settings or name == "data_dir":
+            hint = "use --data-dir" if name == "data_dir" else "give each setting once"
+            raise UsageError(f"--task-setting {spec!r}: {hint}")
+        settings[name] = parsed
+    return settings
+
+
+def find_task(name: str, data_dir: str | None, **settings: Any) -> Task:
+    """Make the task of a file in ``tasks/``, with settings of its own.
+
+    Raises:
+        UsageError: if there is no such task, it refuses a setting, or its data or a package that it needs are missing.
     """
     try:
-        return load_task(name, data_dir)
-    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        return load_task(name, data_dir, **settings)
+    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"--task {name}: {first_line(error)}") from None
 
 
@@ -237,7 +272,7 @@ def _environment() -> dict[str, str]:
     return {package: importlib.metadata.version(package) for package in packages} | {
         "python": platform.python_version(),
         "device": f"{jax.devices()[0].platform}, {jax.devices()[0].device_kind}",
-        "machine": f"{platform.machine()}, {len(jax.devices())} device(s)",
+        "machine": describe_hardware(),
     }
 
 

@@ -32,6 +32,7 @@ from gmn_lopt.command_line import parse
 from gmn_lopt.errors import first_line
 from gmn_lopt.factors import analyze
 from gmn_lopt.gradmetanet import GradMetaNetConfig
+from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.averaging import averaged
 from gmn_lopt.meta.estimator import Estimator
@@ -39,7 +40,7 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
 from gmn_lopt.meta.stages import Stage, parse_stages
 from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.serialization import SerializationError, save
+from gmn_lopt.serialization import SerializationError, load_learned, save
 from tasks import load_task
 
 OPTIMIZERS = ("sgdm", "ds", "ds+gmn", "celo", "celo+gmn")
@@ -63,6 +64,8 @@ class Config:
     """Continue the run in --out, with its settings; nothing else has to be given again."""
     seed: int = 0
     """Seed of all randomness."""
+    start: str | None = None
+    """Saved or shipped optimizer whose meta-parameters to start from; its architecture must be the one asked for."""
 
     stages: str = "pes"
     """Stages, separated by commas: ESTIMATOR[:META_STEPS[:META_LEARNING_RATE]][:SETTING=VALUE...], for example
@@ -151,6 +154,8 @@ def main(config: Config) -> bool:
     with stop.listen():
         stages = make_stages(config)
         lopt, problem = make_problem(config)
+        if not config.resume:
+            read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
         try:
             estimators = [stage.build(problem) for stage in stages]
         except ValueError as error:
@@ -224,6 +229,7 @@ def open_run(config: Config) -> RunDirectory:
     """Open or begin the run in ``config.out``."""
     packages = ("gmn_lopt", "jax", "jaxlib", "flax", "optax", "numpy")
     versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
+    versions["hardware"] = describe_hardware()
     settings = to_json(config)
     keep_period = config.keep_every * config.checkpoint_every
     return RunDirectory(config.out, settings, versions, config.resume, FREE, config.keep, keep_period)
@@ -239,7 +245,7 @@ def train(
 ) -> bool:
     """Go through the stages, from the latest checkpoint on; return whether all are done."""
     key = jax.random.key(config.seed)
-    phi = initial_phi(config, lopt, jax.random.fold_in(key, 0))
+    phi = initial_phi(config, lopt, jax.random.fold_in(key, 0), run.latest == 0)
     total = sum(stage.meta_steps for stage, _ in stages)
     weights = sum(leaf.size for leaf in jax.tree.leaves(phi))
     print(
@@ -305,12 +311,35 @@ def train(
     return True
 
 
-def initial_phi(config: Config, lopt: LearnedOptimizer, key: jax.Array) -> PyTree:
-    """Draw the meta-parameters, with the coefficients that the configuration sets."""
-    phi = lopt.init(key)
+def initial_phi(config: Config, lopt: LearnedOptimizer, key: jax.Array, first: bool = True) -> PyTree:
+    """Draw or read the meta-parameters, with the coefficients that the configuration sets.
+
+    Where a checkpoint is going to replace them (not ``first``), the start need not be there any more.
+    """
+    start = read_start(config, lopt) if first else None
+    phi = lopt.init(key) if start is None else start
     for name, value in (("log_alpha", config.initial_alpha), ("log_beta", config.initial_beta)):
         if value is not None and name in phi:
             phi[name] = jnp.log(jnp.asarray(value, phi[name].dtype))
+    return phi
+
+
+def read_start(config: Config, lopt: LearnedOptimizer) -> PyTree | None:
+    """The meta-parameters to start from; None where they are to be drawn.
+
+    Raises:
+        UsageError: there is no such optimizer, or its architecture is not ``lopt``'s.
+    """
+    if config.start is None:
+        return None
+    try:
+        found, phi = load_learned(config.start, lopt.structure)
+    except SerializationError as error:
+        raise UsageError(f"--start {config.start}: {error}") from None
+    names = [f.name for f in dataclasses.fields(lopt) if getattr(found, f.name) != getattr(lopt, f.name)]
+    if names:
+        listed = "; ".join(f"{name} is {getattr(found, name)!r}, not {getattr(lopt, name)!r}" for name in names)
+        raise UsageError(f"--start {config.start} has another architecture ({listed}); ask for that one")
     return phi
 
 

@@ -1,9 +1,12 @@
 """Saving and loading learned optimizers: a directory with JSON and safetensors, nothing executable."""
 
+import hashlib
+import inspect
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
@@ -67,22 +70,53 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
         raise SerializationError(f"cannot save {path}: {error.strerror or error}") from error
 
 
-def load(path: str | os.PathLike[str], structure: GradientStructure) -> optax.GradientTransformationExtraArgs:
+def load(
+    path: str | os.PathLike[str], structure: GradientStructure, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
     """Load a saved learned optimizer as an optax transformation for the model with this structure.
 
     Args:
-        path: a directory that :func:`save` wrote, or the name of an optimizer that ships with the package.
+        path: a directory that :func:`save` wrote, or the name of an optimizer that ships with the package
+            (:func:`gmn_lopt.list_pretrained`).
         structure: the structure of the model to train, from :func:`gmn_lopt.analyze`; not necessarily that of the
             model on which the optimizer was meta-trained.
+        **settings: what this optimizer leaves to its user, such as ``learning_rate`` (a number or an optax schedule)
+            and ``weight_decay``; many optimizers take none. They are those of :meth:`LearnedOptimizer.optimizer`.
 
     Returns:
         The transformation.
 
     Raises:
-        SerializationError: in one line, if there is no such optimizer, or its files are damaged or of another version.
+        SerializationError: in one line, if there is no such optimizer, its files are damaged or of another version, or
+            it does not take one of the settings.
     """
     lopt, phi = load_learned(path, structure)
-    return lopt.optimizer(phi)
+    return make_optimizer(lopt, phi, settings, str(path))
+
+
+def make_optimizer(
+    lopt: LearnedOptimizer, phi: PyTree, settings: Mapping[str, Any], what: str
+) -> optax.GradientTransformationExtraArgs:
+    """Make the transformation of a learned optimizer with settings that its user chose.
+
+    Args:
+        lopt: the learned optimizer.
+        phi: its meta-parameters.
+        settings: keyword arguments of ``lopt.optimizer``.
+        what: the optimizer's name in errors.
+
+    Raises:
+        SerializationError: in one line, if the optimizer does not take one of the settings, or refuses its value.
+    """
+    taken = list(inspect.signature(lopt.optimizer).parameters)[1:]
+    if unknown := [name for name in settings if name not in taken]:
+        raise SerializationError(
+            f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken) or 'no settings'}"
+        )
+    try:
+        return lopt.optimizer(phi, **settings)
+    except (TypeError, ValueError) as error:
+        raise SerializationError(f"{what}: {first_line(error)}") from error
 
 
 def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
@@ -105,7 +139,19 @@ def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> 
 def shipped_names() -> tuple[str, ...]:
     """The names of the learned optimizers that ship with the package."""
     root = resources.files("gmn_lopt") / SHIPPED
-    return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir())) if root.is_dir() else ()
+    if not root.is_dir():
+        return ()
+    # A hidden directory is one that is being written.
+    return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def digest(phi: PyTree) -> str:
+    """A digest of meta-parameters: equal for equal names, types and values, wherever they were saved."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(_named_arrays(phi).items()):
+        array = np.asarray(leaf)
+        found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()[:16]
 
 
 def _architecture(lopt: LearnedOptimizer) -> dict[str, Any]:

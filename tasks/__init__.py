@@ -23,7 +23,8 @@ def load_task(name: str, data_dir: str | None = None, **settings: Any) -> Task:
     Args:
         name: one of :func:`task_names`.
         data_dir: the TensorFlow Datasets directory that holds the task's data; None for its default place.
-        **settings: handed on to the task's ``make``, e.g. ``hidden=(64,)`` for another width.
+        **settings: handed on to the task's ``make``, e.g. ``hidden=(64,)`` for another width (``hidden=64``
+            says the same).
 
     Raises:
         ValueError: no such task, no such setting, or a setting the task refuses.
@@ -35,9 +36,13 @@ def load_task(name: str, data_dir: str | None = None, **settings: Any) -> Task:
     make = getattr(module, "make", None)
     if make is None:
         raise ValueError(f"tasks/{name}.py has no function make(data_dir); see tasks/digits_mlp.py for one")
-    known = [parameter for parameter in inspect.signature(make).parameters if parameter != "data_dir"]
+    parameters = inspect.signature(make).parameters
+    known = [parameter for parameter in parameters if parameter != "data_dir"]
     if unknown := sorted(set(settings) - set(known)):
         raise ValueError(f"task {name!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+    # One hidden layer is the usual case: hidden=64 says the same as hidden=(64,).
+    several = {key for key in settings if isinstance(parameters[key].default, tuple)}
+    settings = {k: (v,) if k in several and not isinstance(v, list | tuple) else v for k, v in settings.items()}
     task: Task = make(data_dir, **settings)
     if task.name != name:
         raise ValueError(f"tasks/{name}.py makes a task named {task.name!r}; a task is named like its file")

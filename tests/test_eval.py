@@ -12,10 +12,11 @@ import pytest
 
 import eval as evaluation
 import gmn_lopt
+from gmn_lopt.evaluation.results import ResultsError
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import Task
-from gmn_lopt.serialization import load, save
+from gmn_lopt.serialization import digest, load, save
 
 LION = "optax:lion:learning_rate=0.05"
 
@@ -137,6 +138,10 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
     specs = (str(tmp_path / "run"), f"after truncated={tmp_path / 'saved'}")
     report = evaluation.main(config(tmp_path / "out", *specs))
     assert [row["name"] for row in report["optimizers"]] == ["adam", "run", "after truncated"]
+    assert [row.get("digest") for row in report["optimizers"]] == [
+        None,
+        *(digest(lopt.init(jax.random.key(seed))) for seed in (0, 1)),
+    ]
     curves = report["curves"]["test_loss"]
     assert curves["run"] != curves["after truncated"]
 
@@ -177,6 +182,11 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
         ("--optimizer /no/such/place", "/no/such/place"),
         ("--optimizer tests", "config.json"),
         ("--seeds three", "three"),
+        ("--task-setting hidden", "NAME=VALUE"),
+        ("--task-setting hidden=wide", "NAME=VALUE"),
+        ("--task-setting 3=4", "NAME=VALUE"),
+        ("--task-setting hidden=6 --task-setting hidden=7", "each setting once"),
+        ("--task-setting data_dir='x'", "use --data-dir"),
         ("--speed 3", "--speed"),
     ],
 )
@@ -190,6 +200,35 @@ def test_bad_input_ends_in_one_line(tmp_path, capsys, changes, says):
     assert says in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_settings_of_the_task(tmp_path, monkeypatch, capsys):
+    given = {}
+
+    def load_task(name, data_dir, **settings):
+        given.update(settings)
+        return TASK
+
+    monkeypatch.setattr(evaluation, "load_task", load_task)
+    settings = ("hidden=64", "widths=(3, 4)", "augment=False")
+    report = evaluation.main(config(tmp_path, task_setting=settings))
+    assert given == {"hidden": 64, "widths": (3, 4), "augment": False}
+    assert report["settings"]["task_settings"] == {"hidden": 64, "widths": [3, 4], "augment": False}
+    title = (tmp_path / "report.md").read_text().splitlines()[0]
+    assert title.startswith("# two_weights (hidden=64, widths=3x4, augment=False): ")
+    assert evaluation.main(config(tmp_path, task_setting=settings))["settings"] == report["settings"]
+    with pytest.raises(ResultsError, match=r"task_settings was .*, is None"):
+        evaluation.main(config(tmp_path))
+
+
+def test_settings_reach_the_task(monkeypatch):
+    monkeypatch.undo()
+    task = evaluation.find_task("digits_mlp", None, hidden=7, batch_size=5)
+    assert [layer["kernel"].shape for layer in task.init(jax.random.key(0)).values()] == [(64, 7), (7, 10)]
+    assert task.batch_size == 5
+    for settings, says in (({"depth": 3}, "no setting depth; it has: hidden"), ({"hidden": "wide"}, "digits_mlp")):
+        with pytest.raises(evaluation.UsageError, match=says):
+            evaluation.find_task("digits_mlp", None, **settings)
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, capsys):

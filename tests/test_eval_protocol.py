@@ -104,7 +104,13 @@ def test_report_says_what_the_protocol_asks_for():
     lines = table(report).splitlines()
     assert len({len(line) for line in lines}) == 1
     assert "1.50 (1 of 2 missed)" in lines[3]
-    assert "4.00 ± 1.41 " in lines[4]
+    step_reduction, speed_up = (cell.strip() for cell in lines[4].split("|")[2:4])
+    assert lines[0].split("|")[3].strip() == "training-time speed-up"
+    assert step_reduction == "4.00 ± 1.41"
+    factors = np.array([seed["step_reduction"] for seed in all_["seeds"]])
+    times = [row["seconds_per_step"]["median"] for row in (adam, all_)]
+    speed_ups = factors * times[0] / times[1]
+    assert speed_up == f"{speed_ups.mean():.2f} ± {speed_ups.std(ddof=1):.2f}"
     assert "— (2 of 2 missed)" in lines[5]
     text = markdown(report, ["curves.png"])
     assert "edge of the grid" in text

@@ -6,10 +6,21 @@ import numpy as np
 import optax
 import pytest
 
+from gmn_lopt import analyze, serialization
+from gmn_lopt.evaluation import sources
 from gmn_lopt.evaluation.results import Results, ResultsError
-from gmn_lopt.evaluation.sources import SourceError, find_candidate, optax_transformation, parse_optax, split_label
+from gmn_lopt.evaluation.sources import (
+    SourceError,
+    find_candidate,
+    optax_transformation,
+    parse_optax,
+    split_label,
+    split_settings,
+)
 from gmn_lopt.files import write_atomically
+from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import Task
+from gmn_lopt.serialization import save
 
 
 def tiny() -> Task:
@@ -36,6 +47,53 @@ def test_labels(tmp_path, monkeypatch):
     for spec in ("=runs/a", "name="):
         with pytest.raises(SourceError, match="LABEL=SOURCE"):
             split_label(spec)
+
+
+def test_settings_of_a_learned_optimizer_are_no_label(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "shipped_names", lambda: ("default",))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for spec in ("default:learning_rate=0.003", "runs:learning_rate=1e-3,nesterov=True"):
+        assert split_label(spec) == (None, spec)
+        assert split_label(f"mine={spec}") == ("mine", spec)
+    assert split_label("step:one=runs") == ("step:one", "runs")  # no such place: a label
+
+    assert split_settings("default:learning_rate=3e-3") == ("default", {"learning_rate": 3e-3})
+    assert split_settings("a:b:x=1, y='c:d=e'") == ("a:b", {"x": 1, "y": "c:d=e"})
+    assert split_settings("runs/a") == ("runs/a", {})
+    (tmp_path / "run:lr=1").mkdir()
+    assert split_settings("run:lr=1") == ("run:lr=1", {})
+    for bad in ("default:learning_rate=", "default:x=open('y')", "default:x=1,x=2", "default:x=1)+f(y=2"):
+        with pytest.raises(SourceError, match="PLACE:key=value"):
+            split_settings(bad)
+
+
+class Tunable(LearnedOptimizer):
+    def optimizer(self, phi, learning_rate=1.0):
+        return optax.with_extra_args_support(optax.sgd(learning_rate))
+
+
+def test_settings_make_other_candidates_of_one_optimizer(tmp_path, monkeypatch):
+    task = tiny()
+    structure = analyze(task.loss, task.init(None), task.sample(None, task.data["train"]))
+    lopt = LearnedOptimizer(structure, backbone="sgdm")
+    phi = lopt.init(jax.random.key(0))
+    save(tmp_path / "one", lopt, phi)
+    save(tmp_path / "two", lopt, jax.tree.map(lambda x: x + 1, phi))
+    monkeypatch.setattr(serialization, "LearnedOptimizer", Tunable)
+    one = str(tmp_path / "one")
+    candidates = []
+    for spec in (one, f"{one}:learning_rate=0.5", f"fast={one}:learning_rate=2", f"{tmp_path / 'two'}:learning_rate=2"):
+        candidates.append(find_candidate(spec, task, structure, candidates))
+    assert [c.name for c in candidates] == ["one", "one(learning_rate=0.5)", "fast", "two(learning_rate=2)"]
+    assert len({c.fingerprint for c in candidates}) == 4
+    assert candidates[0].digest == candidates[1].digest == serialization.digest(phi) != candidates[3].digest
+    assert candidates[3].make is candidates[2].make is not candidates[1].make  # compiled once
+    grads = {"w": jnp.ones(2)}
+    steps = [c.make(c.hyper).update(grads, c.make(c.hyper).init(grads), grads)[0]["w"][0] for c in candidates]
+    assert steps == [-1.0, -0.5, -2.0, -2.0]
+    with pytest.raises(SourceError, match=r"does not take rate: it takes learning_rate$"):
+        find_candidate(f"{one}:rate=1", task, structure)
 
 
 def test_parsing_reads_literals():

@@ -226,3 +226,17 @@ def test_wrong_input_of_the_function():
     with pytest.raises(UsageError, match="unknown --optimizer 'rnn'; choose one of sgdm, ds, ds\\+gmn"):
         meta_train.main(config(Path("never-made"), optimizer="rnn"))
     assert not Path("never-made").exists()
+
+
+def test_a_run_starts_from_a_saved_optimizer(finished, tmp_path):
+    start = str(finished / "optimizer")
+    # A meta-learning rate of next to nothing: what comes out is what went in.
+    few = {"stages": "pes:2:1e-12:K=5:n=2", "start": start, "seed": 7}
+    assert meta_train.main(config(tmp_path / "on", **few)) is True
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), phi_of(tmp_path / "on" / "optimizer"), phi_of(start)
+    )
+    for changes, says in (({"base": "adam"}, "base is 'momentum', not 'adam'"), ({"start": "none"}, "neither")):
+        with pytest.raises(UsageError, match=says):
+            meta_train.main(config(tmp_path / "refused", **{**few, **changes}))
+    assert not (tmp_path / "refused").exists()

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import safetensors.numpy
 from optimizing import analyzed, lively, mlp
@@ -12,7 +13,7 @@ from optimizing import analyzed, lively, mlp
 from gmn_lopt import serialization
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
-from gmn_lopt.serialization import SerializationError, load, load_learned, save
+from gmn_lopt.serialization import SerializationError, digest, load, load_learned, save
 
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)
@@ -182,3 +183,38 @@ def test_a_file_is_not_a_directory(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(SerializationError, match="not a directory"):
         load(tmp_path / "file", STRUCTURE)
+
+
+class Tunable(LearnedOptimizer):
+    """A learned optimizer that takes settings, as rules with a learning rate of the user's do."""
+
+    def optimizer(self, phi, learning_rate=None, weight_decay=0.0):
+        if weight_decay < 0:
+            raise ValueError("weight_decay must not be negative\nin detail")
+        decay = optax.add_decayed_weights(weight_decay)
+        return optax.with_extra_args_support(optax.chain(decay, optax.scale_by_learning_rate(learning_rate)))
+
+
+def test_settings_reach_an_optimizer_that_takes_them(saved, monkeypatch):
+    monkeypatch.setattr(serialization, "LearnedOptimizer", Tunable)
+    params, grads = jnp.array([2.0]), jnp.array([1.0])
+    tx = load(saved, STRUCTURE, learning_rate=optax.constant_schedule(0.5), weight_decay=0.1)
+    updates, _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(updates, [-0.5 * (1.0 + 0.1 * 2.0)], rtol=1e-6)
+    with pytest.raises(SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay$"):
+        load(saved, STRUCTURE, rate=1.0)
+    with pytest.raises(SerializationError, match=r"saved: weight_decay must not be negative$"):
+        load(saved, STRUCTURE, learning_rate=0.5, weight_decay=-1.0)
+
+
+def test_settings_that_an_optimizer_does_not_take_are_refused(saved, monkeypatch):
+    monkeypatch.setattr(LearnedOptimizer, "optimizer", lambda self, phi: optax.identity())
+    with pytest.raises(SerializationError, match=r"saved does not take momentum, rate: it takes no settings$"):
+        load(saved, STRUCTURE, momentum=0.9, rate=1.0)
+
+
+def test_the_digest_is_that_of_the_values(saved):
+    lopt, phi = load_learned(saved, STRUCTURE)
+    assert digest(phi) == digest(lively(lopt)) == digest(jax.tree.map(np.asarray, phi))
+    assert digest(phi) != digest(phi | {"log_alpha": phi["log_alpha"] + 1e-3})
+    assert digest(phi) != digest({k: v for k, v in phi.items() if k != "log_alpha"})

@@ -22,6 +22,7 @@ class Candidate:
         make: ``make(hyper)``, the optax transformation. Candidates that share ``make`` share compiled programs.
         hyper: the arrays that ``make`` takes: a learning rate, the meta-parameters of a learned optimizer, or nothing.
         needs_factors: whether ``update`` wants ``factors=``.
+        digest: of a learned optimizer, the digest of its meta-parameters alone; else empty.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Candidate:
     make: Callable[[PyTree], optax.GradientTransformation]
     hyper: PyTree = ()
     needs_factors: bool = False
+    digest: str = ""
 
 
 def train_step(

@@ -22,6 +22,7 @@ class Outcome:
         train_loss: mean (capped) training loss of the steps since the evaluation before.
         seconds_per_step: time of one training step, one value per round of the timing.
         weights: the parameters at the initialisation and at each evaluation; ``P = 0`` if they were not kept.
+        digest: of a learned optimizer, the digest of its meta-parameters, by which its report is found again.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Outcome:
     train_loss: Float[np.ndarray, "S E"]
     seconds_per_step: Float[np.ndarray, "rounds"]
     weights: Float[np.ndarray, "S E+1 P"]
+    digest: str = ""
 
 
 def build_report(
@@ -75,6 +77,7 @@ def build_report(
             {
                 "name": outcome.name,
                 "source": outcome.source,
+                **({"digest": outcome.digest} if outcome.digest else {}),
                 "hits": int(np.isfinite(first).sum()),
                 "misses": int(np.isnan(first).sum()),
                 **{key: dict(zip(("mean", "std"), protocol.mean_and_std(value))) for key, value in measures.items()},
@@ -115,6 +118,12 @@ def build_report(
         },
     }
     return _finite(report)
+
+
+def task_title(settings: Mapping[str, Any]) -> str:
+    """The name of the task, with those of its own settings that were not left as they are."""
+    changed = ", ".join(f"{key}={_short(value)}" for key, value in settings.get("task_settings", {}).items())
+    return f"{settings['task']} ({changed})" if changed else str(settings["task"])
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -168,7 +177,7 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     ]
     sources = [[row["name"], f"`{row['source']}`"] for row in report["optimizers"]]
     sections = [
-        f"# {settings['task']}: learned optimizers against tuned Adam",
+        f"# {task_title(settings)}: learned optimizers against tuned Adam",
         table(report),
         f"Mean ± sample standard deviation over {count} seed{'s' * (count != 1)}. *Step reduction*: the step at which "
         "tuned Adam has its best test loss `L*`, divided by the first step at which the optimizer's test loss is at "
@@ -224,6 +233,10 @@ def _spread(value: Mapping[str, float | None], digits: int) -> str:
 
 def _number(value: float | None, digits: int) -> str:
     return "—" if value is None else f"{value:.{digits}f}"
+
+
+def _short(value: Any) -> str:
+    return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _steps(count: int) -> str:

@@ -3,7 +3,8 @@
 import ast
 import difflib
 import hashlib
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ import optax
 
 from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation.candidate import Candidate, train_step
+from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import Task
+from gmn_lopt.serialization import digest, load_learned, make_optimizer, shipped_names
 from gmn_lopt.structure import GradientStructure
 
 
@@ -37,14 +40,53 @@ class _Optax:
         return optax_transformation(self.source)
 
 
+@dataclass(frozen=True, eq=False)
+class _Learned:
+    """Makes a learned optimizer with fixed settings.
+
+    Compared by identity: it is a key of compiled programs at each timed step, and hashing a structure takes time.
+    """
+
+    lopt: LearnedOptimizer
+    settings: Mapping[str, Any]
+
+    def __call__(self, hyper: Any) -> optax.GradientTransformation:
+        return self.lopt.optimizer(hyper, **self.settings)
+
+
 def split_label(spec: str) -> tuple[str | None, str]:
-    """Split ``label=source``; the label is None in ``optax:...`` and in a path that exists as written."""
+    """Split ``label=source``; the label is None in ``optax:...``, in a path that exists as written, and where what
+    stands before the first ``=`` is an optimizer with the name of its first setting.
+    """
     label, equals, source = spec.partition("=")
     if not equals or spec.startswith("optax:") or Path(spec).exists():
+        return None, spec
+    before, colon, setting = label.rpartition(":")
+    if colon and setting.strip().isidentifier() and _is_learned(before):
         return None, spec
     if not label.strip() or not source.strip():
         raise SourceError(f"--optimizer {spec!r}: write LABEL=SOURCE, with neither of them empty")
     return label.strip(), source.strip()
+
+
+def split_settings(source: str) -> tuple[str, dict[str, Any]]:
+    """Split the source of a learned optimizer, ``PLACE[:key=value,...]``, into the place and the settings.
+
+    Values are Python literals. A path that exists as written is one, whatever it contains.
+
+    Raises:
+        SourceError: if what follows the colon is not of this form.
+    """
+    found = re.match(r"(.+?):(\s*[A-Za-z_]\w*\s*=.*)$", source)
+    if Path(source).exists() or found is None:
+        return source, {}
+    try:
+        return found[1], _literals(found[2])
+    except (SyntaxError, ValueError):
+        raise SourceError(
+            f"--optimizer {source!r}: write PLACE:key=value,key=value with numbers, strings or other literals as "
+            f"values, for example {found[1]}:learning_rate=3e-3"
+        ) from None
 
 
 def parse_optax(spec: str) -> tuple[str, dict[str, Any]]:
@@ -57,18 +99,12 @@ def parse_optax(spec: str) -> tuple[str, dict[str, Any]]:
     """
     name, _, arguments = spec.removeprefix("optax:").partition(":")
     try:
-        call = ast.parse(f"f({arguments})", mode="eval").body
-        if not isinstance(call, ast.Call) or call.args:
-            raise ValueError
-        values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-        if len(values) != len(call.keywords):
-            raise ValueError
+        return name.strip(), _literals(arguments)
     except (SyntaxError, ValueError):
         raise SourceError(
             f"--optimizer {spec!r}: write optax:NAME:key=value,key=value with numbers, strings or other literals as "
             "values, for example optax:lion:learning_rate=3e-4"
         ) from None
-    return name.strip(), values
 
 
 def optax_transformation(spec: str) -> optax.GradientTransformation:
@@ -101,8 +137,9 @@ def find_candidate(
     """Find the optimizer that a ``--optimizer`` argument names and check that it can train the task.
 
     Args:
-        spec: ``[label=]`` and then ``optax:NAME:key=value,...``, a run directory of ``meta_train.py``, a directory
-            written by :func:`gmn_lopt.save`, or the name of a shipped optimizer.
+        spec: ``[label=]`` and then ``optax:NAME:key=value,...``, or the place of a learned optimizer: a run directory
+            of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
+            after a place ``:key=value,...`` where the optimizer takes settings, such as ``learning_rate``.
         task: the task it is to train.
         structure: the gradient structure of the task's model; only learned optimizers need it.
         known: the candidates found before. A learned optimizer that differs from one of them in its meta-parameters
@@ -115,8 +152,7 @@ def find_candidate(
     if source.startswith("optax:"):
         optax_transformation(source)
         name, arguments = parse_optax(source)
-        shown = f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())})"
-        candidate = Candidate(label or shown, source, _digest(source.encode()), _Optax(source))
+        candidate = Candidate(label or f"{name}{_shown(arguments)}", source, _digest(source.encode()), _Optax(source))
     else:
         if structure is None:
             raise SourceError(f"--optimizer {spec!r}: a learned optimizer needs the structure of the task's model")
@@ -125,35 +161,56 @@ def find_candidate(
     return candidate
 
 
+def _literals(arguments: str) -> dict[str, Any]:
+    """Read ``key=value,...``, with Python literals as values; nothing is evaluated."""
+    call = ast.parse(f"f({arguments})", mode="eval").body
+    if not isinstance(call, ast.Call) or call.args:
+        raise ValueError
+    values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    if len(values) != len(call.keywords):
+        raise ValueError
+    return values
+
+
+def _shown(arguments: Mapping[str, Any]) -> str:
+    return f"({', '.join(f'{key}={value}' for key, value in arguments.items())})"
+
+
+def _is_learned(place: str) -> bool:
+    return Path(place).is_dir() or place in shipped_names()
+
+
 def _digest(*parts: bytes) -> str:
-    digest = hashlib.sha256()
+    found = hashlib.sha256()
     for part in parts:
-        digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
 
 
 def _learned(label: str | None, source: str, structure: GradientStructure, known: Sequence[Candidate]) -> Candidate:
-    # Imported here: what needs no learned optimizer shall not wait for flax.
-    from gmn_lopt.serialization import load_learned
-
-    path = Path(source)
+    place, settings = split_settings(source)
+    path = Path(place)
     directory = path / "optimizer" if (path / "optimizer").is_dir() else path
     if path.is_dir() and not (directory / "config.json").is_file():
         raise SourceError(
             f"--optimizer {source!r} is neither a run of meta_train.py nor a saved optimizer: no config.json"
         )
     try:
-        lopt, phi = load_learned(str(directory) if path.is_dir() else source, structure)
+        lopt, phi = load_learned(str(directory) if path.is_dir() else place, structure)
+        make_optimizer(lopt, phi, settings, place)  # refuses settings that it does not take
     except (ValueError, OSError, KeyError, TypeError) as error:
         raise SourceError(f"--optimizer {source!r}: {first_line(error)}") from None
     if directory.is_dir():
         files = sorted(file for file in directory.rglob("*") if file.is_file())
-        digest = _digest(*(part for f in files for part in (str(f.relative_to(directory)).encode(), f.read_bytes())))
+        parts = [part for f in files for part in (str(f.relative_to(directory)).encode(), f.read_bytes())]
     else:
-        digest = _digest(source.encode(), *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(phi)))
-    makes = [candidate.make for candidate in known]
-    make = next((make for make in makes if getattr(make, "__self__", None) == lopt), lopt.optimizer)
-    return Candidate(label or path.resolve().name, source, digest, make, phi, lopt.needs_factors)
+        parts = [place.encode(), *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(phi))]
+    if settings:
+        parts.append(_shown(settings).encode())
+    makes = [candidate.make for candidate in known if isinstance(candidate.make, _Learned)]
+    make = next((m for m in makes if (m.lopt, m.settings) == (lopt, settings)), _Learned(lopt, settings))
+    name = label or path.resolve().name + (_shown(settings) if settings else "")
+    return Candidate(name, source, _digest(*parts), make, phi, lopt.needs_factors, digest(phi))
 
 
 def _check(candidate: Candidate, task: Task) -> None:

@@ -34,7 +34,7 @@ class RunDirectory:
     Args:
         path: the directory; it is made if it does not exist.
         settings: the run's settings, JSON values.
-        versions: of packages, to be read by people.
+        versions: of packages, and the hardware; to be read by people.
         resume: continue the run in ``path``, if there is one.
         free: names of settings that may change when a run is resumed.
         keep: number of latest checkpoints to keep.

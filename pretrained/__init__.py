@@ -1,0 +1,1 @@
+"""How pretrained optimizers get into the package: cards, commands, and the tables made from them."""

@@ -1,0 +1,135 @@
+"""Put a trained optimizer into the package, with a card that says how it was trained and what it was measured to do.
+
+python pretrained/ship.py --run runs/c10 --report report/c10/report.json --name cifar10_mlp-ds+gmn \
+    --description "DS+GradMetaNet, meta-trained on CIFAR-10 (8x8 pixels, width 32)"
+
+The reports must have measured the meta-parameters that the run has now. Shipping again under the same name replaces
+what was there, so give all reports each time. The tables of docs/pretrained.md and pretrained/README.md are written
+anew.
+"""
+
+import json
+import re
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
+
+import tyro
+
+from gmn_lopt.command_line import parse
+from gmn_lopt.errors import first_line
+from gmn_lopt.meta.run_directory import RunError
+from gmn_lopt.serialization import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, SerializationError, digest, load_learned
+from gmn_lopt.shipped import CARD_FILE
+from meta_train import UsageError
+from pretrained import tables
+from pretrained.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, small_structure
+from pretrained.measured import ShipError, measured
+from pretrained.training import training_facts
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to ship."""
+
+    run: Path
+    """Run directory of meta_train.py, whose current optimizer is shipped; or, with --training, a saved optimizer."""
+    name: str
+    """Name to ship it under, such as cifar10_mlp-ds+gmn."""
+    description: str
+    """One line on what it is."""
+    report: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
+    """A report.json of eval.py; repeat the flag for several."""
+    label: str | None = None
+    """The optimizer's label in the reports, where its meta-parameters alone do not tell."""
+    hardware: str | None = None
+    """What it was trained on, in words; default: what the run says, else this machine."""
+    training: Path | None = None
+    """JSON file with the card's entry "training", for an optimizer that meta_train.py did not train."""
+
+
+def main(config: Config, root: Path = ROOT) -> Path:
+    """Ship an optimizer and write the tables anew.
+
+    Args:
+        config: what to ship.
+        root: the checkout to ship it in.
+
+    Returns:
+        The directory that holds the shipped optimizer.
+
+    Raises:
+        ShipError, RunError, UsageError, SerializationError, TableError: in one line, what keeps it from being shipped.
+            Nothing is changed then.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", config.name):
+        raise ShipError(f"--name {config.name!r}: use letters, digits and _ . + - only")
+    tables.generated(root)  # fails before anything is changed, if it fails
+    source = config.run / "optimizer" if (config.run / "optimizer").is_dir() else config.run
+    lopt, phi = load_learned(source, small_structure())
+    training = _training(config)
+    places = {config.run.resolve(), source.resolve()}
+    evaluations = [measured(file, config.name, digest(phi), places, config.label) for file in config.report]
+    card = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": config.name,
+        "description": config.description,
+        "licence": "Apache-2.0",
+        "weights": {"digest": digest(phi), "count": count(phi)},
+        "architecture": {"backbone": lopt.backbone, "gradmetanet": lopt.gradmetanet is not None, "base": lopt.base},
+        "training": training,
+        "evaluations": evaluations,
+    }
+    target = root / "gmn_lopt" / SHIPPED / config.name
+    new = target.with_name(f".{config.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    try:
+        new.mkdir(parents=True)
+        for file in (CONFIG_FILE, WEIGHTS_FILE):
+            shutil.copyfile(source / file, new / file)
+        (new / CARD_FILE).write_text(readable(rounded(card)), encoding="utf-8")
+        if problems := directory_problems(new):
+            more = f" (and {len(problems) - 1} more)" * (len(problems) > 1)
+            raise ShipError(f"cannot ship {config.name}: {problems[0].partition(': ')[2]}{more}")
+        shutil.rmtree(target, ignore_errors=True)
+        new.rename(target)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    tables.write(root)
+    return target
+
+
+def _training(config: Config) -> Any:
+    if config.training is None:
+        if not (config.run / "metrics.jsonl").is_file():
+            raise ShipError(f"--run {config.run} is not a run of meta_train.py: say with --training how it was trained")
+        return training_facts(config.run, config.name, config.hardware)
+    try:
+        return json.loads(config.training.read_text())
+    except (OSError, ValueError) as error:
+        raise ShipError(f"--training {config.training} cannot be read: {first_line(error)}") from None
+
+
+def cli(args: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    config = parse(Config, __doc__, args)
+    try:
+        target = main(config)
+    except (ShipError, RunError, UsageError, SerializationError, tables.TableError, OSError) as error:
+        print(f"ship.py: {first_line(error)}", file=sys.stderr)
+        return 2
+    size = sum(path.stat().st_size for path in target.iterdir())
+    print(f"shipped {config.name} in {target.relative_to(ROOT)}, {size / 1000:.0f} kB; commit it with the tables")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(cli())
