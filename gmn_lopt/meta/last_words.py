@@ -73,8 +73,11 @@ def relay(lines: Iterable[bytes], out: BinaryIO) -> None:
     for line in lines:
         if line.startswith(_WORDS):
             words = line.removeprefix(_WORDS)
-        elif line.startswith(_NOW) or _FATAL.match(line):
+        elif line.startswith(_NOW):
             ending = True
+        elif _FATAL.match(line):
+            ending = True
+            out.write(b"\n")  # Python may have been within a line, that of a progress bar
         elif held or _PRELUDE.match(line):
             held.append(line)
         elif not ending:
