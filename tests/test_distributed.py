@@ -90,7 +90,8 @@ def rows(out):
 def check_alike(a, b):
     restore = ocp.StandardCheckpointer().restore
     states = [restore(run / "checkpoints" / str(STEPS) / "default") for run in (a, b)]
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5), *states)
+    # Adam takes steps of 1e-2 also where the gradient is all but 0, and so enlarges what rounding leaves there.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=5e-4), *states)
 
 
 def test_two_processes_compute_what_one_does(runs):

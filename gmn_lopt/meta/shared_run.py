@@ -32,15 +32,14 @@ class SharedRunDirectory:
     def __init__(self, path: Path, processes: Processes, begin: Callable[[], RunDirectory]):
         self.path = path
         self._processes = processes
-        self._run: RunDirectory | None = None
-        self._run = self._in_first(begin)
+        self._run: RunDirectory | None = self._in_first(begin)
         mine = [self._run.latest, self._run.complete] if self._run else [0, 0]
         latest, complete = processes.from_first(np.asarray(mine, np.uint32))
         self.latest, self.complete = int(latest), bool(complete)
 
     def mark_complete(self, meta_step: int) -> None:
         """See :meth:`RunDirectory.mark_complete`."""
-        self._in_first(lambda: self._run and self._run.mark_complete(meta_step))
+        self._in_first(lambda: self._opened.mark_complete(meta_step))
 
     def log(self, row: Mapping[str, Any]) -> None:
         """See :meth:`RunDirectory.log`."""
@@ -50,14 +49,14 @@ class SharedRunDirectory:
     def save(self, meta_step: int, state: PyTree) -> None:
         """See :meth:`RunDirectory.save`; the state is spread over the processes."""
         whole = self._processes.gather(state)
-        self._in_first(lambda: self._run and self._run.save(meta_step, whole))
+        self._in_first(lambda: self._opened.save(meta_step, whole))
         self.latest = meta_step
 
     def restore(self, like: PyTree) -> PyTree:
         """See :meth:`RunDirectory.restore`; the state that is returned is spread like ``like``."""
         here = SingleDeviceSharding(jax.local_devices()[0])
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
-        state = self._in_first(lambda: self._run and self._run.restore(abstract))
+        state = self._in_first(lambda: self._opened.restore(abstract))
 
         def spread(x: jax.Array, mine: Any) -> jax.Array:
             whole = self._processes.from_first(np.empty(x.shape, x.dtype) if mine is None else np.asarray(mine))
@@ -71,6 +70,11 @@ class SharedRunDirectory:
         """See :meth:`RunDirectory.close`."""
         if self._run:
             self._run.close()
+
+    @property
+    def _opened(self) -> RunDirectory:
+        assert self._run is not None, "only the first process has it"
+        return self._run
 
     def _in_first(self, action: Callable[[], Any]) -> Any:
         """Do it in the first process; where it fails there, fail in all."""
