@@ -1,6 +1,5 @@
 """Runs over two processes on this machine; each process has one device."""
 
-import io
 import json
 import shutil
 import signal
@@ -18,7 +17,7 @@ import pytest
 import meta_train
 from gmn_lopt.meta.last_words import relay
 from gmn_lopt.meta.processes import LOST, ProcessesError, connected
-from gmn_lopt.meta.sharding import shared_devices
+from gmn_lopt.meta.sharding import usable_devices_each
 
 ROOT = Path(meta_train.__file__).parent
 STEPS = 12
@@ -99,7 +98,8 @@ def test_two_processes_compute_what_one_does(runs):
     for a, b in zip(rows(runs / "one"), rows(runs / "two"), strict=True):
         assert a["meta_step"] == b["meta_step"]
         for name in ("loss", "gradient_norm", "gradient_noise", "alpha", "window_loss"):
-            np.testing.assert_allclose(a[name], b[name], rtol=1e-3, err_msg=name)
+            rtol = 1e-4 if a["meta_step"] == 2 else 1e-2  # from the first update on, see check_alike
+            np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
     assert (runs / "two" / "COMPLETE").exists()
     assert {"coordinator", "processes", "process_id"}.isdisjoint(
         json.loads((runs / "two" / "config.json").read_text())["settings"]
@@ -173,9 +173,7 @@ def test_incomplete_settings_are_refused(settings, message):
 
 def test_an_abort_is_told_in_one_line():
     def relayed(*lines):
-        out = io.BytesIO()
-        relay(lines, out)
-        return out.getvalue()
+        return b"".join(relay(lines))
 
     prelude = b"E1122 04:01:49 1 coordination_service_agent.cc:289] Polled an error\n"
     fatal = b"F1122 04:01:49 1 client.h:80] Terminating process because the JAX distributed service detected\n"
@@ -186,12 +184,8 @@ def test_an_abort_is_told_in_one_line():
 
 
 def test_every_process_has_equally_many_devices():
-    class Device:
-        def __init__(self, process):
-            self.process_index = process
-
-    devices = [Device(i) for i in (0, 0, 0, 1, 1)]
-    assert [d.process_index for d in shared_devices(12, devices)] == [0, 0, 1, 1]
-    assert [d.process_index for d in shared_devices(6, devices)] == [0, 1]
+    assert usable_devices_each(12, [3, 2]) == 2
+    assert usable_devices_each(6, [3, 2]) == 1
+    assert usable_devices_each(6, [4]) == 3
     with pytest.raises(ValueError, match="5 pairs or unrolls cannot be shared evenly by 2 processes"):
-        shared_devices(5, devices)
+        usable_devices_each(5, [3, 2])

@@ -11,8 +11,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
-from typing import BinaryIO, NoReturn
+from collections.abc import Iterable, Iterator
+from typing import NoReturn
 
 _WORDS, _NOW = b"\0words ", b"\0now"
 # The coordination service of JAX logs that a process is lost, and then ends this one.
@@ -62,12 +62,11 @@ class LastWords:
             os.write(2, line)  # short enough to arrive in one piece
 
 
-def relay(lines: Iterable[bytes], out: BinaryIO) -> None:
+def relay(lines: Iterable[bytes]) -> Iterator[bytes]:
     """Pass lines on, but for those of the abort and the ones that announce it.
 
     Args:
         lines: what the process writes to stderr, and the lines that :class:`LastWords` sends.
-        out: where to write.
     """
     words, held, ending = b"", list[bytes](), False
     for line in lines:
@@ -77,15 +76,15 @@ def relay(lines: Iterable[bytes], out: BinaryIO) -> None:
             ending = True
         elif _FATAL.match(line):
             ending = True
-            out.write(b"\n")  # Python may have been within a line, that of a progress bar
+            yield b"\n"  # Python may have been within a line, that of a progress bar
         elif held or _PRELUDE.match(line):
             held.append(line)
         elif not ending:
-            out.write(line)
-            out.flush()
-    out.writelines(held if not ending else [words] if words.strip() else [])
-    out.flush()
+            yield line
+    yield from held if not ending else [words] if words.strip() else []
 
 
 if __name__ == "__main__":
-    relay(sys.stdin.buffer, sys.stderr.buffer)
+    for passed in relay(sys.stdin.buffer):
+        sys.stderr.buffer.write(passed)
+        sys.stderr.buffer.flush()

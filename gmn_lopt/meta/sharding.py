@@ -13,22 +13,23 @@ def usable_devices(parallel: int, devices: int) -> int:
     return max(n for n in range(1, devices + 1) if parallel % n == 0)
 
 
-def shared_devices(parallel: int, devices: Sequence[jax.Device]) -> list[jax.Device]:
-    """Devices that can share ``parallel`` unrolls evenly: as many as possible, and equally many of every process.
+def usable_devices_each(parallel: int, devices: Sequence[int]) -> int:
+    """How many devices of each process can share ``parallel`` unrolls evenly.
+
+    Args:
+        parallel: number of unrolls.
+        devices: how many devices each process has.
 
     Raises:
-        ValueError: there are more processes than can share them evenly.
+        ValueError: not even one device of each can.
     """
-    groups: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        groups.setdefault(device.process_index, []).append(device)
-    if parallel % len(groups):
+    processes = len(devices)
+    if parallel % processes:
         raise ValueError(
-            f"{parallel} pairs or unrolls cannot be shared evenly by {len(groups)} processes; choose a multiple of "
-            f"{len(groups)} (--pairs, or n of a stage), or another number of processes"
+            f"{parallel} pairs or unrolls cannot be shared evenly by {processes} processes; choose a multiple of "
+            f"{processes} (--pairs, or n of a stage), or another number of processes"
         )
-    count = usable_devices(parallel // len(groups), min(len(group) for group in groups.values()))
-    return [device for group in groups.values() for device in group[:count]]
+    return usable_devices(parallel // processes, min(devices))
 
 
 def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None) -> tuple[NamedSharding, NamedSharding]:
@@ -49,7 +50,11 @@ def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None)
         ValueError: there are more processes than can share the unrolls evenly.
     """
     devices = jax.devices() if devices is None else devices
-    mesh = Mesh(np.asarray(shared_devices(parallel, devices)), ("unrolls",))
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(device.process_index, []).append(device)
+    each = usable_devices_each(parallel, [len(group) for group in groups.values()])
+    mesh = Mesh(np.asarray([device for group in groups.values() for device in group[:each]]), ("unrolls",))
     return NamedSharding(mesh, PartitionSpec("unrolls")), NamedSharding(mesh, PartitionSpec())
 
 
