@@ -5,12 +5,16 @@ python meta_train.py --task digits_mlp --optimizer ds+gmn --out runs/digits
 Interrupt it at any time (Ctrl-C or SIGTERM: it finishes the meta-step, saves and exits with code 0) and continue with
 python meta_train.py --out runs/digits --resume
 
+Several processes, on one machine or on many, compute one run together: one command each, with --coordinator HOST:PORT
+--processes N --process-id I. See README.md.
+
 The defaults are the paper's: one stage of PES, 16 pairs, windows of 50 steps, Adam at 1e-4 for 50,000 meta-steps.
 """
 
 import contextlib
 import dataclasses
 import importlib.metadata
+import json
 import math
 import os
 import signal
@@ -37,7 +41,10 @@ from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.averaging import averaged
 from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.meta.processes import Processes, ProcessesError, connected
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
+from gmn_lopt.meta.sharding import unroll_shardings
+from gmn_lopt.meta.shared_run import SharedRunDirectory
 from gmn_lopt.meta.stages import Stage, parse_stages
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.serialization import SerializationError, load_learned, save
@@ -132,7 +139,17 @@ class Config:
     keep_every: int = 10
     """Every how manyth checkpoint is kept for good."""
 
+    coordinator: str | None = None
+    """For a run over several processes, HOST:PORT at which process 0 listens, the same for all of them; auto takes all
+    three settings from the cluster's environment (SLURM, Open MPI, TPU pods)."""
+    processes: int | None = None
+    """Number of processes; they share the pairs evenly."""
+    process_id: int | None = None
+    """Which of the processes this is, from 0."""
 
+
+# How the run is spread is asked for each time; a resumed run need not be spread like before.
+SPREAD = ("coordinator", "processes", "process_id")
 # What a run may be resumed with other values of: none of it changes the meta-parameters that result.
 FREE = ("out", "data_dir", "resume", "log_every", "checkpoint_every", "keep", "keep_every")
 
@@ -148,24 +165,27 @@ def main(config: Config) -> bool:
         True when the run is complete, False when a signal ended it early (continue with ``resume=True``).
 
     Raises:
-        UsageError, RunError: in one line, what cannot be done.
+        UsageError, RunError, ProcessesError: in one line, what cannot be done.
     """
     stop = StopSignal()
-    with stop.listen():
+    with stop.listen(), connected(config.coordinator, config.processes, config.process_id) as processes:
         stages = make_stages(config)
         lopt, problem = make_problem(config)
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
         try:
             estimators = [stage.build(problem) for stage in stages]
+            for estimator in estimators:
+                unroll_shardings(estimator.parallel)
         except ValueError as error:
             raise UsageError(str(error)) from None
-        run = open_run(config)
+        run = open_run(config, processes)
         try:
             if run.complete:
-                print(f"{config.out} is complete: {sum(stage.meta_steps for stage in stages)} meta-steps")
+                if processes.first:
+                    print(f"{config.out} is complete: {sum(stage.meta_steps for stage in stages)} meta-steps")
                 return True
-            return train(config, run, lopt, problem, list(zip(stages, estimators)), stop)
+            return train(config, run, lopt, problem, list(zip(stages, estimators)), stop, processes)
         finally:
             run.close()
 
@@ -225,38 +245,54 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem]:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error
 
 
-def open_run(config: Config) -> RunDirectory:
+def open_run(config: Config, processes: Processes) -> RunDirectory | SharedRunDirectory:
     """Open or begin the run in ``config.out``."""
     packages = ("gmn_lopt", "jax", "jaxlib", "flax", "optax", "numpy")
     versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
     versions["hardware"] = describe_hardware()
     settings = to_json(config)
     keep_period = config.keep_every * config.checkpoint_every
-    return RunDirectory(config.out, settings, versions, config.resume, FREE, config.keep, keep_period)
+
+    def begin() -> RunDirectory:
+        return RunDirectory(config.out, settings, versions, config.resume, FREE, config.keep, keep_period)
+
+    if processes.count == 1:
+        return begin()
+    local = ("out", "data_dir", "resume")
+    processes.check_same(json.dumps({name: value for name, value in settings.items() if name not in local}))
+    return SharedRunDirectory(config.out, processes, begin)
 
 
 def train(
     config: Config,
-    run: RunDirectory,
+    run: RunDirectory | SharedRunDirectory,
     lopt: LearnedOptimizer,
     problem: TrainingProblem,
     stages: Sequence[tuple[Stage, Estimator]],
     stop: "StopSignal",
+    processes: Processes,
 ) -> bool:
     """Go through the stages, from the latest checkpoint on; return whether all are done."""
     key = jax.random.key(config.seed)
     phi = initial_phi(config, lopt, jax.random.fold_in(key, 0), run.latest == 0)
     total = sum(stage.meta_steps for stage, _ in stages)
     weights = sum(leaf.size for leaf in jax.tree.leaves(phi))
-    print(
-        f"{config.optimizer} on {config.task}: {weights} meta-parameters, {total} meta-steps, horizon "
-        f"{problem.horizon}, {jax.local_device_count()} {jax.default_backend()} device(s), run directory {run.path}",
-        file=sys.stderr,
-    )
-    if run.latest == 0 and len(stages) > 1:
+    if processes.first:
+        print(
+            f"{config.optimizer} on {config.task}: {weights} meta-parameters, {total} meta-steps, horizon "
+            f"{problem.horizon}, {jax.device_count()} {jax.default_backend()} device(s), run directory {run.path}",
+            file=sys.stderr,
+        )
+    if processes.first and run.latest == 0 and len(stages) > 1:
         save_optimizer(run.path / "stages" / "0-start", lopt, phi)
     terminal = sys.stderr.isatty()
-    with tqdm(total=total, initial=run.latest, mininterval=0.2 if terminal else 10, dynamic_ncols=terminal) as bar:
+    with tqdm(
+        total=total,
+        initial=run.latest,
+        mininterval=0.2 if terminal else 10,
+        dynamic_ncols=terminal,
+        disable=not processes.first,
+    ) as bar:
         begin = 0
         for index, (stage, estimator) in enumerate(stages):
             name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
@@ -272,7 +308,7 @@ def train(
                 state, step = run.restore(state), run.latest
             pending: list[dict[str, Array]] = []  # metrics of the meta-steps since the last row, still on the device
             timed, clock = 0, math.nan  # number of meta-steps since the clock was started
-            stopping = stop.requested
+            stopping = processes.agree(stop.requested)
             while step < end and not stopping:
                 state, metrics = meta_step(state, data, step_key, step)
                 pending.append(metrics)
@@ -285,27 +321,32 @@ def train(
                 step += 1
                 bar.set_description(name, refresh=False)
                 bar.update()
-                stopping = stop.requested
+                processes.reached(step)
+                stopping = processes.agree(stop.requested)
                 saving = stopping or step == end or step % config.checkpoint_every == 0
                 if saving or step % config.log_every == 0:
                     row = average(jax.device_get(pending), stage.truncation, problem.horizon // stage.truncation)
-                    row |= {name: float(value) for name, value in lopt.scalars(state.phi).items()}
+                    row |= {name: float(value) for name, value in lopt.scalars(jax.device_get(state.phi)).items()}
                     rate = timed * estimator.inner_steps / (time.perf_counter() - clock) if timed else math.nan
                     run.log({"meta_step": step, "stage": name, **row, "inner_steps_per_second": rate})
                     bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
                     pending, timed, clock = [], 0, time.perf_counter()
                 if saving:
-                    result = averaged(state.optimizer, state.phi)
-                    if step == end and len(stages) > 1:
-                        save_optimizer(run.path / "stages" / name, lopt, result)
-                    save_optimizer(run.path / "optimizer", lopt, result)
+                    if processes.first:
+                        result = averaged(state.optimizer, state.phi)
+                        if step == end and len(stages) > 1:
+                            save_optimizer(run.path / "stages" / name, lopt, result)
+                        save_optimizer(run.path / "optimizer", lopt, result)
                     run.save(step, state)
                     clock = time.perf_counter()  # saving does not count
             if step < end:
                 break
-            phi, begin = averaged(state.optimizer, state.phi), end
+            phi, begin = jax.device_get(averaged(state.optimizer, state.phi)), end
     if begin < total:
-        print(f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume", file=sys.stderr)
+        if processes.first:
+            print(
+                f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume", file=sys.stderr
+            )
         return False
     run.mark_complete(total)
     return True
@@ -391,7 +432,8 @@ def save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
 
 def to_json(config: Config) -> dict[str, Any]:
     """The configuration as JSON values."""
-    return dataclasses.asdict(config) | {"out": str(config.out)}
+    values = dataclasses.asdict(config) | {"out": str(config.out)}
+    return {name: value for name, value in values.items() if name not in SPREAD}
 
 
 def from_json(settings: Mapping[str, Any]) -> Config:
@@ -435,7 +477,7 @@ def cli() -> int:
     use_all_cores()
     try:
         main(from_command_line(sys.argv[1:]))
-    except (UsageError, RunError) as error:
+    except (UsageError, RunError, ProcessesError) as error:
         print(f"meta_train.py: {error}", file=sys.stderr)
         return 2
     return 0

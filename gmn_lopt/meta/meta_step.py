@@ -1,4 +1,4 @@
-"""One meta-step: estimate the meta-gradient, update the meta-parameters; compiled, over all local devices."""
+"""One meta-step: estimate the meta-gradient, update the meta-parameters; compiled, over all devices."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.meta.estimator import Estimator
-from gmn_lopt.meta.sharding import unroll_shardings
+from gmn_lopt.meta.sharding import replicate, unroll_shardings
 
 
 class MetaState(NamedTuple):
@@ -29,7 +29,7 @@ class MetaState(NamedTuple):
 
 @dataclass(frozen=True)
 class MetaStep:
-    """A compiled meta-step. The unrolls are spread over the local devices (:func:`unroll_shardings`).
+    """A compiled meta-step. The unrolls are spread over the devices of all processes (:func:`unroll_shardings`).
 
     Attributes:
         estimator: of the meta-gradient.
@@ -41,11 +41,11 @@ class MetaStep:
 
     def init(self, phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
         """The state before the first meta-step."""
-        return self._init(*jax.device_put((phi, data, key), self._replicated))
+        return self._init(*self.place((phi, data, key)))
 
     def place(self, tree: PyTree) -> PyTree:
-        """Copy data or a key to all devices, once, for :meth:`__call__`."""
-        return jax.device_put(tree, self._replicated)
+        """Copy data or a key, alike in all processes, to all devices, once, for :meth:`__call__`."""
+        return replicate(tree, self._replicated)
 
     def __call__(
         self, state: MetaState, data: PyTree, key: jax.Array, number: int

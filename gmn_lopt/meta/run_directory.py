@@ -82,7 +82,11 @@ class RunDirectory:
             keep_period=keep_period,
             cleanup_tmp_directories=True,
             enable_async_checkpointing=False,
+            # Of several processes it is the first that has the directory; orbax shall not wait for the others.
+            create=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}),
         )
+        (path / "checkpoints").mkdir(exist_ok=True)
         self._checkpoints = ocp.CheckpointManager((path / "checkpoints").absolute(), options=options)
         self.latest: int = self._checkpoints.latest_step() or 0
         self._metrics = self._open_metrics()

@@ -5,11 +5,31 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 
 def usable_devices(parallel: int, devices: int) -> int:
     """How many of so many devices can share ``parallel`` unrolls evenly."""
     return max(n for n in range(1, devices + 1) if parallel % n == 0)
+
+
+def usable_devices_each(parallel: int, devices: Sequence[int]) -> int:
+    """How many devices of each process can share ``parallel`` unrolls evenly.
+
+    Args:
+        parallel: number of unrolls.
+        devices: how many devices each process has.
+
+    Raises:
+        ValueError: not even one device of each can.
+    """
+    processes = len(devices)
+    if parallel % processes:
+        raise ValueError(
+            f"{parallel} pairs or unrolls cannot be shared evenly by {processes} processes; choose a multiple of "
+            f"{processes} (--pairs, or n of a stage), or another number of processes"
+        )
+    return usable_devices(parallel // processes, min(devices))
 
 
 def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None) -> tuple[NamedSharding, NamedSharding]:
@@ -21,11 +41,26 @@ def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None)
 
     Args:
         parallel: size of the leading axis of the state, ``estimator.parallel``.
-        devices: devices to use; all local devices by default. As many of them are used as divide ``parallel``.
+        devices: devices to use; those of all processes by default. As many of them are used as divide ``parallel``.
 
     Returns:
         ``(split, replicated)``.
+
+    Raises:
+        ValueError: there are more processes than can share the unrolls evenly.
     """
-    devices = jax.local_devices() if devices is None else devices
-    mesh = Mesh(np.asarray(devices[: usable_devices(parallel, len(devices))]), ("unrolls",))
+    devices = jax.devices() if devices is None else devices
+    groups: dict[int, list[jax.Device]] = {}
+    for device in devices:
+        groups.setdefault(device.process_index, []).append(device)
+    each = usable_devices_each(parallel, [len(group) for group in groups.values()])
+    mesh = Mesh(np.asarray([device for group in groups.values() for device in group[:each]]), ("unrolls",))
     return NamedSharding(mesh, PartitionSpec("unrolls")), NamedSharding(mesh, PartitionSpec())
+
+
+def replicate(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Copy arrays to all devices of a sharding, also to those of other processes, which must hold the same arrays."""
+    if sharding.is_fully_addressable:
+        return jax.device_put(tree, sharding)
+    # device_put cannot send typed keys to other processes' devices, and would compare the arrays of all processes.
+    return jax.jit(lambda x: x, out_shardings=sharding)(tree)

@@ -1,0 +1,191 @@
+"""Runs over two processes on this machine; each process has one device."""
+
+import json
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import meta_train
+from gmn_lopt.meta.last_words import relay
+from gmn_lopt.meta.processes import LOST, ProcessesError, connected
+from gmn_lopt.meta.sharding import usable_devices_each
+
+ROOT = Path(meta_train.__file__).parent
+STEPS = 12
+SMALL = ["--task", "digits_mlp", "--optimizer", "ds", "--width", "4", "--horizon", "20"]
+SMALL += ["--stages", f"pes:{STEPS}:1e-2:K=10:n=2", "--log-every", "2", "--checkpoint-every", "4", "--keep", "9"]
+ENDLESS = ["--task", "linear_regression", "--optimizer", "sgdm", "--stages", "pes:1000000:1e-2:K=2:n=4"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_once(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+        yield
+
+
+class Run:
+    """Processes of one run; those that are left are killed at the end."""
+
+    def __init__(self, *args, count=2, each=((), ())):
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        self.processes = []
+        for i in range(count):
+            command = [sys.executable, "meta_train.py", *map(str, args), *each[i]]
+            if count > 1:
+                command += ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process-id", str(i)]
+            self.processes.append(subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+    def wait(self):
+        """Exit codes and what was written to stderr."""
+        stderr = [process.communicate(timeout=240)[1] for process in self.processes]
+        return [process.returncode for process in self.processes], stderr
+
+    def after_rows(self, out, count):
+        """Wait until so many rows have been logged."""
+        file = out / "metrics.jsonl"
+        while not (file.exists() and file.read_text().count("\n") >= count):
+            assert all(process.poll() is None for process in self.processes), self.wait()
+            time.sleep(0.02)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The same run, by one process and by two."""
+    root = tmp_path_factory.mktemp("runs")
+    for name, count in (("one", 1), ("two", 2)):
+        with Run(*SMALL, "--out", root / name, count=count) as run:
+            codes, stderr = run.wait()
+        assert codes == [0] * count, stderr
+    assert "2 cpu device(s)" in stderr[0]
+    assert stderr[1] == "", "only the first process writes"
+    return root
+
+
+def rows(out):
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def check_alike(a, b):
+    restore = ocp.StandardCheckpointer().restore
+    states = [restore(run / "checkpoints" / str(STEPS) / "default") for run in (a, b)]
+    # Adam takes steps of 1e-2 also where the gradient is all but 0, and so enlarges what rounding leaves there.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=5e-4), *states)
+
+
+def test_two_processes_compute_what_one_does(runs):
+    check_alike(runs / "one", runs / "two")
+    for a, b in zip(rows(runs / "one"), rows(runs / "two"), strict=True):
+        assert a["meta_step"] == b["meta_step"]
+        for name in ("loss", "gradient_norm", "gradient_noise", "alpha", "window_loss"):
+            rtol = 1e-4 if a["meta_step"] == 2 else 1e-2  # from the first update on, see check_alike
+            np.testing.assert_allclose(a[name], b[name], rtol=rtol, err_msg=name)
+    assert (runs / "two" / "COMPLETE").exists()
+    assert {"coordinator", "processes", "process_id"}.isdisjoint(
+        json.loads((runs / "two" / "config.json").read_text())["settings"]
+    )
+
+
+@pytest.mark.parametrize(("before", "after"), [("one", 2), ("two", 1)])
+def test_another_number_of_processes_resumes(runs, tmp_path, before, after):
+    out = tmp_path / "run"
+    shutil.copytree(runs / before, out)
+    (out / "COMPLETE").unlink()
+    for step in (8, 12):
+        shutil.rmtree(out / "checkpoints" / str(step))
+    with Run("--out", out, "--resume", count=after) as run:
+        codes, stderr = run.wait()
+    assert codes == [0] * after, stderr
+    check_alike(out, runs / "one")
+
+
+def test_a_signal_to_any_process_stops_all_at_the_same_meta_step(tmp_path):
+    out = tmp_path / "run"
+    with Run(*ENDLESS, "--out", out) as run:
+        run.after_rows(out, 2)
+        run.processes[1].send_signal(signal.SIGTERM)
+        codes, stderr = run.wait()
+    assert codes == [0, 0], stderr
+    (last,) = [path.name for path in (out / "checkpoints").iterdir()]
+    assert f"interrupted at meta-step {last} of" in stderr[0]
+    assert "Traceback" not in "".join(stderr)
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_lost_process_ends_the_others_with_one_line(tmp_path, lost):
+    out = tmp_path / "run"
+    with Run(*ENDLESS, "--out", out) as run:
+        run.after_rows(out, 2)
+        run.processes[lost].kill()
+        codes, stderr = run.wait()
+    assert codes[1 - lost] in (LOST, -signal.SIGABRT)
+    message = stderr[1 - lost].strip().splitlines()[-1]
+    assert message.startswith(f"meta_train.py: process {lost} was lost at meta-step ")
+    assert message.endswith("; start all processes again with --resume")
+    assert stderr[1 - lost].count("was lost") == 1
+    assert "stack trace" not in stderr[1 - lost]
+    assert "Traceback" not in stderr[1 - lost]
+
+
+def test_processes_with_different_settings_are_refused(tmp_path):
+    with Run(*ENDLESS, "--out", tmp_path / "run", each=((), ("--seed", "1"))) as run:
+        codes, stderr = run.wait()
+    assert codes == [2, 2], stderr
+    for text in stderr:
+        assert text.startswith("meta_train.py: the processes have different settings; give all"), text
+        assert text.count("\n") == 1, text
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((None, 2, 0), "need --coordinator"),
+        (("host", 2, 0), "write HOST:PORT"),
+        (("host:1", 2, None), "needs --processes and --process-id"),
+        (("host:1", 2, 2), "must be from 0 to 1"),
+    ],
+)
+def test_incomplete_settings_are_refused(settings, message):
+    with pytest.raises(ProcessesError, match=message), connected(*settings):
+        pass
+
+
+def test_an_abort_is_told_in_one_line():
+    def relayed(*lines):
+        return b"".join(relay(lines))
+
+    prelude = b"E1122 04:01:49 1 coordination_service_agent.cc:289] Polled an error\n"
+    fatal = b"F1122 04:01:49 1 client.h:80] Terminating process because the JAX distributed service detected\n"
+    assert relayed(b"warning\n", b"\0words w\n", prelude, b"1\n", fatal, b"*** stack trace\n") == b"warning\n\nw\n"
+    assert relayed(b"\0words v\n", b"\0words w\n", prelude, b"\0now\n") == b"w\n"
+    assert relayed(b"\0words w\n", b"warning\n") == b"warning\n"
+    assert relayed(b"\0words w\n", prelude, b"1\n") == prelude + b"1\n", "nothing is lost if it did not end there"
+
+
+def test_every_process_has_equally_many_devices():
+    assert usable_devices_each(12, [3, 2]) == 2
+    assert usable_devices_each(6, [3, 2]) == 1
+    assert usable_devices_each(6, [4]) == 3
+    with pytest.raises(ValueError, match="5 pairs or unrolls cannot be shared evenly by 2 processes"):
+        usable_devices_each(5, [3, 2])
