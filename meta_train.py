@@ -38,19 +38,36 @@ from gmn_lopt.factors import analyze
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.averaging import averaged
 from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.processes import Processes, ProcessesError, connected
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.shared_run import SharedRunDirectory
 from gmn_lopt.meta.stages import Stage, parse_stages
+from gmn_lopt.meta.task import Task
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.serialization import SerializationError, load_learned, save
 from tasks import load_task
+from tasks._mixture import make_all
 
 OPTIMIZERS = ("sgdm", "ds", "ds+gmn", "celo", "celo+gmn")
+MIXTURE = "mixture"
+# Settings of the learned optimizer that the configuration has under the same name.
+ARCHITECTURE = [
+    "base",
+    "width",
+    "hidden_layers",
+    "rule",
+    "orthogonalize",
+    "gate",
+    "bound",
+    "learning_rate",
+    "output_scale",
+]
 RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
 
 
@@ -59,7 +76,8 @@ class Config:
     """Settings of a run. Those that the result depends on are fixed once it has begun."""
 
     task: str
-    """Name of a file in tasks/, without .py."""
+    """Name of a file in tasks/, without .py; or mixture, all those of tasks/_mixture.py, with learning rates, schedules
+    and the scale of every tensor drawn at random (for --rule normalized)."""
     out: Path
     """Directory of the run."""
     optimizer: Literal["sgdm", "ds", "ds+gmn", "celo", "celo+gmn"] = "ds+gmn"
@@ -216,33 +234,37 @@ def make_stages(config: Config) -> tuple[Stage, ...]:
         raise UsageError(str(error)) from None
 
 
-def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem]:
-    """The learned optimizer, and the training of the task with it."""
+def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | MixtureProblem]:
+    """The learned optimizer, and the training of the task, or of all tasks of the mixture, with it."""
     if config.optimizer not in OPTIMIZERS:
         raise UsageError(f"unknown --optimizer {config.optimizer!r}; choose one of {', '.join(OPTIMIZERS)}")
     try:
-        task = load_task(config.task, config.data_dir)
-        params = jax.eval_shape(task.init, jax.random.key(0))
-        batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
-        structure = analyze(task.loss, params, batch)
-        backbone, _, rest = config.optimizer.partition("+")
-        lopt = LearnedOptimizer(
-            structure,
-            backbone,
-            config.gmn if rest else None,
-            config.base,
-            config.width,
-            config.hidden_layers,
-            config.rule,
-            config.orthogonalize,
-            config.gate,
-            config.bound,
-            config.learning_rate,
-            config.output_scale,
+        if config.task != MIXTURE:
+            task = load_task(config.task, config.data_dir)
+            lopt = make_lopt(config, task)
+            return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
+        tasks = make_all(config.data_dir)
+        parts = tuple(
+            TrainingProblem(task, make_lopt(config, task), config.meta_loss, config.horizon) for task in tasks
         )
-        return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
+        # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
+        weights = tuple(1.5 / task.loss_cap for task in tasks)
+        return make_lopt(config, tasks[0]), MixtureProblem(tuple(AugmentedProblem(part) for part in parts), weights)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error
+
+
+def make_lopt(config: Config, task: Task) -> LearnedOptimizer:
+    """The learned optimizer for a task's model."""
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
+    backbone, _, rest = config.optimizer.partition("+")
+    return LearnedOptimizer(
+        structure=analyze(task.loss, params, batch),
+        backbone=backbone,
+        gradmetanet=config.gmn if rest else None,
+        **{name: getattr(config, name) for name in ARCHITECTURE},
+    )
 
 
 def open_run(config: Config, processes: Processes) -> RunDirectory | SharedRunDirectory:
@@ -267,7 +289,7 @@ def train(
     config: Config,
     run: RunDirectory | SharedRunDirectory,
     lopt: LearnedOptimizer,
-    problem: TrainingProblem,
+    problem: TrainingProblem | MixtureProblem,
     stages: Sequence[tuple[Stage, Estimator]],
     stop: "StopSignal",
     processes: Processes,

@@ -1,8 +1,8 @@
 """The channels of the ``celo`` backbone, which do not depend on the scale of the loss or of the parameters.
 
 After Celo2 (Moudgil et al., ICLR 2026, arXiv:2602.19142) and the small learned optimizers that it descends from (Metz
-et al. 2022, arXiv:2203.11860): gradient, parameter, three momenta, the second moment, and its row and column means as in
-Adafactor (Shazeer and Stern 2018, arXiv:1804.04235). No clock: how far training has come is the business of the
+et al. 2022, arXiv:2203.11860): gradient, parameter, three momenta, the second moment, and its row and column means as
+in Adafactor (Shazeer and Stern 2018, arXiv:1804.04235). No clock: how far training has come is the business of the
 schedule that the user gives.
 """
 

@@ -72,9 +72,10 @@ class LearnedOptimizer:
 
     The additive rule is ``theta' = theta - alpha (v + beta F)``: ``v`` is a base direction, ``F`` the backbone's output
     (arXiv:2507.01649, section 6; Harrison et al. 2022). The normalised rule is
-    ``theta' = theta - lr N(v / rms(v) + beta F)`` with ``N(D) = D / rms(D)``, all per tensor, and ``F`` = direction x exp(0.001 magnitude) of two outputs of the
-    backbone: the rule of Celo2 (arXiv:2602.19142) with a base direction, from which it starts. The coefficients
-    (``alpha``, ``beta``, those of the base) are meta-learned with the networks' weights.
+    ``theta' = theta - lr N(v / rms(v) + beta F)`` with ``N(D) = D / rms(D)``, all per tensor, and
+    ``F = direction x exp(0.001 magnitude)`` of two outputs of the backbone: the rule of Celo2 (arXiv:2602.19142) with a
+    base direction, from which it starts. The coefficients (``alpha``, ``beta``, those of the base) are meta-learned
+    with the networks' weights.
 
     Attributes:
         structure: the structure of the model, from :func:`gmn_lopt.analyze`.

@@ -2,12 +2,43 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jaxtyping import PyTree
 
 from gmn_lopt.meta.estimator import Estimate, Estimator
+from gmn_lopt.meta.problem import InnerProblem
+
+
+class Part(InnerProblem, Protocol):
+    """An inner problem that brings its data."""
+
+    def splits(self) -> Any:
+        """The data to hand to it."""
+        ...
+
+
+@dataclass(frozen=True)
+class MixtureProblem:
+    """Several inner problems with the same meta-parameters, that a :class:`Mixture` of estimators draws from.
+
+    Attributes:
+        problems: the inner problems.
+        weights: see :class:`Mixture`.
+    """
+
+    problems: tuple[Part, ...]
+    weights: tuple[float, ...]
+
+    @property
+    def horizon(self) -> int:
+        """Number of steps of the longest problem."""
+        return max(problem.horizon for problem in self.problems)
+
+    def splits(self) -> tuple[Any, ...]:
+        """The data of all problems."""
+        return tuple(problem.splits() for problem in self.problems)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import optax
 from gmn_lopt.meta.averaging import average_of_parameters
 from gmn_lopt.meta.coefficients import is_coefficient, is_weight
 from gmn_lopt.meta.estimator import Estimator
+from gmn_lopt.meta.mixture import Mixture, MixtureProblem
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.shaping import SHAPINGS
@@ -33,7 +34,6 @@ class Stage:
         sigma: standard deviation of the perturbations of the evolution strategies.
         clip: largest norm of one unroll's gradient in ``truncated``.
         objective: ``"mean"`` or ``"final"``.
-        order: 2 or 1, of the derivatives in ``truncated``; see :class:`gmn_lopt.meta.training_problem.TrainingProblem`.
         turns: groups of unrolls that each device takes one after the other; see
             :func:`gmn_lopt.meta.window.map_unrolls`.
         coefficient_sigma: ``sigma`` of the scalar coefficients (``log_alpha`` and so on); 0: the same.
@@ -59,7 +59,6 @@ class Stage:
     sigma: float = 0.01
     clip: float = 1.0
     objective: str = "mean"
-    order: int = 2
     turns: int = 1
     coefficient_sigma: float = 0.0
     shaping: str = "none"
@@ -87,10 +86,10 @@ class Stage:
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it must be at least 0 and less than 1")
 
-    def build(self, problem: InnerProblem) -> Estimator:
+    def build(self, problem: InnerProblem | MixtureProblem) -> Estimator:
         """The stage's estimator of the meta-gradient of ``problem``."""
-        if self.order != 2:
-            problem = replace(problem, order=self.order)
+        if isinstance(problem, MixtureProblem):
+            return Mixture(tuple(self.build(part) for part in problem.problems), problem.weights)
         return ESTIMATORS[self.estimator](self, problem)
 
     def meta_optimizer(self, clip_norm: float | int) -> optax.GradientTransformation:

@@ -49,24 +49,16 @@ class TrainingProblem:
         meta_loss: ``"train"``: the loss that an inner step returns is the training loss before its update.
             ``"validation"``: it is the loss, at the same parameters, on a separate batch of the split ``"valid"``.
         steps: horizon in inner steps, or None for the task's own.
-        order: what back-propagation through a step differentiates. 2: everything. 1: what the meta-parameters do to
-            each update, but not what earlier updates did to the gradients, factors and moving averages that it read.
-            This sees that a step overshoots (the next gradient points back), costs no derivative of a gradient, and
-            multiplies no Jacobians, which is what makes gradients of long windows explode. It is a bias; the
-            estimators that do not differentiate are not affected.
     """
 
     task: Task
     lopt: Learned
     meta_loss: str = "train"
     steps: int | None = None
-    order: int = 2
 
     def __post_init__(self) -> None:
         if self.meta_loss not in META_LOSSES:
             raise ValueError(f"unknown meta-loss {self.meta_loss!r}; choose one of {', '.join(META_LOSSES)}")
-        if self.order not in (1, 2):
-            raise ValueError(f"order is {self.order}; it must be 1 or 2")
 
     @property
     def horizon(self) -> int:
@@ -94,21 +86,12 @@ class TrainingProblem:
         """Train on one batch; return the loss that ``meta_loss`` asks for."""
         train_key, valid_key = jax.random.split(key)
         batch = self.task.sample(train_key, data["train"])
-        params, optimizer = state if self.order == 2 else jax.lax.stop_gradient(state)
         extra = {}
         if self.lopt.needs_factors:
-            loss, grads, extra["factors"] = value_grad_and_factors(self.task.loss)(params, batch)
+            loss, grads, extra["factors"] = value_grad_and_factors(self.task.loss)(state.params, batch)
         else:
-            loss, grads = jax.value_and_grad(self.task.loss)(params, batch)
-        slope = grads
+            loss, grads = jax.value_and_grad(self.task.loss)(state.params, batch)
         if self.meta_loss == "validation":
-            valid = self.task.sample(valid_key, data["valid"])
-            if self.order == 2:
-                loss = self.task.loss(params, valid)
-            else:
-                loss, slope = jax.value_and_grad(self.task.loss)(params, valid)
-        if self.order == 1:
-            # The loss as a function of the parameters that led here, to first order: its gradient is there already.
-            loss = loss + optax.tree.vdot(slope, optax.tree.sub(state.params, params))
-        updates, optimizer = self.lopt.optimizer(phi).update(grads, optimizer, params, **extra)
+            loss = self.task.loss(state.params, self.task.sample(valid_key, data["valid"]))
+        updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
         return TrainingState(optax.apply_updates(state.params, updates), optimizer), loss

@@ -1,0 +1,113 @@
+"""Random learning rates, schedules and reparametrisations of an inner problem, to meta-train a generalist."""
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Bool, Float, PyTree
+
+from gmn_lopt.factors import value_grad_and_factors
+from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.training_problem import TrainingProblem
+
+
+class AugmentedState(NamedTuple):
+    """State of one augmented inner problem.
+
+    Attributes:
+        params: what is trained; the model's parameters are ``scales`` times it.
+        optimizer: the optimizer's state.
+        scales: a scalar for each leaf.
+        rate: the learning rate, at its highest.
+        decays: whether the learning rate falls to zero over the horizon, as a cosine.
+    """
+
+    params: PyTree
+    optimizer: PyTree
+    scales: PyTree
+    rate: Float[Array, ""]
+    decays: Bool[Array, ""]
+
+
+@dataclass(frozen=True)
+class AugmentedProblem:
+    """A training problem with a learned optimizer of the normalised rule, varied at random for each unroll.
+
+    Every tensor is reparametrised by a scale, log-uniform in ``[1 / scale_range, scale_range]`` (task augmentation;
+    Metz et al. 2022, Moudgil et al. 2026), the learning rate multiplied by another in ``[1 / rate_range, rate_range]``,
+    and kept or decayed, evenly. Gradients are those of what is trained; factors are left as they are, since GradMetaNet
+    divides each by its root mean square.
+
+    Attributes:
+        problem: the training problem; its ``lopt`` is a :class:`LearnedOptimizer` of the normalised rule.
+        scale_range: largest scale of a tensor; 1: none.
+        rate_range: largest factor of the learning rate; 1: none.
+    """
+
+    problem: TrainingProblem
+    scale_range: float = 3.0
+    rate_range: float = 3.0
+
+    def __post_init__(self) -> None:
+        if getattr(self.problem.lopt, "rule", None) != "normalized":
+            raise ValueError("augmentation varies the learning rate: use a learned optimizer with rule='normalized'")
+        if not (1 <= self.scale_range < math.inf and 1 <= self.rate_range < math.inf):
+            raise ValueError("scale_range and rate_range must be at least 1")
+
+    @property
+    def horizon(self) -> int:
+        """Number of inner training steps ``T``."""
+        return self.problem.horizon
+
+    @property
+    def loss_cap(self) -> float:
+        """Largest loss that counts."""
+        return self.problem.loss_cap
+
+    def splits(self) -> dict[str, PyTree]:
+        """The splits of the task's data that this problem reads."""
+        return self.problem.splits()
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> AugmentedState:
+        """Draw parameters, scales and learning rate; start the optimizer."""
+        init_key, scale_key, rate_key, decay_key = jax.random.split(key, 4)
+        params = self.problem.task.init(init_key)
+        leaves, treedef = jax.tree.flatten(params)
+        drawn = jnp.exp(_log_uniform(scale_key, (len(leaves),), self.scale_range))
+        scales = jax.tree.unflatten(treedef, list(drawn))
+        params = jax.tree.map(lambda p, s: p / s, params, scales)
+        optimizer = self._lopt.optimizer(phi).init(params)
+        rate = self._lopt.learning_rate * jnp.exp(_log_uniform(rate_key, (), self.rate_range))
+        return AugmentedState(params, optimizer, scales, rate, jax.random.bernoulli(decay_key))
+
+    def step(
+        self, phi: PyTree, state: AugmentedState, data: Any, key: jax.Array
+    ) -> tuple[AugmentedState, Float[Array, ""]]:
+        """Train on one batch; return its loss."""
+        task, horizon = self.problem.task, self.horizon
+        batch = task.sample(key, data["train"])
+        params = optax.tree.mul(state.scales, state.params)
+        extra = {}
+        if self._lopt.needs_factors:
+            loss, grads, extra["factors"] = value_grad_and_factors(task.loss)(params, batch)
+        else:
+            loss, grads = jax.value_and_grad(task.loss)(params, batch)
+
+        def schedule(step: Array) -> Array:
+            return state.rate * jnp.where(state.decays, 0.5 * (1 + jnp.cos(math.pi * step / horizon)), 1.0)
+
+        tx = self._lopt.optimizer(phi, learning_rate=schedule)
+        updates, optimizer = tx.update(optax.tree.mul(state.scales, grads), state.optimizer, state.params, **extra)
+        return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer), loss
+
+    @property
+    def _lopt(self) -> LearnedOptimizer:
+        assert isinstance(self.problem.lopt, LearnedOptimizer)
+        return self.problem.lopt
+
+
+def _log_uniform(key: jax.Array, shape: tuple[int, ...], largest: float) -> Array:
+    return jax.random.uniform(key, shape, minval=-1.0, maxval=1.0) * math.log(largest)
