@@ -123,7 +123,7 @@ class Config:
     horizon: int | None = None
     """Inner steps T of one inner problem; default: the task's."""
 
-    base: Literal["momentum", "adam", "muon"] = "momentum"
+    base: Literal["momentum", "adam", "muon", "whitened"] = "momentum"
     """Direction that the learned part is added to."""
     rule: Literal["additive", "normalized"] = "additive"
     """How direction and learned part make a step; normalized: of a size that only the learning rate sets."""

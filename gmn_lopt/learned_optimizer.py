@@ -27,6 +27,7 @@ from gmn_lopt.initialization import init_weights
 from gmn_lopt.matrices import is_kernel, orthogonalize
 from gmn_lopt.set_subset import subset, subset_size
 from gmn_lopt.structure import Factors, GradientStructure, Parameter, StructureError
+from gmn_lopt.whitening import WhitenedLayer, whitened_layers
 
 BACKBONES = ("ds", "celo", "sgdm")
 RULES = ("additive", "normalized")
@@ -37,6 +38,7 @@ INITIAL = {
     "momentum": {"alpha": 0.1, "beta": 1e-3, "one_minus_mu": 0.1},
     "adam": {"alpha": 1e-3, "beta": 0.1},
     "muon": {"alpha": 0.03, "beta": 0.01, "gamma": 0.3},
+    "whitened": {"alpha": 0.02, "beta": 0.01, "gamma": 0.3},
 }
 NORMALIZED_BETA = 0.1
 COEFFICIENTS = ("alpha", "beta", "gamma", "one_minus_mu")
@@ -83,7 +85,8 @@ class LearnedOptimizer:
             features without a clock, :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
             GradMetaNet is left out whatever ``gradmetanet`` says, and the rule is the base with learned coefficients.
         gradmetanet: architecture of the GradMetaNet whose output joins the features; None: without.
-        base: ``"momentum"``, ``"adam"`` or ``"muon"``, see :func:`gmn_lopt.base_direction.update_direction`.
+        base: ``"momentum"``, ``"adam"``, ``"muon"`` or ``"whitened"``, see
+            :func:`gmn_lopt.base_direction.update_direction`.
         width: width of the backbone's hidden layers.
         hidden_layers: number of the backbone's hidden layers.
         rule: ``"additive"`` or ``"normalized"``.
@@ -128,14 +131,18 @@ class LearnedOptimizer:
         normalized = self.rule == "normalized"
         if (self.orthogonalize and not normalized) or (self.bound is not None and normalized):
             raise ValueError("orthogonalize belongs to the normalized rule, bound to the additive one")
-        if self.base == "muon" and normalized:
+        if self.base in ("muon", "whitened") and normalized:
             raise ValueError("the normalized rule with orthogonalize=True is Muon's; use it with base='momentum'")
         if self.backbone == "sgdm":
             object.__setattr__(self, "gradmetanet", None)
 
     @property
     def needs_factors(self) -> bool:
-        """Whether ``update`` has to be given ``factors``: with GradMetaNet, unless no parameter has a site."""
+        """Whether ``update`` has to be given ``factors``: with GradMetaNet or the whitened base, if there are any."""
+        return self._reads_set or (self.base == "whitened" and bool(self.structure.layers))
+
+    @property
+    def _reads_set(self) -> bool:
         return self.gradmetanet is not None and any(p.sites for p in self.structure.parameters)
 
     def init(self, key: jax.Array) -> PyTree:
@@ -220,7 +227,8 @@ class LearnedOptimizer:
         def init(params: PyTree) -> LearnedOptimizerState:
             indices = _match(self.structure, params, "parameter")
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-            direction = init_direction(self.base, [self.structure.parameters[i] for i in indices], zeros)
+            parameters = [self.structure.parameters[i] for i in indices]
+            direction = init_direction(self.base, parameters, zeros, self._whitened(indices))
             averages: PyTree = ()
             if self.backbone != "sgdm":
                 count = len(DECAYS) if self.backbone == "ds" else celo_features.AVERAGES
@@ -262,7 +270,7 @@ class LearnedOptimizer:
         return subset_size(set_size, self.gradmetanet.max_set_size)
 
     def _init_factor_averages(self) -> PyTree:
-        if not self.needs_factors:
+        if not self._reads_set:
             return ()
         s = self.structure
         shapes = [(self._read(size), d) for size, d in (*s.activation_shapes, *s.tangent_shapes)]
@@ -289,7 +297,12 @@ class LearnedOptimizer:
         values = [jnp.asarray(p, jnp.float32) for p in jax.tree.leaves(params)]
 
         gradient_tree = jax.tree.unflatten(treedef, grads)
-        direction, direction_state = update_direction(self.base, parameters, phi, gradient_tree, state.direction)
+        if self.needs_factors:
+            factors = self._per_element(factors)
+        direction, direction_state = update_direction(
+            *(self.base, parameters, phi, gradient_tree, state.direction),
+            *(self._whitened(indices), factors.activations if self.needs_factors else ()),
+        )
         base = jax.tree.leaves(direction)
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
         outputs: Sequence[Any] = [None] * len(base)
@@ -298,7 +311,7 @@ class LearnedOptimizer:
             averages = [advance(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
-            if self.needs_factors:
+            if self._reads_set:
                 channels, factor_averages = self._factor_channels(state.factor_averages, factors, state.step)
                 extra = self._extra_features(phi, channels, indices, values)
             features = [self._features(*leaf, state.step) for leaf in zip(values, grads, averages)]
@@ -348,15 +361,21 @@ class LearnedOptimizer:
     def _gated(self, d: jax.Array, outputs: jax.Array) -> jax.Array:
         return d * jnp.exp(GATE_SCALE * outputs[:, 1]).reshape(d.shape) if self.gate else d
 
-    def _factor_channels(self, averages: PyTree, factors: Any, step: jax.Array) -> tuple[Factors, PyTree]:
-        """The channels that GradMetaNet reads: current factors and their moving averages, tangents per element."""
+    def _whitened(self, indices: Sequence[int]) -> tuple[WhitenedLayer, ...]:
+        return whitened_layers(self.structure, indices) if self.base == "whitened" else ()
+
+    def _per_element(self, factors: Any) -> Factors:
+        """The factors in float32, the tangents at per-element scale."""
         _check_factors(self.structure, factors)
-        assert self.gradmetanet is not None
-        per_element = Factors(
+        return Factors(
             tuple(jnp.asarray(a, jnp.float32) for a in factors.activations),
             tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
         )
-        read = subset(per_element, self.gradmetanet.max_set_size, step)
+
+    def _factor_channels(self, averages: PyTree, factors: Factors, step: jax.Array) -> tuple[Factors, PyTree]:
+        """The channels that GradMetaNet reads: current factors and their moving averages."""
+        assert self.gradmetanet is not None
+        read = subset(factors, self.gradmetanet.max_set_size, step)
         current = (read.activations, read.tangents)
         new = jax.tree.map(update_averages, averages, current)
         return Factors(*jax.tree.map(lambda x, a: jnp.concatenate([x[None], a]), current, new)), new

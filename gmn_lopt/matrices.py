@@ -37,12 +37,17 @@ def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Arr
     order = (*batch, *read, *write)
     sizes = [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
     stack = value.reshape(parameter.cut_shape).transpose(order).reshape(sizes)
+    scaled = orthogonal_factor(stack) * math.sqrt(max(1.0, sizes[2] / sizes[1]))
+    inverse = [order.index(d) for d in range(len(order))]
+    return scaled.reshape([parameter.cut_shape[d] for d in order]).transpose(inverse).reshape(value.shape)
+
+
+def orthogonal_factor(stack: Float[Array, "batch rows columns"]) -> Float[Array, "batch rows columns"]:
+    """Replace the singular values of each matrix by about one (0.7 to 1.2)."""
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     # Muon without its momentum is the iteration by itself.
     muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
     # Scaled first: the iteration divides by the norm with an epsilon that would matter to small gradients.
     stack = stack / jnp.maximum(jnp.abs(stack).max((1, 2), keepdims=True), jnp.finfo(stack.dtype).tiny)
-    orthogonal, _ = muon.update(stack, muon.init(stack))
-    scaled = orthogonal * math.sqrt(max(1.0, sizes[2] / sizes[1]))
-    inverse = [order.index(d) for d in range(len(order))]
-    return scaled.reshape([parameter.cut_shape[d] for d in order]).transpose(inverse).reshape(value.shape)
+    orthogonal: Array = muon.update(stack, muon.init(stack))[0]
+    return orthogonal

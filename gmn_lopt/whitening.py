@@ -1,0 +1,117 @@
+"""Orthogonalised steps in the space where a layer's activations are white: the curvature that a set of gradients shows.
+
+Muon orthogonalises the gradient ``a^T g`` of a kernel, whose singular vectors are dominated by the directions in which
+the activations are large. With ``C = E_S[a a^T] = L L^T`` the step here is ``L^-T orth(L^-1 M)``: steepest descent where
+a step is measured by how much it changes the layer's output on the data (the activation half of K-FAC; Martens and
+Grosse 2015, arXiv:1503.05671). The bias is one more row of the kernel, for an activation that is always one, so that
+the mean of the activations is whitened away too.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gmn_lopt.matrices import is_kernel, orthogonal_factor
+from gmn_lopt.structure import GradientStructure, Parameter
+
+DECAY, DAMPING = 0.99, 0.3
+
+
+@dataclass(frozen=True)
+class WhitenedLayer:
+    """A layer whose step is whitened.
+
+    Attributes:
+        kernel: position of the kernel among the leaves that are handled.
+        bias: position of the bias, or None.
+        activation: index into ``Factors.activations``.
+        size: number of inputs, the bias's included.
+    """
+
+    kernel: int
+    bias: int | None
+    activation: int
+    size: int
+
+
+def whitened_layers(structure: GradientStructure, indices: Sequence[int]) -> tuple[WhitenedLayer, ...]:
+    """The layers to which this applies: kernels that one layer uses and that are one matrix from site to site.
+
+    Args:
+        structure: the structure of the model.
+        indices: the parameters that are handled; a layer of which one is missing is left out.
+    """
+    kernels, biases = ([getattr(layer, name) for layer in structure.layers] for name in ("kernel", "bias"))
+    position = {index: i for i, index in enumerate(indices)}
+    found = []
+    for layer in structure.layers:
+        kernel = structure.parameters[layer.kernel]
+        bias = layer.bias if layer.bias is None or biases.count(layer.bias) == 1 else None
+        if (
+            kernels.count(layer.kernel) > 1
+            or layer.kernel not in position
+            or (bias is not None and bias not in position)
+        ):
+            continue
+        whole = is_kernel(kernel) and sum(len(ref.dims) for ref in kernel.sites) == len(kernel.cut_shape)
+        if whole and structure.sites[kernel.sites[0].site].activation == layer.activation:
+            size = structure.sites[kernel.sites[0].site].size + (bias is not None)
+            place = None if bias is None else position[bias]
+            found.append(WhitenedLayer(position[layer.kernel], place, layer.activation, size))
+    return tuple(found)
+
+
+def update_covariance(
+    covariance: Float[Array, "d d"], layer: WhitenedLayer, activation: Float[Array, "S n"]
+) -> Float[Array, "d d"]:
+    """Advance the moving average of ``E_S[a a^T]`` by one set; it starts at zero."""
+    if layer.bias is not None:
+        activation = jnp.concatenate([activation, jnp.ones((len(activation), 1))], axis=1)
+    return DECAY * covariance + (1 - DECAY) * (activation.T @ activation) / len(activation)
+
+
+def whitened_steps(
+    layer: WhitenedLayer, parameters: Sequence[Parameter], momenta: Sequence[Array], covariance: Float[Array, "d d"]
+) -> list[tuple[int, Array]]:
+    """The steps of a layer's kernel and bias.
+
+    Their size is such that they change the layer's outputs on the data by a root mean square of one.
+
+    Args:
+        layer: the layer.
+        parameters: the parameters that are handled.
+        momenta: their momenta.
+        covariance: the average of ``E_S[a a^T]``, corrected for its start.
+
+    Returns:
+        ``(position, step)`` of the kernel and, where there is one, the bias.
+    """
+    kernel = parameters[layer.kernel]
+    order = (*kernel.sites[0].dims, *kernel.sites[1].dims)
+    outputs = math.prod(kernel.cut_shape[d] for d in kernel.sites[1].dims)
+    momentum = momenta[layer.kernel].reshape(kernel.cut_shape).transpose(order).reshape(-1, outputs)
+    if layer.bias is not None:
+        bias = parameters[layer.bias]
+        turn = bias.sites[0].dims
+        row = momenta[layer.bias].reshape(bias.cut_shape).transpose(turn).reshape(1, outputs)
+        momentum = jnp.concatenate([momentum, row])
+    # The curvature is a constant to whoever differentiates the step.
+    covariance = jax.lax.stop_gradient(covariance)
+    damping = DAMPING * jnp.trace(covariance) / layer.size + jnp.finfo(jnp.float32).tiny
+    root = jnp.linalg.cholesky(covariance + damping * jnp.eye(layer.size))
+    white = jax.scipy.linalg.solve_triangular(root, momentum, lower=True)
+    step = jax.scipy.linalg.solve_triangular(root, orthogonal_factor(white[None])[0], lower=True, trans=1)
+    change = jnp.sum(step * (covariance @ step)) / outputs
+    step = step * jax.lax.rsqrt(change + 1e-12)
+    inverse = [order.index(d) for d in range(len(order))]
+    inputs = step if layer.bias is None else step[:-1]
+    full = inputs.reshape([kernel.cut_shape[d] for d in order]).transpose(inverse).reshape(kernel.shape)
+    if layer.bias is None:
+        return [(layer.kernel, full)]
+    back = [turn.index(d) for d in range(len(turn))]
+    shift = step[-1].reshape([bias.cut_shape[d] for d in turn]).transpose(back).reshape(bias.shape)
+    return [(layer.kernel, full), (layer.bias, shift)]
