@@ -8,7 +8,9 @@ python meta_train.py --out runs/digits --resume
 Several processes, on one machine or on many, compute one run together: one command each, with --coordinator HOST:PORT
 --processes N --process-id I. See README.md.
 
-The defaults are the paper's: one stage of PES, 16 pairs, windows of 50 steps, Adam at 1e-4 for 50,000 meta-steps.
+The defaults are those of --preset best: what docs/meta_training.md found to learn fastest, a matter of minutes.
+--preset paper is the paper's protocol: one stage of PES, 16 pairs, windows of 50 steps, Adam at 1e-4 for 50,000
+meta-steps. Flags change single settings of either.
 """
 
 import contextlib
@@ -29,6 +31,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tyro
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
@@ -73,7 +76,10 @@ RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host 
 
 @dataclass(frozen=True)
 class Config:
-    """Settings of a run. Those that the result depends on are fixed once it has begun."""
+    """Settings of a run. Those that the result depends on are fixed once it has begun.
+
+    The defaults here are the paper's; on the command line they are those of ``PRESETS``.
+    """
 
     task: str
     """Name of a file in tasks/, without .py; or mixture, all those of tasks/_mixture.py, with learning rates, schedules
@@ -85,6 +91,8 @@ class Config:
     know neither scale nor time), each also with GradMetaNet (+gmn)."""
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
+    preset: Literal["best", "paper"] = "paper"
+    """Where the defaults of all other flags come from; on the command line, best."""
     resume: bool = False
     """Continue the run in --out, with its settings; nothing else has to be given again."""
     seed: int = 0
@@ -170,6 +178,24 @@ class Config:
 SPREAD = ("coordinator", "processes", "process_id")
 # What a run may be resumed with other values of: none of it changes the meta-parameters that result.
 FREE = ("out", "data_dir", "resume", "log_every", "checkpoint_every", "keep", "keep_every")
+
+
+PRESETS: dict[str, dict[str, Any]] = {
+    "best": {
+        "base": "whitened",
+        "gate": True,
+        "width": 8,
+        "hidden_layers": 2,
+        "output_scale": 0.0,
+        "initial_alpha": 0.015,
+        "initial_beta": 0.01,
+        "gmn": GradMetaNetConfig(width=16, set_layers=1, product_width=16, max_set_size=32),
+        "stages": "truncated:30:3e-3:K=100:n=4:schedule=cosine:clip=0.05:ema=0.8",
+        "checkpoint_every": 10,
+    },
+    "paper": {},
+}
+"""What each preset changes of ``Config``."""
 
 
 class UsageError(ValueError):
@@ -472,13 +498,19 @@ def from_json(settings: Mapping[str, Any]) -> Config:
 
 
 def from_command_line(args: Sequence[str]) -> Config:
-    """Parse the command line; with ``--resume`` the settings of the run are the defaults."""
-    default = None
-    if "--resume" in args and "--help" not in args:
+    """Parse the command line; the defaults are the preset's, with ``--resume`` the settings of the run."""
+
+    def last(flag: str) -> str | None:
         values = [
-            a.removeprefix("--out=") for i, a in enumerate(args) if a.startswith("--out=") or args[i - 1] == "--out"
+            a.removeprefix(f"{flag}=") for i, a in enumerate(args) if a.startswith(f"{flag}=") or args[i - 1] == flag
         ]
-        path = Path(values[-1]) if values else None
+        return values[-1] if values else None
+
+    preset, out = last("--preset") or "best", last("--out")
+    # A preset that there is none of is left to the parser to refuse.
+    default = Config(**{"task": tyro.MISSING, "out": tyro.MISSING, "preset": preset, **PRESETS.get(preset, {})})
+    if "--resume" in args and "--help" not in args:
+        path = Path(out) if out else None
         if path and (path / "config.json").exists():
             default = dataclasses.replace(from_json(read_settings(path)), out=path, resume=True)
     return parse(Config, __doc__, args, default=default)

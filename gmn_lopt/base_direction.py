@@ -61,7 +61,7 @@ def update_direction(
     grads: PyTree,
     state: PyTree,
     layers: Sequence[WhitenedLayer] = (),
-    activations: Sequence[Float[Array, "S _"]] = (),
+    activations: Sequence[Float[Array, "_ _"]] = (),
 ) -> tuple[PyTree, PyTree]:
     """Advance a base direction by one gradient.
 

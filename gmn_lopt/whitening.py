@@ -1,10 +1,10 @@
 """Orthogonalised steps in the space where a layer's activations are white: the curvature that a set of gradients shows.
 
 Muon orthogonalises the gradient ``a^T g`` of a kernel, whose singular vectors are dominated by the directions in which
-the activations are large. With ``C = E_S[a a^T] = L L^T`` the step here is ``L^-T orth(L^-1 M)``: steepest descent where
-a step is measured by how much it changes the layer's output on the data (the activation half of K-FAC; Martens and
-Grosse 2015, arXiv:1503.05671). The bias is one more row of the kernel, for an activation that is always one, so that
-the mean of the activations is whitened away too.
+the activations are large. With ``C = E_S[a a^T] = L L^T`` the step here is ``L^-T orth(L^-1 M)``: steepest descent
+where a step is measured by how much it changes the layer's output on the data (the activation half of K-FAC; Martens
+and Grosse 2015, arXiv:1503.05671). The bias is one more row of the kernel, for an activation that is always one, so
+that the mean of the activations is whitened away too.
 """
 
 import math

@@ -21,7 +21,9 @@ def train_command(settings: Mapping[str, Any], out: str) -> str:
     defaults = meta_train.to_json(meta_train.Config(task="", out=Path()))
     del defaults["optimizer"]
     chosen = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
-    return " ".join(["python meta_train.py", *_flags(chosen, defaults), f"--out {shlex.quote(out)}"])
+    chosen.pop("preset", None)
+    # All flags are given relative to the paper's settings, whichever preset the run began from.
+    return " ".join(["python meta_train.py --preset paper", *_flags(chosen, defaults), f"--out {shlex.quote(out)}"])
 
 
 def continue_command(settings: Mapping[str, Any], name: str) -> str:

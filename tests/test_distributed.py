@@ -43,7 +43,7 @@ class Run:
             port = free.getsockname()[1]
         self.processes = []
         for i in range(count):
-            command = [sys.executable, "meta_train.py", *map(str, args), *each[i]]
+            command = [sys.executable, "meta_train.py", "--preset", "paper", *map(str, args), *each[i]]
             if count > 1:
                 command += ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process-id", str(i)]
             self.processes.append(subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True))

@@ -25,13 +25,19 @@ RULES = {
     "ds+gmn": {"gradmetanet": SMALL},
     "ds+gmn, values": {"gradmetanet": dataclasses.replace(SMALL, use_parameter=True)},
     "ds+gmn, Adam": {"gradmetanet": SMALL, "base": "adam"},
+    "muon, gate": {"gradmetanet": None, "base": "muon", "gate": True},
+    "ds+gmn, whitened, subset": {"gradmetanet": dataclasses.replace(SMALL, max_set_size=5), "base": "whitened"},
+    "celo, orthogonalized": {"backbone": "celo", "gradmetanet": None, "rule": "normalized", "orthogonalize": True},
 }
 
+# Newton-Schulz enlarges small singular values, and the rounding in them, about a hundred times.
+TOLERANCE = dict.fromkeys(list(RULES)[-3:], 2e-3)
 
 CASES = [
     *((model, rule) for model in MODELS for rule in ("sgdm", "ds", "ds+gmn")),
     ("residual stream", "ds+gmn, values"),
     ("two hidden layers", "ds+gmn, Adam"),
+    *((model, rule) for model in ("two hidden layers", "residual stream") for rule in list(RULES)[-3:]),
 ]
 
 
@@ -51,7 +57,8 @@ def test_permuting_hidden_neurons_permutes_the_update(model, rule):
         for params, grads, factors in recorded
     ]
     for update, reference in zip(play(lopt, phi, permuted), play(lopt, phi, recorded)):
-        assert relative_difference(update, permute.parameters(structure, permutations, reference)) < 1e-5
+        difference = relative_difference(update, permute.parameters(structure, permutations, reference))
+        assert difference < TOLERANCE.get(rule, 2e-5)
 
 
 def test_neurons_permuted_in_the_factors_alone_change_the_update():

@@ -32,7 +32,9 @@ def config(out, **changes):
 
 def arguments(settings):
     names = ("task", "optimizer", "out", "stages", "log_every", "checkpoint_every", "keep", "keep_every")
-    return [arg for n in names for arg in (f"--{n.replace('_', '-')}", str(getattr(settings, n)))]
+    return ["--preset", "paper"] + [
+        arg for n in names for arg in (f"--{n.replace('_', '-')}", str(getattr(settings, n)))
+    ]
 
 
 def phi_of(path):
@@ -240,3 +242,15 @@ def test_a_run_starts_from_a_saved_optimizer(finished, tmp_path):
         with pytest.raises(UsageError, match=says):
             meta_train.main(config(tmp_path / "refused", **{**few, **changes}))
     assert not (tmp_path / "refused").exists()
+
+
+def test_presets():
+    best = meta_train.from_command_line(["--task", "digits_mlp", "--out", "x"])
+    assert best == Config("digits_mlp", Path("x"), preset="best", **meta_train.PRESETS["best"])
+    paper = meta_train.from_command_line(["--preset=paper", "--task", "digits_mlp", "--out", "x", "--seed", "3"])
+    assert paper == Config("digits_mlp", Path("x"), seed=3)
+    with pytest.raises(SystemExit):
+        meta_train.from_command_line(["--preset", "worst", "--task", "digits_mlp", "--out", "x"])
+    for settings in (best, paper):
+        assert meta_train.from_json(json.loads(json.dumps(meta_train.to_json(settings)))) == settings
+        assert meta_train.make_stages(settings)

@@ -113,7 +113,9 @@ def test_shipping(trained, root, monkeypatch):
     tx = gmn_lopt.load(NAME, gmn_lopt.analyze(loss, params))
     assert np.isfinite(tx.update(params, tx.init(params), params)[0]["w"]).all()
 
-    assert training["commands"]["train"].startswith("python meta_train.py --task digits_mlp --optimizer sgdm ")
+    assert training["commands"]["train"].startswith(
+        "python meta_train.py --preset paper --task digits_mlp --optimizer sgdm "
+    )
     # The commands make the same settings, and the same evaluation.
     again = meta_train.from_command_line(shlex.split(training["commands"]["train"])[2:])
     assert meta_train.to_json(again) == meta_train.to_json(replace(RUN, out=Path(f"runs/{NAME}")))

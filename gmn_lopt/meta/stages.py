@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
+import jax
 import optax
 
 from gmn_lopt.meta.averaging import average_of_parameters
@@ -14,6 +15,7 @@ from gmn_lopt.meta.mixture import Mixture, MixtureProblem
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.shaping import SHAPINGS
+from gmn_lopt.meta.sharding import usable_devices
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.window import OBJECTIVES
 
@@ -34,8 +36,9 @@ class Stage:
         sigma: standard deviation of the perturbations of the evolution strategies.
         clip: largest norm of one unroll's gradient in ``truncated``.
         objective: ``"mean"`` or ``"final"``.
-        turns: groups of unrolls that each device takes one after the other; see
-            :func:`gmn_lopt.meta.window.map_unrolls`.
+        turns: groups of unrolls that each device takes one after the other, see
+            :func:`gmn_lopt.meta.window.map_unrolls`; 0: as many as leave one unroll at a time to each core of a
+            processor, and one on an accelerator.
         coefficient_sigma: ``sigma`` of the scalar coefficients (``log_alpha`` and so on); 0: the same.
         shaping: of the loss differences of the evolution strategies, see
             :func:`gmn_lopt.meta.shaping.shape_differences`.
@@ -59,7 +62,7 @@ class Stage:
     sigma: float = 0.01
     clip: float = 1.0
     objective: str = "mean"
-    turns: int = 1
+    turns: int = 0
     coefficient_sigma: float = 0.0
     shaping: str = "none"
     warmup: int = 0
@@ -72,11 +75,10 @@ class Stage:
         for name, known in names.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", "clip", "turns"):
+        for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", "clip"):
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be positive")
-
         for name in ("coefficient_sigma", "warmup", "weight_decay", "coefficient_rate"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
@@ -85,6 +87,16 @@ class Stage:
             raise ValueError(f"warmup is {self.warmup}; it must be less than the {self.meta_steps} meta-steps")
         if not 0 <= self.ema < 1:
             raise ValueError(f"ema is {self.ema}; it must be at least 0 and less than 1")
+        if self.turns < 0 or (self.turns and self.pairs % self.turns):
+            raise ValueError(f"turns is {self.turns}; it must divide the {self.pairs} pairs, or be 0")
+
+    @property
+    def groups(self) -> int:
+        """The groups of unrolls that are taken one after the other."""
+        if self.turns:
+            return self.turns
+        devices = usable_devices(self.pairs, jax.device_count())
+        return self.pairs // devices if jax.default_backend() == "cpu" else 1
 
     def build(self, problem: InnerProblem | MixtureProblem) -> Estimator:
         """The stage's estimator of the meta-gradient of ``problem``."""
@@ -123,7 +135,7 @@ class Stage:
 def _evolution(noise: str) -> Callable[[Stage, InnerProblem], PES]:
     def build(s: Stage, problem: InnerProblem) -> PES:
         return PES(
-            *(problem, s.pairs, s.truncation, s.sigma, s.objective, noise, s.coefficient_sigma, s.shaping, s.turns)
+            *(problem, s.pairs, s.truncation, s.sigma, s.objective, noise, s.coefficient_sigma, s.shaping, s.groups)
         )
 
     return build
@@ -133,7 +145,7 @@ ESTIMATORS: dict[str, Callable[[Stage, InnerProblem], Any]] = {
     "pes": _evolution("persistent"),
     "nres": _evolution("reused"),
     "es": _evolution("truncated"),
-    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective, turns=s.turns),
+    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective, turns=s.groups),
 }
 """Persistent, noise-reuse and truncated evolution strategies; truncated back-propagation."""
 
