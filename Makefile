@@ -7,7 +7,7 @@ INSTALLED := .venv/.installed
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
-	$(BIN)/python meta_train.py --task digits_mlp --optimizer ds+gmn --out runs/demo --resume \
+	$(BIN)/python meta_train.py --preset paper --task digits_mlp --optimizer ds+gmn --out runs/demo --resume \
 		--gmn.width 16 --gmn.set-layers 1 --gmn.product-width 16 \
 		--initial-alpha 2 --initial-beta 2e-4 --checkpoint-every 50 \
 		--stages truncated:400:3e-3:K=25:n=8:schedule=cosine,pes:60:1e-4:K=25:n=8

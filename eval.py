@@ -19,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,8 @@ class Config:
         task_setting: A setting of the task as NAME=VALUE, such as hidden=64 or batch_size=64; repeat the flag for
             several. The settings are the arguments of make() in the task's file.
         data_dir: Directory of data sets and their caches; default: the task's own.
+        split: The split that stands for the test split: test, or valid, to choose between optimizers (with seeds of
+            its own, --first-seed 100) without looking at what they are judged by.
         seeds: Number of seeds (initialisations and batch orders).
         first_seed: The first seed; the others follow it.
         horizon: Training steps of each run; default: the task's own.
@@ -78,6 +80,7 @@ class Config:
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     task_setting: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     data_dir: str | None = None
+    split: Literal["test", "valid"] = "test"
     seeds: int = 5
     first_seed: int = 0
     horizon: int | None = None
@@ -97,6 +100,7 @@ def main(config: Config) -> dict[str, Any]:
     task_settings = parse_task_settings(config.task_setting)
     task = find_task(config.task, config.data_dir, **task_settings)
     task = replace(task, horizon=task.horizon if config.horizon is None else config.horizon)
+    task = replace(task, data={**task.data, "test": task.data[config.split]})
     eval_every = protocol.default_eval_every(task.horizon) if config.eval_every is None else config.eval_every
     if task.horizon % eval_every:
         raise UsageError(f"--eval-every {eval_every} does not divide the horizon of {task.horizon} steps")
@@ -117,6 +121,8 @@ def main(config: Config) -> dict[str, Any]:
         "task_file": _file_digest(config.task),
         "device": jax.devices()[0].device_kind,
     }
+    if config.split != "test":
+        settings["split"] = config.split
     if task_settings:
         settings["task_settings"] = task_settings
     results = Results(config.out / "results", settings)

@@ -28,7 +28,7 @@ def two_weights() -> Task:
         horizon=6,
         batch_size=8,
         loss_cap=10.0,
-        data={"train": x[:30], "test": x[30:]},
+        data={"train": x[:30], "valid": x[:15], "test": x[30:]},
         init=lambda key: {"w": jax.random.normal(key, (2,))},
         loss=lambda params, batch: jnp.mean((batch @ params["w"]) ** 2),
         sample=lambda key, split: jax.random.choice(key, split, (8,)),
@@ -219,6 +219,16 @@ def test_settings_of_the_task(tmp_path, monkeypatch, capsys):
     assert evaluation.main(config(tmp_path, task_setting=settings))["settings"] == report["settings"]
     with pytest.raises(ResultsError, match=r"task_settings was .*, is None"):
         evaluation.main(config(tmp_path))
+
+
+def test_the_validation_split_may_stand_for_the_test_split(tmp_path):
+    losses = {}
+    for split in ("test", "valid"):
+        report = evaluation.main(config(tmp_path / split, split=split))
+        losses[split] = report["optimizers"][0]["best_test_loss"]
+        assert report["settings"].get("split", "test") == split
+    assert losses["test"] != losses["valid"]
+    assert "on the valid split" in (tmp_path / "valid" / "report.md").read_text().splitlines()[0]
 
 
 def test_settings_reach_the_task(monkeypatch):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import jax.numpy as jnp
 import pytest
 from inner_problems import Smooth
@@ -11,7 +13,9 @@ from gmn_lopt.meta.truncated import Truncated
 def test_default_is_the_papers_setting():
     (stage,) = parse_stages("pes", Stage())
     assert stage == Stage("pes", 50_000, 1e-4, "constant", truncation=50, pairs=16, sigma=0.01, objective="mean")
-    assert stage.build(Smooth(horizon=2000)) == PES(Smooth(horizon=2000), 16, 50, 0.01)
+    assert replace(stage, turns=1).build(Smooth(horizon=2000)) == PES(Smooth(horizon=2000), 16, 50, 0.01)
+    # One device in the tests: each unroll by itself.
+    assert stage.groups == 16 and parse_stages("pes:n=6:turns=3", Stage())[0].groups == 3
 
 
 def test_a_stage_says_what_differs_from_the_default():

@@ -123,7 +123,8 @@ def build_report(
 def task_title(settings: Mapping[str, Any]) -> str:
     """The name of the task, with those of its own settings that were not left as they are."""
     changed = ", ".join(f"{key}={_short(value)}" for key, value in settings.get("task_settings", {}).items())
-    return f"{settings['task']} ({changed})" if changed else str(settings["task"])
+    split = f" on the {settings['split']} split" if "split" in settings else ""
+    return f"{settings['task']} ({changed}){split}" if changed else f"{settings['task']}{split}"
 
 
 def table(report: Mapping[str, Any]) -> str:

@@ -1,0 +1,135 @@
+"""Mixtures of inner problems, their augmentation, and unrolls in turns."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inner_problems import Smooth
+
+import gmn_lopt
+from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.augmentation import AugmentedProblem
+from gmn_lopt.meta.mixture import Mixture, MixtureProblem
+from gmn_lopt.meta.pes import PES
+from gmn_lopt.meta.stages import Stage, parse_stages
+from gmn_lopt.meta.training_problem import TrainingProblem
+from gmn_lopt.meta.truncated import Truncated
+from gmn_lopt.meta.window import map_unrolls
+from tasks import load_task
+from tasks._mixture import MODELS
+
+
+@pytest.mark.parametrize("estimator", [PES, Truncated])
+def test_turns_change_nothing(estimator):
+    problem = Smooth(noise=0.1)
+    results = []
+    for turns in (1, 2, 6):
+        e = estimator(problem, 6, 3, turns=turns)
+        state = e.init(problem.phi(), problem.data(), jax.random.key(0))
+        results.append(jax.jit(e.estimate)(problem.phi(), state, problem.data(), jax.random.key(1)))
+    for other in results[1:]:
+        for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(results[0]), strict=True):
+            if not jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+                np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_each_unroll_comes_back_to_its_place():
+    x = jnp.arange(12.0).reshape(6, 2)
+    for turns in (1, 2, 3, 6):
+        np.testing.assert_array_equal(map_unrolls(lambda a, b: a + 10 * b, turns, x, x), 11 * x)
+    with pytest.raises(ValueError, match="turns is 4"):
+        parse_stages("pes:n=6:turns=4", Stage())
+
+
+def test_a_mixture_estimates_one_problem_at_a_time_and_weighs_it():
+    problems = (Smooth(), Smooth(horizon=12))
+    parts = tuple(Truncated(problem, 2, 3) for problem in problems)
+    mixture, phi = Mixture(parts, (1.0, 10.0)), problems[0].phi()
+    data = tuple(problem.data() for problem in problems)
+    state = mixture.init(phi, data, jax.random.key(0))
+    seen = set()
+    for seed in range(8):
+        new, estimate = jax.jit(mixture.estimate)(phi, state, data, jax.random.key(seed))
+        (moved,) = [i for i in range(2) if int(new[i].step[0]) != int(state[i].step[0])]
+        seen.add(moved)
+        _, alone = parts[moved].estimate(phi, state[moved], data[moved], jax.random.key(99))
+        weight = mixture.weights[moved]
+        np.testing.assert_allclose(estimate.loss, weight * alone.loss, rtol=1e-5)
+        np.testing.assert_allclose(estimate.gradient["b"], weight * alone.gradient["b"], rtol=1e-4, atol=1e-6)
+    assert seen == {0, 1}
+    with pytest.raises(ValueError, match="equally many"):
+        Mixture((parts[0], Truncated(problems[0], 4, 3)), (1.0, 1.0))
+
+
+def make_problem(**options):
+    task = load_task("digits_mlp", hidden=(8,), batch_size=16, horizon=20, augment=False)
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
+    structure = gmn_lopt.analyze(task.loss, params, batch)
+    lopt = LearnedOptimizer(structure, "celo", None, rule="normalized", width=4, learning_rate=0.01)
+    return AugmentedProblem(TrainingProblem(task, lopt), **options), lopt.init(jax.random.key(0))
+
+
+def test_augmentation_trains_the_same_model_in_other_coordinates():
+    problem, phi = make_problem()
+    data = problem.splits()
+    for seed in range(4):
+        state = problem.init(phi, data, jax.random.key(seed))
+        scales = np.array(jax.tree.leaves(state.scales))
+        assert len(set(scales)) == 4 and np.all((scales > 1 / 3.01) & (scales < 3.01))
+        assert 0.01 / 3.01 < float(state.rate) < 0.0301
+        new, loss = jax.jit(problem.step)(phi, state, data, jax.random.key(9))
+        params = jax.tree.map(jnp.multiply, state.scales, state.params)
+        batch = problem.problem.task.sample(jax.random.key(9), data["train"])
+        assert float(loss) == pytest.approx(float(problem.problem.task.loss(params, batch)), rel=1e-5)
+        # The normalised rule: a step of what is trained has the size of the rate, whatever the scale.
+        for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params)):
+            assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) == pytest.approx(float(state.rate), rel=1e-2)
+
+
+def test_half_of_the_learning_rates_decay_to_zero():
+    problem, phi = make_problem(scale_range=1.0, rate_range=1.0)
+    data = problem.splits()
+    states = jax.vmap(problem.init, in_axes=(None, None, 0))(phi, data, jax.random.split(jax.random.key(0), 64))
+    assert 16 < int(states.decays.sum()) < 48 and np.allclose(states.rate, 0.01)
+    step = jax.jit(problem.step)
+    for decays in (True, False):
+        state = problem.init(phi, data, jax.random.key(0))._replace(decays=jnp.asarray(decays))
+        sizes = []
+        for t in range(20):
+            new, _ = step(phi, state, data, jax.random.key(t))
+            moved = new.params["layer_0"]["kernel"] - state.params["layer_0"]["kernel"]
+            sizes.append(float(jnp.sqrt(jnp.mean(moved**2))))
+            state = new
+        expected = 0.005 * (1 + np.cos(np.pi * np.arange(20) / 20)) if decays else np.full(20, 0.01)
+        np.testing.assert_allclose(sizes, expected, rtol=2e-2)
+
+
+def test_augmentation_needs_the_normalized_rule():
+    problem, _ = make_problem()
+    additive = LearnedOptimizer(problem.problem.lopt.structure, gradmetanet=None)
+    with pytest.raises(ValueError, match="normalized"):
+        AugmentedProblem(TrainingProblem(problem.problem.task, additive))
+
+
+def test_a_stage_builds_a_mixture():
+    problem, phi = make_problem()
+    mixed = MixtureProblem((problem, problem), (1.0, 2.0))
+    (stage,) = parse_stages("truncated:5:K=4:n=2", Stage())
+    estimator = stage.build(mixed)
+    data = mixed.splits()
+    _, estimate = jax.jit(estimator.estimate)(
+        phi, estimator.init(phi, data, jax.random.key(0)), data, jax.random.key(1)
+    )
+    assert jnp.isfinite(estimate.loss) and mixed.horizon == 20
+
+
+def test_the_mixture_is_as_wide_as_it_says():
+    models = [model for _, model in MODELS]
+    assert {name for name, _ in MODELS} == {"digits", "fashion_mnist", "cifar10", "cifar100"}
+    assert min(min(m.hidden) for m in models) == 16 and max(max(m.hidden) for m in models) == 256
+    assert {len(m.hidden) for m in models} == {1, 2, 3}
+    assert {m.batch_size for m in models} == {32, 64, 128, 256}
+    assert min(m.horizon for m in models) == 200 and max(m.horizon for m in models) == 5000
+    assert all(m.horizon % 50 == 0 for m in models)
+    assert {m.init_scale for m in models} == {1 / 3, 1.0, 3.0} and {m.autoencode for m in models} == {False, True}
