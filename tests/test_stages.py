@@ -14,7 +14,7 @@ def test_default_is_the_papers_setting():
     (stage,) = parse_stages("pes", Stage())
     assert stage == Stage("pes", 50_000, 1e-4, "constant", truncation=50, pairs=16, sigma=0.01, objective="mean")
     assert replace(stage, turns=1).build(Smooth(horizon=2000)) == PES(Smooth(horizon=2000), 16, 50, 0.01)
-    # One device in the tests: each unroll by itself.
+    # One device in the tests, a processor's: each unroll by itself, unless the stage says otherwise.
     assert stage.groups == 16 and parse_stages("pes:n=6:turns=3", Stage())[0].groups == 3
 
 
@@ -23,7 +23,7 @@ def test_a_stage_says_what_differs_from_the_default():
     first, second = parse_stages(text, Stage(truncation=5, meta_steps=7))
     assert first == Stage("truncated", 300, 3e-3, "cosine", 25, 8, 0.01, 0.5)
     assert second == Stage("pes", 10, 1e-4, "constant", 5, 16, 0.1, objective="final")
-    assert first.build(Smooth(horizon=50)) == Truncated(Smooth(horizon=50), 8, 25, 0.5)
+    assert first.build(Smooth(horizon=50)) == Truncated(Smooth(horizon=50), 8, 25, 0.5, turns=8)
 
 
 def test_meta_optimizer_clips_then_takes_adams_step():
@@ -42,9 +42,9 @@ def test_meta_optimizer_clips_then_takes_adams_step():
 def test_every_estimator_is_built_with_the_stages_settings():
     text = "nres:n=4:K=2:sigma=0.1:coefficient_sigma=0.3:shaping=clip,es:objective=final,truncated:ema=0.9"
     reused, forgetful, truncated = (stage.build(Smooth()) for stage in parse_stages(text, Stage(truncation=3)))
-    assert reused == PES(Smooth(), 4, 2, 0.1, noise="reused", coefficient_sigma=0.3, shaping="clip")
-    assert forgetful == PES(Smooth(), 16, 3, 0.01, "final", noise="truncated")
-    assert truncated == Truncated(Smooth(), 16, 3)
+    assert reused == PES(Smooth(), 4, 2, 0.1, noise="reused", coefficient_sigma=0.3, shaping="clip", turns=4)
+    assert forgetful == PES(Smooth(), 16, 3, 0.01, "final", noise="truncated", turns=16)
+    assert truncated == Truncated(Smooth(), 16, 3, turns=16)
 
 
 def updates(stage, phi, gradient, steps):
