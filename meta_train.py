@@ -506,9 +506,9 @@ def from_command_line(args: Sequence[str]) -> Config:
         ]
         return values[-1] if values else None
 
-    preset, out = last("--preset") or "best", last("--out")
-    # A preset that there is none of is left to the parser to refuse.
-    default = Config(**{"task": tyro.MISSING, "out": tyro.MISSING, "preset": preset, **PRESETS.get(preset, {})})
+    preset, out = last("--preset"), last("--out")
+    preset = preset if preset in PRESETS else "best"
+    default = Config(**{"task": tyro.MISSING, "out": tyro.MISSING, "preset": preset, **PRESETS[preset]})
     if "--resume" in args and "--help" not in args:
         path = Path(out) if out else None
         if path and (path / "config.json").exists():

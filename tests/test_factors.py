@@ -138,5 +138,5 @@ def test_wrong_input_is_one_clear_line():
     _, _, small = value_grad_and_factors(loss)(params, x[:5], labels[:5])
     with pytest.raises(StructureError, match=r"5 elements.*12"):
         structure.reconstruct(small)
-    with pytest.raises(StructureError, match="do not fit the structure"):
+    with pytest.raises(StructureError, match="arrays, but 3 in the analysed model"):
         structure.reconstruct(Factors(small.activations[:1], small.tangents))

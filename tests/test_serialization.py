@@ -153,7 +153,7 @@ DAMAGE = {
     "wrong type": (edit_config(width=True), "config.json: width must be a whole number.*not True"),
     "other width": (edit_config(width=5), r"phi.safetensors holds backbone/\S+ with shape \(4,.*but.*needs \(5,"),
     "other base": (edit_config(base="adam"), "phi.safetensors holds log_one_minus_mu"),
-    "GradMetaNet claimed": (edit_config(gradmetanet={"width": 3}), "config.json.*lacks neuron_layers"),
+    "GradMetaNet claimed": (edit_config(gradmetanet={"width": 3}), "config.json.*lacks .*neuron_layers"),
 }
 
 
