@@ -27,7 +27,6 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-import gmn_lopt
 from gmn_lopt.command_line import parse
 from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation import plots, protocol
@@ -39,7 +38,7 @@ from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
 from gmn_lopt.files import write_atomically
 from gmn_lopt.hardware import describe_hardware
-from gmn_lopt.meta.task import Task
+from gmn_lopt.meta.task import Task, task_structure
 from tasks import load_task
 
 
@@ -226,9 +225,7 @@ def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
     """
     structure = None
     if not all(split_label(spec)[1].startswith("optax:") for spec in specs):
-        params = jax.eval_shape(task.init, jax.random.key(0))
-        batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
-        structure = gmn_lopt.analyze(task.loss, params, batch)
+        structure = task_structure(task)
     candidates: list[Candidate] = []
     for spec in specs:
         candidate = find_candidate(spec, task, structure, candidates)

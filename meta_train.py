@@ -37,7 +37,6 @@ from tqdm import tqdm
 
 from gmn_lopt.command_line import parse
 from gmn_lopt.errors import first_line
-from gmn_lopt.factors import analyze
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.learned_optimizer import LearnedOptimizer
@@ -51,7 +50,7 @@ from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.shared_run import SharedRunDirectory
 from gmn_lopt.meta.stages import Stage, parse_stages
-from gmn_lopt.meta.task import Task
+from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.serialization import SerializationError, load_learned, save
 from tasks import load_task
@@ -270,23 +269,20 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
             lopt = make_lopt(config, task)
             return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
         tasks = make_all(config.data_dir)
-        parts = tuple(
-            TrainingProblem(task, make_lopt(config, task), config.meta_loss, config.horizon) for task in tasks
-        )
+        lopts = [make_lopt(config, task) for task in tasks]
+        parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
         # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
         weights = tuple(1.5 / task.loss_cap for task in tasks)
-        return make_lopt(config, tasks[0]), MixtureProblem(tuple(AugmentedProblem(part) for part in parts), weights)
+        return lopts[0], MixtureProblem(tuple(AugmentedProblem(part) for part in parts), weights)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error
 
 
 def make_lopt(config: Config, task: Task) -> LearnedOptimizer:
     """The learned optimizer for a task's model."""
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
     backbone, _, rest = config.optimizer.partition("+")
     return LearnedOptimizer(
-        structure=analyze(task.loss, params, batch),
+        structure=task_structure(task),
         backbone=backbone,
         gradmetanet=config.gmn if rest else None,
         **{name: getattr(config, name) for name in ARCHITECTURE},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-from gmn_lopt import GradMetaNetConfig, LearnedOptimizer, analyze
+from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.sources import adam
@@ -20,7 +20,7 @@ from gmn_lopt.meta.averaging import averaged
 from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.stages import Stage, parse_stages
-from gmn_lopt.meta.task import Task
+from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 
 RATES_AT_ONCE = 5  # of Adam's grid, each with all seeds
@@ -76,11 +76,9 @@ def make_run(task: Task, optimizer: str, overrides: Mapping[str, Any], rate: flo
     settings = dict(overrides)
     text, meta_clip = settings.pop("stages", "pes"), settings.pop("meta_clip", 1.0)
     initial = settings.pop("initial", {})
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    structure = analyze(task.loss, params, jax.eval_shape(task.sample, jax.random.key(0), task.data["train"]))
     backbone, _, rest = optimizer.partition("+")
     settings = {"backbone": backbone, "gradmetanet": GradMetaNetConfig() if rest else None} | settings
-    lopt = LearnedOptimizer(structure, **settings)
+    lopt = LearnedOptimizer(task_structure(task), **settings)
     problem = TrainingProblem(task, lopt)
     stages = parse_stages(text, Stage(learning_rate=rate))
     built = []

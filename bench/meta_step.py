@@ -20,12 +20,12 @@ import numpy as np
 import optax
 import tyro
 
-from gmn_lopt import GradMetaNetConfig, LearnedOptimizer, analyze
+from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.pes import PES
-from gmn_lopt.meta.task import Task
+from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from meta_train import use_all_cores
 from tasks import fashion_mnist_mlp
@@ -83,9 +83,7 @@ def measure_meta_step(task: Task, lopt: LearnedOptimizer, config: Config) -> tup
 def main(config: Config) -> None:
     """Measure and print both tables."""
     task = synthetic_task()
-    params = jax.eval_shape(task.init, jax.random.key(0))
-    batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
-    structure = analyze(task.loss, params, batch)
+    structure = task_structure(task)
     small = GradMetaNetConfig(width=16, set_layers=1, product_width=16)
     optimizers = {
         "ds": LearnedOptimizer(structure, gradmetanet=None),

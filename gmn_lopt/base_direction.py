@@ -90,21 +90,20 @@ def update_direction(
     if base == "adam":
         return optax.scale_by_adam().update(grads, state)
     count = optax.safe_increment(state.step)
-    decay, weights = MUON_DECAY, count.astype(jnp.float32)
-    if base == "whitened":
-        decay = WHITENED_DECAY
-        ahead = momentum = optax.tree.update_moment(grads, state.momentum, decay, 1)
-    else:
-        momentum = optax.tree.update_moment(grads, state.momentum, decay, 1)
-        ahead, weights = optax.tree.update_moment(grads, momentum, decay, 1), weights + 1.0
+    steps_taken = count.astype(jnp.float32)
+    decay = WHITENED_DECAY if base == "whitened" else MUON_DECAY
+    momentum = optax.tree.update_moment(grads, state.momentum, decay, 1)
+    ahead, terms = momentum, steps_taken
+    if base == "muon":
+        ahead, terms = optax.tree.update_moment(grads, momentum, decay, 1), steps_taken + 1.0
     # Bias-corrected by all the weight that momentum (and look-ahead) gives the gradients so far.
-    corrected = optax.tree.scale(1.0 / (1.0 - decay**weights), ahead)
+    corrected = optax.tree.scale(1.0 / (1.0 - decay**terms), ahead)
     momenta = jax.tree.leaves(corrected)
     whitened: dict[int, Array] = {}
     covariances = []
     for layer, covariance in zip(layers, state.covariances):
         covariances.append(update_covariance(covariance, layer, activations[layer.activation]))
-        unbiased = covariances[-1] / (1.0 - WHITENING_DECAY ** count.astype(jnp.float32))
+        unbiased = covariances[-1] / (1.0 - WHITENING_DECAY**steps_taken)
         whitened |= dict(whitened_steps(layer, parameters, momenta, unbiased))
     squares, steps, gamma = [], [], jnp.exp(phi["log_gamma"])
     for i, (p, g, m, s) in enumerate(zip(parameters, jax.tree.leaves(grads), momenta, jax.tree.leaves(state.squares))):
@@ -113,7 +112,7 @@ def update_direction(
             squares.append(s)
         else:
             squares.append(ADAM_DECAY * s + (1 - ADAM_DECAY) * g**2)
-            root = jnp.sqrt(squares[-1] / (1.0 - ADAM_DECAY ** count.astype(jnp.float32)))
+            root = jnp.sqrt(squares[-1] / (1.0 - ADAM_DECAY**steps_taken))
             steps.append(gamma * m / (root + EPSILON))
     treedef = jax.tree.structure(grads)
     new_state = MuonState(count, momentum, jax.tree.unflatten(treedef, squares), tuple(covariances))

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from gmn_lopt.features import update_averages
+
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 SQUARES_DECAY = 0.999
 AVERAGES = len(MOMENTUM_DECAYS) + 1
@@ -24,9 +26,8 @@ def update_celo_averages(
     averages: Float[Array, "averages *shape"], gradient: Float[Array, "*shape"]
 ) -> Float[Array, "averages *shape"]:
     """Advance the three momenta and, last, the average squared gradient; they start at zero."""
-    decays = np.asarray((*MOMENTUM_DECAYS, SQUARES_DECAY)).reshape((-1,) + (1,) * gradient.ndim)
-    values = jnp.concatenate([jnp.broadcast_to(gradient, (len(MOMENTUM_DECAYS), *gradient.shape)), gradient[None] ** 2])
-    return np.float32(decays) * averages + np.float32(1.0 - decays) * values
+    momenta = update_averages(averages[:-1], gradient, MOMENTUM_DECAYS)
+    return jnp.concatenate([momenta, update_averages(averages[-1:], gradient**2, (SQUARES_DECAY,))])
 
 
 def celo_features(

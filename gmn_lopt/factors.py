@@ -210,3 +210,23 @@ def _trace(loss_fn: LossFunction, params: PyTree, args: Sequence[Any], has_aux: 
     leaves = [leaf for _, leaf in paths]
     closed: ClosedJaxpr = jax.make_jaxpr(flat)(leaves, dynamic)
     return assemble(closed, names, [str(leaf.dtype) for leaf in leaves], treedef), out_tree
+
+
+def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:
+    """Value, gradient and the extra arguments of an optimizer's ``update``: ``{"factors": ...}``, or none.
+
+    Args:
+        loss_fn: ``loss_fn(params, *args)``, a scalar.
+        needs_factors: whether the optimizer needs the factors.
+
+    Returns:
+        ``compute(params, *args) -> (value, grads, extra)``.
+    """
+
+    def compute(params: PyTree, *args: Any) -> tuple[Any, PyTree, dict[str, Any]]:
+        if not needs_factors:
+            return *jax.value_and_grad(loss_fn)(params, *args), {}
+        value, grads, factors = value_grad_and_factors(loss_fn)(params, *args)
+        return value, grads, {"factors": factors}
+
+    return compute

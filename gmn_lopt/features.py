@@ -1,5 +1,7 @@
 """The 19 channels that every learned optimizer reads for each parameter."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,16 +15,16 @@ EPSILON = 1e-5
 
 
 def update_averages(
-    averages: Float[Array, "decays *shape"], value: Float[Array, "*shape"]
+    averages: Float[Array, "decays *shape"], value: Float[Array, "*shape"], decays: Sequence[float] = DECAYS
 ) -> Float[Array, "decays *shape"]:
-    """Advance the six exponential moving averages by one value.
+    """Advance exponential moving averages, one for each decay, by one value.
 
     They start at zero and are not corrected for it: everything that reads them divides them by their root mean square,
     in which a common factor cancels (up to the epsilon in the root, which lets a slow average grow in gradually).
     """
-    decays = np.asarray(DECAYS).reshape((-1,) + (1,) * value.ndim)
+    column = np.asarray(decays).reshape((-1,) + (1,) * value.ndim)
     # One minus the decay in double precision: in single precision 1 - 0.9999 is off in the fourth digit.
-    return np.float32(decays) * averages + np.float32(1.0 - decays) * value
+    return np.float32(column) * averages + np.float32(1.0 - column) * value
 
 
 def parameter_features(

@@ -32,14 +32,29 @@ def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Arr
     Returns:
         An array of its shape.
     """
-    read, write = (ref.dims for ref in parameter.sites)
-    batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
-    order = (*batch, *read, *write)
-    sizes = [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
-    stack = value.reshape(parameter.cut_shape).transpose(order).reshape(sizes)
-    scaled = orthogonal_factor(stack) * math.sqrt(max(1.0, sizes[2] / sizes[1]))
+    stack = as_stack(parameter, value)
+    return from_stack(parameter, orthogonal_factor(stack) * math.sqrt(max(1.0, stack.shape[2] / stack.shape[1])))
+
+
+def as_stack(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "batch d_in d_out"]:
+    """Lay a parameter out as a stack of matrices, neurons read times neurons written; a bias as rows."""
+    order, sizes = _layout(parameter)
+    return value.reshape(parameter.cut_shape).transpose(order).reshape(sizes)
+
+
+def from_stack(parameter: Parameter, stack: Float[Array, "batch d_in d_out"]) -> Float[Array, "..."]:
+    """Undo :func:`as_stack`."""
+    order, _ = _layout(parameter)
     inverse = [order.index(d) for d in range(len(order))]
-    return scaled.reshape([parameter.cut_shape[d] for d in order]).transpose(inverse).reshape(value.shape)
+    return stack.reshape([parameter.cut_shape[d] for d in order]).transpose(inverse).reshape(parameter.shape)
+
+
+def _layout(parameter: Parameter) -> tuple[tuple[int, ...], list[int]]:
+    """The order of the dimensions of the cut shape in :func:`as_stack`, and the shape of the stack."""
+    *reads, write = (ref.dims for ref in parameter.sites)
+    read = tuple(d for dims in reads for d in dims)
+    batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
+    return (*batch, *read, *write), [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
 
 
 def orthogonal_factor(stack: Float[Array, "batch rows columns"]) -> Float[Array, "batch rows columns"]:

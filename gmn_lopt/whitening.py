@@ -7,7 +7,6 @@ and Grosse 2015, arXiv:1503.05671). The bias is one more row of the kernel, for 
 that the mean of the activations is whitened away too.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmn_lopt.matrices import is_kernel, orthogonal_factor
+from gmn_lopt.matrices import as_stack, from_stack, is_kernel, orthogonal_factor
 from gmn_lopt.structure import GradientStructure, Parameter
 
 DECAY, DAMPING = 0.99, 0.3
@@ -90,30 +89,17 @@ def whitened_steps(
     Returns:
         ``(position, step)`` of the kernel and, where there is one, the bias.
     """
-    kernel = parameters[layer.kernel]
-    order = (*kernel.sites[0].dims, *kernel.sites[1].dims)
-    outputs = math.prod(kernel.cut_shape[d] for d in kernel.sites[1].dims)
-    momentum = momenta[layer.kernel].reshape(kernel.cut_shape).transpose(order).reshape(-1, outputs)
-    if layer.bias is not None:
-        bias = parameters[layer.bias]
-        turn = bias.sites[0].dims
-        row = momenta[layer.bias].reshape(bias.cut_shape).transpose(turn).reshape(1, outputs)
-        momentum = jnp.concatenate([momentum, row])
+    places = [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
+    momentum = jnp.concatenate([as_stack(parameters[i], momenta[i])[0] for i in places])
     # The curvature is a constant to whoever differentiates the step.
     covariance = jax.lax.stop_gradient(covariance)
     damping = DAMPING * jnp.trace(covariance) / layer.size + jnp.finfo(jnp.float32).tiny
     whitening = _inverse_root(covariance + damping * jnp.eye(layer.size))
     step = whitening.T @ orthogonal_factor((whitening @ momentum)[None])[0]
-    change = jnp.sum(step * (covariance @ step)) / outputs
+    change = jnp.sum(step * (covariance @ step)) / step.shape[1]
     step = step * jax.lax.rsqrt(change + 1e-12)
-    inverse = [order.index(d) for d in range(len(order))]
-    inputs = step if layer.bias is None else step[:-1]
-    full = inputs.reshape([kernel.cut_shape[d] for d in order]).transpose(inverse).reshape(kernel.shape)
-    if layer.bias is None:
-        return [(layer.kernel, full)]
-    back = [turn.index(d) for d in range(len(turn))]
-    shift = step[-1].reshape([bias.cut_shape[d] for d in turn]).transpose(back).reshape(bias.shape)
-    return [(layer.kernel, full), (layer.bias, shift)]
+    rows = jnp.split(step, [layer.size - 1]) if layer.bias is not None else [step]
+    return [(i, from_stack(parameters[i], part[None])) for i, part in zip(places, rows)]
 
 
 # One model after the other under vmap: on a processor, factorisations of stacks of matrices can wait for each other's

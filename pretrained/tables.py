@@ -13,7 +13,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
 
 from gmn_lopt.command_line import parse
-from gmn_lopt.evaluation.report import task_title
+from gmn_lopt.evaluation.report import spread, task_title
 from gmn_lopt.files import write_atomically
 from gmn_lopt.serialization import SHIPPED
 from gmn_lopt.shipped import CARD_FILE
@@ -62,11 +62,11 @@ def evaluations(cards: Sequence[Mapping[str, Any]]) -> str:
         (
             f"`{row['source']}`",
             task_title(entry["settings"]),
-            _spread(row["step_reduction"], 2),
+            spread(row["step_reduction"], 2),
             f"{row['misses']} of {len(row['seeds'])}",
-            _spread(row["best_test_loss"], 4),
-            _spread(entry["adam"]["best_test_loss"], 4),
-            _spread(row["training_time_speed_up"], 2),
+            spread(row["best_test_loss"], 4),
+            spread(entry["adam"]["best_test_loss"], 4),
+            spread(row["training_time_speed_up"], 2),
             f"{row['seconds_per_step']['median'] * 1e3:.3f} ms",
             f"{entry['adam']['seconds_per_step']['median'] * 1e3:.3f} ms",
             entry["environment"].get("machine", entry["environment"]["device"]),
@@ -147,13 +147,6 @@ def _duration(seconds: float) -> str:
     return (
         f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min" if seconds >= 60 else "under 1 min"
     )
-
-
-def _spread(value: Mapping[str, float | None], digits: int) -> str:
-    mean, std = value["mean"], value.get("std")
-    if mean is None:
-        return "—"
-    return f"{mean:.{digits}f}" + ("" if std is None else f" ± {std:.{digits}f}")
 
 
 def cli(args: Sequence[str] | None = None) -> int:

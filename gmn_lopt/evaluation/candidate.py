@@ -2,13 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import optax
 from jaxtyping import Array, Float, PyTree
 
-import gmn_lopt
+from gmn_lopt.factors import value_grad_and_extra
 
 
 @dataclass(frozen=True)
@@ -56,11 +54,7 @@ def train_step(
     Returns:
         The new parameters, the new state, and the loss before the step.
     """
-    extra: dict[str, Any] = {}
-    if needs_factors:
-        value, grads, extra["factors"] = gmn_lopt.value_grad_and_factors(loss)(params, batch)
-    else:
-        value, grads = jax.value_and_grad(loss)(params, batch)
+    value, grads, extra = value_grad_and_extra(loss, needs_factors)(params, batch)
     extra |= {"value": value, "grad": grads, "value_fn": lambda p: loss(p, batch)}
     updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
     return optax.apply_updates(params, updates), state, value

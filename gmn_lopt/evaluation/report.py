@@ -123,8 +123,9 @@ def build_report(
 def task_title(settings: Mapping[str, Any]) -> str:
     """The name of the task, with those of its own settings that were not left as they are."""
     changed = ", ".join(f"{key}={_short(value)}" for key, value in settings.get("task_settings", {}).items())
+    details = f" ({changed})" if changed else ""
     split = f" on the {settings['split']} split" if "split" in settings else ""
-    return f"{settings['task']} ({changed}){split}" if changed else f"{settings['task']}{split}"
+    return f"{settings['task']}{details}{split}"
 
 
 def table(report: Mapping[str, Any]) -> str:
@@ -144,11 +145,11 @@ def table(report: Mapping[str, Any]) -> str:
         lines.append(
             [
                 row["name"],
-                _spread(row["step_reduction"], 2) + misses,
-                _spread(row["training_time_speed_up"], 2) + misses,
-                _spread(row["best_test_loss"], 4),
-                _spread(row["final_test_loss"], 4),
-                _spread(row["mean_training_loss"], 4),
+                spread(row["step_reduction"], 2) + misses,
+                spread(row["training_time_speed_up"], 2) + misses,
+                spread(row["best_test_loss"], 4),
+                spread(row["final_test_loss"], 4),
+                spread(row["mean_training_loss"], 4),
                 f"{row['seconds_per_step']['median'] * 1e3:.3f} ms",
             ]
         )
@@ -227,9 +228,10 @@ def _seed_cell(seed: Mapping[str, Any]) -> str:
     return "miss" if seed["miss"] else f"{seed['step_reduction']:.2f} ({seed['first_step']})"
 
 
-def _spread(value: Mapping[str, float | None], digits: int) -> str:
-    spread = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
-    return _number(value["mean"], digits) + spread
+def spread(value: Mapping[str, float | None], digits: int) -> str:
+    """A mean and its standard deviation, with so many digits; a dash where there is no mean."""
+    deviation = "" if value["std"] is None else f" ± {value['std']:.{digits}f}"
+    return _number(value["mean"], digits) + deviation
 
 
 def _number(value: float | None, digits: int) -> str:

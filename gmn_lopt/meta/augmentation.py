@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from gmn_lopt.factors import value_grad_and_factors
+from gmn_lopt.factors import value_grad_and_extra
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.training_problem import TrainingProblem
 
@@ -90,11 +90,7 @@ class AugmentedProblem:
         task, horizon = self.problem.task, self.horizon
         batch = task.sample(key, data["train"])
         params = optax.tree.mul(state.scales, state.params)
-        extra = {}
-        if self._lopt.needs_factors:
-            loss, grads, extra["factors"] = value_grad_and_factors(task.loss)(params, batch)
-        else:
-            loss, grads = jax.value_and_grad(task.loss)(params, batch)
+        loss, grads, extra = value_grad_and_extra(task.loss, self._lopt.needs_factors)(params, batch)
 
         def schedule(step: Array) -> Array:
             return state.rate * jnp.where(state.decays, 0.5 * (1 + jnp.cos(math.pi * step / horizon)), 1.0)

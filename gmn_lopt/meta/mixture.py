@@ -89,12 +89,9 @@ class Mixture:
             def estimate(phi: PyTree, state: tuple[PyTree, ...], data: Sequence[Any], key: jax.Array) -> Any:
                 new, e = self.estimators[i].estimate(phi, state[i], data[i], key)
                 w = self.weights[i]
-                scaled = Estimate(
-                    gradient=jax.tree.map(lambda leaf: w * leaf, e.gradient),
-                    loss=w * e.loss,
-                    noise=w * e.noise,
-                    window_loss=w * e.window_loss,
-                    window_start=e.window_start,
+                gradient = jax.tree.map(lambda leaf: w * leaf, e.gradient)
+                scaled = e._replace(
+                    gradient=gradient, loss=w * e.loss, noise=w * e.noise, window_loss=w * e.window_loss
                 )
                 return (*state[:i], new, *state[i + 1 :]), scaled
 

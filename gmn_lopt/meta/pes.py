@@ -61,6 +61,8 @@ class PES:
         coefficient_sigma: standard deviation of the perturbations of the coefficients
             (:func:`gmn_lopt.meta.coefficients.is_coefficient`); 0: ``sigma``.
         shaping: what is done to the pairs' loss differences, see :func:`gmn_lopt.meta.shaping.shape_differences`.
+        turns: groups of unrolls taken one after the other, a divisor of their number; see
+            :func:`gmn_lopt.meta.window.map_unrolls`.
 
     Raises:
         ValueError: a count or ``sigma`` is not positive, ``truncation`` does not divide the horizon, or a name is not

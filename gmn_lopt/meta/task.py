@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import jax
 from jaxtyping import Array, Float, PyTree
 
+from gmn_lopt.factors import analyze
+from gmn_lopt.structure import GradientStructure
+
 
 @dataclass(frozen=True)
 class Task:
@@ -35,3 +38,14 @@ class Task:
     init: Callable[[jax.Array], PyTree]
     loss: Callable[[PyTree, PyTree], Float[Array, ""]]
     sample: Callable[[jax.Array, PyTree], PyTree]
+
+
+def task_structure(task: Task) -> GradientStructure:
+    """Analyse a task's model, on abstract values.
+
+    Raises:
+        StructureError: see :func:`gmn_lopt.analyze`.
+    """
+    params = jax.eval_shape(task.init, jax.random.key(0))
+    batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
+    return analyze(task.loss, params, batch)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gmn_lopt.factors import value_grad_and_factors
+from gmn_lopt.factors import value_grad_and_extra
 from gmn_lopt.meta.task import Task
 
 META_LOSSES = ("train", "validation")
@@ -86,11 +86,7 @@ class TrainingProblem:
         """Train on one batch; return the loss that ``meta_loss`` asks for."""
         train_key, valid_key = jax.random.split(key)
         batch = self.task.sample(train_key, data["train"])
-        extra = {}
-        if self.lopt.needs_factors:
-            loss, grads, extra["factors"] = value_grad_and_factors(self.task.loss)(state.params, batch)
-        else:
-            loss, grads = jax.value_and_grad(self.task.loss)(state.params, batch)
+        loss, grads, extra = value_grad_and_extra(self.task.loss, self.lopt.needs_factors)(state.params, batch)
         if self.meta_loss == "validation":
             loss = self.task.loss(state.params, self.task.sample(valid_key, data["valid"]))
         updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)

@@ -52,6 +52,8 @@ class Truncated:
         objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.OBJECTIVES`.
         remat: recompute each step in the backward pass: memory for ``K`` inner states instead of all intermediate
             values of ``K`` steps. One more forward pass, yet faster on a processor, where memory is what limits.
+        turns: groups of unrolls taken one after the other, a divisor of their number; see
+            :func:`gmn_lopt.meta.window.map_unrolls`.
 
     Raises:
         ValueError: a count or ``clip`` is not positive, or ``truncation`` does not divide the horizon.
