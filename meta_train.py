@@ -42,9 +42,8 @@ from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.averaging import averaged
-from gmn_lopt.meta.estimator import Estimator
 from gmn_lopt.meta.meta_step import MetaStep
-from gmn_lopt.meta.mixture import MixtureProblem
+from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.processes import Processes, ProcessesError, connected
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
@@ -217,9 +216,9 @@ def main(config: Config) -> bool:
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
         try:
-            estimators = [stage.build(problem) for stage in stages]
-            for estimator in estimators:
-                unroll_shardings(estimator.parallel)
+            meta_steps = [stage.meta_step(problem, config.meta_clip) for stage in stages]
+            for meta_step in meta_steps:
+                unroll_shardings(meta_step.parallel)
         except ValueError as error:
             raise UsageError(str(error)) from None
         run = open_run(config, processes)
@@ -228,7 +227,7 @@ def main(config: Config) -> bool:
                 if processes.first:
                     print(f"{config.out} is complete: {sum(stage.meta_steps for stage in stages)} meta-steps")
                 return True
-            return train(config, run, lopt, problem, list(zip(stages, estimators)), stop, processes)
+            return train(config, run, lopt, problem, list(zip(stages, meta_steps)), stop, processes)
         finally:
             run.close()
 
@@ -312,7 +311,7 @@ def train(
     run: RunDirectory | SharedRunDirectory,
     lopt: LearnedOptimizer,
     problem: TrainingProblem | MixtureProblem,
-    stages: Sequence[tuple[Stage, Estimator]],
+    stages: Sequence[tuple[Stage, MetaStep | MixedMetaStep]],
     stop: "StopSignal",
     processes: Processes,
 ) -> bool:
@@ -338,13 +337,12 @@ def train(
         disable=not processes.first,
     ) as bar:
         begin = 0
-        for index, (stage, estimator) in enumerate(stages):
+        for index, (stage, meta_step) in enumerate(stages):
             name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
             if run.latest > end:
                 begin = end
                 continue
             bar.set_description(f"{name}, compiling")
-            meta_step = MetaStep(estimator, stage.meta_optimizer(config.meta_clip))
             init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
             data, step_key = meta_step.place((problem.splits(), step_key))
             state, step = meta_step.init(phi, data, init_key), begin
@@ -352,14 +350,16 @@ def train(
                 state, step = run.restore(state), run.latest
             pending: list[dict[str, Array]] = []  # metrics of the meta-steps since the last row, still on the device
             timed, clock = 0, math.nan  # number of meta-steps since the clock was started
+            to_compile = meta_step.programs
             stopping = processes.agree(stop.requested)
             while step < end and not stopping:
                 state, metrics = meta_step(state, data, step_key, step)
                 pending.append(metrics)
                 # The device shall not wait for the host, but meta-steps shall not queue up without bound either.
                 jax.block_until_ready(pending[-RUN_AHEAD:][0])
-                if math.isnan(clock):  # the first meta-step has been compiled
-                    clock = time.perf_counter()
+                if to_compile:  # compiling does not count
+                    jax.block_until_ready(metrics)
+                    to_compile, timed, clock = to_compile - 1, 0, time.perf_counter()
                 else:
                     timed += 1
                 step += 1
@@ -371,7 +371,7 @@ def train(
                 if saving or step % config.log_every == 0:
                     row = average(jax.device_get(pending), stage.truncation, problem.horizon // stage.truncation)
                     row |= {name: float(value) for name, value in lopt.scalars(jax.device_get(state.phi)).items()}
-                    rate = timed * estimator.inner_steps / (time.perf_counter() - clock) if timed else math.nan
+                    rate = timed * meta_step.inner_steps / (time.perf_counter() - clock) if timed else math.nan
                     run.log({"meta_step": step, "stage": name, **row, "inner_steps_per_second": rate})
                     bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
                     pending, timed, clock = [], 0, time.perf_counter()

@@ -46,7 +46,7 @@ def training_facts(run: Path, name: str, hardware: str | None = None) -> dict[st
 
     stages = meta_train.make_stages(config)
     _, problem = meta_train.make_problem(config)
-    inner_steps = [stage.build(problem).inner_steps for stage in stages]
+    inner_steps = [stage.meta_step(problem, config.meta_clip).inner_steps for stage in stages]
     ends = [sum(stage.meta_steps for stage in stages[: i + 1]) for i in range(len(stages))]
     left = [max(0, min(stage.meta_steps, done - end + stage.meta_steps)) for stage, end in zip(stages, ends)]
     return {

@@ -1,15 +1,19 @@
 """Mixtures of inner problems, their augmentation, and unrolls in turns."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from inner_problems import Smooth
 
 import gmn_lopt
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.augmentation import AugmentedProblem
-from gmn_lopt.meta.mixture import Mixture, MixtureProblem
+from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.stages import Stage, parse_stages
 from gmn_lopt.meta.training_problem import TrainingProblem
@@ -41,24 +45,26 @@ def test_each_unroll_comes_back_to_its_place():
         parse_stages("pes:n=6:turns=4", Stage())
 
 
-def test_a_mixture_estimates_one_problem_at_a_time_and_weighs_it():
+def test_a_mixture_takes_its_problems_in_turn_and_weighs_them():
     problems = (Smooth(), Smooth(horizon=12))
-    parts = tuple(Truncated(problem, 2, 3) for problem in problems)
-    mixture, phi = Mixture(parts, (1.0, 10.0)), problems[0].phi()
     data = tuple(problem.data() for problem in problems)
-    state = mixture.init(phi, data, jax.random.key(0))
-    seen = set()
-    for seed in range(8):
-        new, estimate = jax.jit(mixture.estimate)(phi, state, data, jax.random.key(seed))
-        (moved,) = [i for i in range(2) if int(new[i].step[0]) != int(state[i].step[0])]
-        seen.add(moved)
-        _, alone = parts[moved].estimate(phi, state[moved], data[moved], jax.random.key(99))
-        weight = mixture.weights[moved]
-        np.testing.assert_allclose(estimate.loss, weight * alone.loss, rtol=1e-5)
-        np.testing.assert_allclose(estimate.gradient["b"], weight * alone.gradient["b"], rtol=1e-4, atol=1e-6)
-    assert seen == {0, 1}
-    with pytest.raises(ValueError, match="equally many"):
-        Mixture((parts[0], Truncated(problems[0], 4, 3)), (1.0, 1.0))
+    parts, weights, phi = [Truncated(problem, 2, 3) for problem in problems], (1.0, 10.0), problems[0].phi()
+    sgd = optax.sgd(0.1)
+    mixed = MixedMetaStep(tuple(MetaStep(Weighted(part, w), sgd) for part, w in zip(parts, weights)))
+    assert (mixed.parallel, mixed.inner_steps, mixed.programs) == (2, 6, 2)
+    step_key = jax.random.key(1)
+    state = mixed.init(phi, data, jax.random.key(0))
+    for number in range(5):
+        i = number % 2
+        before = jax.tree.map(jnp.array, state)  # the meta-step uses the memory of its argument again
+        state, metrics = mixed(state, data, step_key, number)
+        key = jax.random.fold_in(step_key, number)
+        unrolls, alone = parts[i].estimate(before.phi, before.estimator[i], data[i], key)
+        np.testing.assert_allclose(metrics["loss"], weights[i] * alone.loss, rtol=1e-5)
+        expected = jax.tree.map(lambda p, g, w=weights[i]: p - 0.1 * w * g, before.phi, alone.gradient)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), state.phi, expected)
+        np.testing.assert_array_equal(state.estimator[i].step, unrolls.step)
+        np.testing.assert_array_equal(state.estimator[1 - i].step, before.estimator[1 - i].step)
 
 
 def make_problem(**options):
@@ -80,7 +86,7 @@ def test_augmentation_trains_the_same_model_in_other_coordinates():
         assert 0.01 / 3.01 < float(state.rate) < 0.0301
         new, loss = jax.jit(problem.step)(phi, state, data, jax.random.key(9))
         params = jax.tree.map(jnp.multiply, state.scales, state.params)
-        batch = problem.problem.task.sample(jax.random.key(9), data["train"])
+        batch = problem.problem.task.sample(jax.random.split(jax.random.key(9))[0], data["train"])
         assert float(loss) == pytest.approx(float(problem.problem.task.loss(params, batch)), rel=1e-5)
         # The normalised rule: a step of what is trained has the size of the rate, whatever the scale.
         for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params)):
@@ -112,16 +118,30 @@ def test_augmentation_needs_the_normalized_rule():
         AugmentedProblem(TrainingProblem(problem.problem.task, additive))
 
 
-def test_a_stage_builds_a_mixture():
+def test_a_stage_makes_the_meta_steps_of_a_mixture():
     problem, phi = make_problem()
     mixed = MixtureProblem((problem, problem), (1.0, 2.0))
     (stage,) = parse_stages("truncated:5:K=4:n=2", Stage())
-    estimator = stage.build(mixed)
+    meta_step = stage.meta_step(mixed, 1.0)
+    assert [step.estimator.weight for step in meta_step.steps] == [1.0, 2.0] and mixed.horizon == 20
     data = mixed.splits()
-    _, estimate = jax.jit(estimator.estimate)(
-        phi, estimator.init(phi, data, jax.random.key(0)), data, jax.random.key(1)
-    )
-    assert jnp.isfinite(estimate.loss) and mixed.horizon == 20
+    state = meta_step.init(phi, data, jax.random.key(0))
+    for number in range(2):
+        state, metrics = meta_step(state, data, jax.random.key(1), number)
+        assert jnp.isfinite(metrics["loss"])
+
+
+def test_validation_loss_of_an_augmented_problem():
+    problem, phi = make_problem()
+    validating = AugmentedProblem(dataclasses.replace(problem.problem, meta_loss="validation"))
+    data, other = validating.splits(), problem.problem.task.data["test"]
+    state = validating.init(phi, data, jax.random.key(0))
+    step, key = jax.jit(validating.step), jax.random.key(9)
+    new, loss = step(phi, state, data, key)
+    same, changed = step(phi, state, {**data, "valid": other}, key)
+    jax.tree.map(np.testing.assert_array_equal, new.params, same.params)  # not trained on
+    assert float(loss) != float(changed)
+    assert float(loss) != float(jax.jit(problem.step)(phi, state, data, key)[1])
 
 
 def test_the_mixture_is_as_wide_as_it_says():

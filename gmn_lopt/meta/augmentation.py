@@ -86,9 +86,10 @@ class AugmentedProblem:
     def step(
         self, phi: PyTree, state: AugmentedState, data: Any, key: jax.Array
     ) -> tuple[AugmentedState, Float[Array, ""]]:
-        """Train on one batch; return its loss."""
+        """Train on one batch; return the loss that the problem's ``meta_loss`` asks for."""
         task, horizon = self.problem.task, self.horizon
-        batch = task.sample(key, data["train"])
+        train_key, valid_key = jax.random.split(key)
+        batch = task.sample(train_key, data["train"])
         params = optax.tree.mul(state.scales, state.params)
         loss, grads, extra = value_grad_and_extra(task.loss, self._lopt.needs_factors)(params, batch)
 
@@ -97,6 +98,7 @@ class AugmentedProblem:
 
         tx = self._lopt.optimizer(phi, learning_rate=schedule)
         updates, optimizer = tx.update(optax.tree.mul(state.scales, grads), state.optimizer, state.params, **extra)
+        loss = self.problem.reported(loss, params, data, valid_key)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer), loss
 
     @property

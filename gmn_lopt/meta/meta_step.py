@@ -39,6 +39,21 @@ class MetaStep:
     estimator: Estimator
     meta_optimizer: optax.GradientTransformation
 
+    @property
+    def parallel(self) -> int:
+        """Number of unrolls (or pairs) of a meta-step."""
+        return self.estimator.parallel
+
+    @property
+    def inner_steps(self) -> int:
+        """Number of inner steps that one meta-step takes, over all unrolls."""
+        return self.estimator.inner_steps
+
+    @property
+    def programs(self) -> int:
+        """Number of programs, one compiled in each of the first meta-steps."""
+        return 1
+
     def init(self, phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
         """The state before the first meta-step."""
         return self._init(*self.place((phi, data, key)))

@@ -1,13 +1,13 @@
-"""An estimator over several inner problems with the same meta-parameters, such as tasks of different shapes."""
+"""Meta-steps over several inner problems with the same meta-parameters, such as tasks of different shapes."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
-from jaxtyping import PyTree
+from jaxtyping import Array, PyTree
 
 from gmn_lopt.meta.estimator import Estimate, Estimator
+from gmn_lopt.meta.meta_step import MetaState, MetaStep
 from gmn_lopt.meta.problem import InnerProblem
 
 
@@ -21,11 +21,12 @@ class Part(InnerProblem, Protocol):
 
 @dataclass(frozen=True)
 class MixtureProblem:
-    """Several inner problems with the same meta-parameters, that a :class:`Mixture` of estimators draws from.
+    """Several inner problems with the same meta-parameters.
 
     Attributes:
         problems: the inner problems.
-        weights: see :class:`Mixture`.
+        weights: for each, what its gradient and its losses are multiplied by (:class:`Weighted`); the inverse of a
+            typical loss makes the problems count alike.
     """
 
     problems: tuple[Part, ...]
@@ -42,62 +43,83 @@ class MixtureProblem:
 
 
 @dataclass(frozen=True)
-class Mixture:
-    """Estimates the meta-gradient of one of several inner problems at a time, drawn evenly at random.
-
-    Its ``data`` is a sequence, one entry for each problem.
+class Weighted:
+    """An estimator of which gradient and losses are multiplied by a number.
 
     Attributes:
-        estimators: one for each problem, with equal ``parallel`` and ``inner_steps``.
-        weights: for each problem, what its gradient and its losses are multiplied by; the inverse of a typical loss
-            makes the problems count alike.
-
-    Raises:
-        ValueError: no estimators, or such as do not fit together.
+        estimator: the estimator.
+        weight: the number.
     """
 
-    estimators: tuple[Estimator, ...]
-    weights: tuple[float, ...]
-
-    def __post_init__(self) -> None:
-        shapes = {(e.parallel, e.inner_steps) for e in self.estimators}
-        if len(shapes) != 1 or len(self.weights) != len(self.estimators):
-            raise ValueError("a mixture needs estimators of equally many unrolls and steps, and a weight for each")
+    estimator: Estimator
+    weight: float
 
     @property
     def parallel(self) -> int:
-        """Size of the leading axis of every leaf of the state."""
-        return self.estimators[0].parallel
+        """The estimator's."""
+        return self.estimator.parallel
 
     @property
     def inner_steps(self) -> int:
-        """Number of inner steps that one estimate takes, over all unrolls."""
-        return self.estimators[0].inner_steps
+        """The estimator's."""
+        return self.estimator.inner_steps
 
-    def init(self, phi: PyTree, data: Sequence[Any], key: jax.Array) -> tuple[PyTree, ...]:
-        """Draw the states of all problems."""
-        keys = jax.random.split(key, len(self.estimators))
-        return tuple(e.init(phi, d, k) for e, d, k in zip(self.estimators, data, keys))
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
+        """Draw the estimator's state."""
+        return self.estimator.init(phi, data, key)
 
-    def estimate(
-        self, phi: PyTree, state: tuple[PyTree, ...], data: Sequence[Any], key: jax.Array
-    ) -> tuple[tuple[PyTree, ...], Estimate]:
-        """Unroll one window of every unroll of one problem; losses are relative to the problem's weight."""
-        choice_key, key = jax.random.split(key)
+    def estimate(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Estimate]:
+        """The estimator's estimate, multiplied."""
+        state, e = self.estimator.estimate(phi, state, data, key)
+        w = self.weight
+        gradient = jax.tree.map(lambda leaf: w * leaf, e.gradient)
+        return state, e._replace(gradient=gradient, loss=w * e.loss, noise=w * e.noise, window_loss=w * e.window_loss)
 
-        def branch(i: int) -> Any:
-            def estimate(phi: PyTree, state: tuple[PyTree, ...], data: Sequence[Any], key: jax.Array) -> Any:
-                new, e = self.estimators[i].estimate(phi, state[i], data[i], key)
-                w = self.weights[i]
-                gradient = jax.tree.map(lambda leaf: w * leaf, e.gradient)
-                scaled = e._replace(
-                    gradient=gradient, loss=w * e.loss, noise=w * e.noise, window_loss=w * e.window_loss
-                )
-                return (*state[:i], new, *state[i + 1 :]), scaled
 
-            return estimate
+@dataclass(frozen=True)
+class MixedMetaStep:
+    """Meta-steps on several problems in turn, used like a :class:`MetaStep`.
 
-        choice = jax.random.randint(choice_key, (), 0, len(self.estimators))
-        branches = [branch(i) for i in range(len(self.estimators))]
-        result: tuple[tuple[PyTree, ...], Estimate] = jax.lax.switch(choice, branches, phi, state, data, key)
-        return result
+    Each problem has a compiled program of its own (one program with a branch for each would take as long to compile as
+    all of them, before the first meta-step) and its own estimator's state; meta-parameters and the meta-optimizer's
+    state are common. Data and the estimators' states are tuples, one entry for each problem.
+
+    Attributes:
+        steps: one for each problem, with the same meta-optimizer.
+    """
+
+    steps: tuple[MetaStep, ...]
+
+    @property
+    def parallel(self) -> int:
+        """Number of unrolls (or pairs) of a meta-step."""
+        return self.steps[0].parallel
+
+    @property
+    def inner_steps(self) -> int:
+        """Number of inner steps that one meta-step takes, over all unrolls."""
+        return self.steps[0].inner_steps
+
+    @property
+    def programs(self) -> int:
+        """Number of programs, one compiled in each of the first meta-steps."""
+        return len(self.steps)
+
+    def place(self, tree: PyTree) -> PyTree:
+        """See :meth:`MetaStep.place`."""
+        return self.steps[0].place(tree)
+
+    def init(self, phi: PyTree, data: tuple[Any, ...], key: jax.Array) -> MetaState:
+        """The state before the first meta-step."""
+        keys = jax.random.split(key, len(self.steps))
+        states = [step.init(phi, d, k) for step, d, k in zip(self.steps, data, keys)]
+        return states[0]._replace(estimator=tuple(state.estimator for state in states))
+
+    def __call__(
+        self, state: MetaState, data: tuple[Any, ...], key: jax.Array, number: int
+    ) -> tuple[MetaState, dict[str, Array]]:
+        """Take one meta-step, on problem ``number`` modulo their number; see :meth:`MetaStep.__call__`."""
+        i = number % len(self.steps)
+        states = state.estimator
+        new, metrics = self.steps[i](state._replace(estimator=states[i]), data[i], key, number)
+        return new._replace(estimator=(*states[:i], new.estimator, *states[i + 1 :])), metrics

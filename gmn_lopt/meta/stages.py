@@ -11,7 +11,8 @@ import optax
 from gmn_lopt.meta.averaging import average_of_parameters
 from gmn_lopt.meta.coefficients import is_coefficient, is_weight
 from gmn_lopt.meta.estimator import Estimator
-from gmn_lopt.meta.mixture import Mixture, MixtureProblem
+from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.shaping import SHAPINGS
@@ -98,11 +99,26 @@ class Stage:
         devices = usable_devices(self.pairs, jax.device_count())
         return self.pairs // devices if jax.default_backend() == "cpu" else 1
 
-    def build(self, problem: InnerProblem | MixtureProblem) -> Estimator:
-        """The stage's estimator of the meta-gradient of ``problem``."""
+    def build(self, problem: InnerProblem) -> Estimator:
+        """The stage's estimator of the meta-gradient of ``problem``.
+
+        Raises:
+            ValueError: the estimator cannot be used on it, see :func:`gmn_lopt.meta.window.check_window`.
+        """
+        estimator: Estimator = ESTIMATORS[self.estimator](self, problem)
+        return estimator
+
+    def meta_step(self, problem: InnerProblem | MixtureProblem, clip_norm: float | int) -> MetaStep | MixedMetaStep:
+        """The stage's meta-step on ``problem``, with the meta-gradient clipped to a global norm.
+
+        Raises:
+            ValueError: see :meth:`build`.
+        """
+        optimizer = self.meta_optimizer(clip_norm)
         if isinstance(problem, MixtureProblem):
-            return Mixture(tuple(self.build(part) for part in problem.problems), problem.weights)
-        return ESTIMATORS[self.estimator](self, problem)
+            parts = [Weighted(self.build(part), w) for part, w in zip(problem.problems, problem.weights, strict=True)]
+            return MixedMetaStep(tuple(MetaStep(part, optimizer) for part in parts))
+        return MetaStep(self.build(problem), optimizer)
 
     def meta_optimizer(self, clip_norm: float | int) -> optax.GradientTransformation:
         """Adam or AdamW, after clipping the meta-gradient to a global norm; it keeps the average if there is one."""

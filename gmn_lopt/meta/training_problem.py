@@ -87,7 +87,12 @@ class TrainingProblem:
         train_key, valid_key = jax.random.split(key)
         batch = self.task.sample(train_key, data["train"])
         loss, grads, extra = value_grad_and_extra(self.task.loss, self.lopt.needs_factors)(state.params, batch)
-        if self.meta_loss == "validation":
-            loss = self.task.loss(state.params, self.task.sample(valid_key, data["valid"]))
+        loss = self.reported(loss, state.params, data, valid_key)
         updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
         return TrainingState(optax.apply_updates(state.params, updates), optimizer), loss
+
+    def reported(self, loss: Float[Array, ""], params: PyTree, data: Any, key: jax.Array) -> Float[Array, ""]:
+        """The loss that ``meta_loss`` asks for: ``loss``, or that of the model's ``params`` on a validation batch."""
+        if self.meta_loss == "train":
+            return loss
+        return self.task.loss(params, self.task.sample(key, data["valid"]))
