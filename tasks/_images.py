@@ -48,7 +48,7 @@ def load_images(name: str, features: int, classes: int, data_dir: str | None = N
 
 def train_valid(training: Split) -> dict[str, Split]:
     """Cut a training split into ``"train"``, its first 80 %, and ``"valid"``, the rest."""
-    cut = len(training["label"]) * 4 // 5
+    cut = len(next(iter(training.values()))) * 4 // 5
     return {
         "train": {key: array[:cut] for key, array in training.items()},
         "valid": {key: array[cut:] for key, array in training.items()},

@@ -19,7 +19,11 @@ IMAGE_TASKS = {  # name: (TFDS name, features, classes, hidden width, training s
     "cifar10_mlp": ("cifar10", 192, 10, 32, 50, 10),
     "cifar100_mlp": ("cifar100", 192, 100, 128, 200, 100),
 }
-HORIZONS = {name: 2000 for name in IMAGE_TASKS} | {"digits_mlp": 500, "linear_regression": 10}
+HORIZONS = {name: 2000 for name in IMAGE_TASKS} | {
+    "digits_mlp": 500,
+    "linear_regression": 10,
+    "tabular_mlp": 500,
+}
 NAMES = sorted(HORIZONS)
 
 
@@ -61,7 +65,7 @@ def test_names():
 @pytest.mark.parametrize("name", NAMES)
 def test_task_trains(started, name):
     task, sample, params, batch = started(name)
-    assert (task.name, task.horizon, task.batch_size) == (name, HORIZONS[name], 128)
+    assert (task.name, task.horizon, task.batch_size) == (name, HORIZONS[name], 64 if name == "tabular_mlp" else 128)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(dict(task.data)))
 
     assert jax.tree.structure(batch) == jax.tree.structure(task.data["train"])
@@ -160,6 +164,31 @@ def test_digits_splits():
         assert share.min() > 0.06 and share.max() < 0.15
     again = load_task("digits_mlp").data
     np.testing.assert_array_equal(again["train"]["image"], data["train"]["image"])
+
+
+@pytest.mark.parametrize(
+    ("data", "rows", "columns"), [("breast_cancer", 569, 30), ("wine", 178, 13), ("diabetes", 442, 10)]
+)
+def test_tables(data, rows, columns):
+    task = load_task("tabular_mlp", data=data, hidden=16)
+    counts = {split: len(arrays["target"]) for split, arrays in task.data.items()}
+    assert sum(counts.values()) == rows and counts["test"] == rows // 5
+    train = task.data["train"]
+    assert train["row"].shape[1] == columns
+    np.testing.assert_allclose(train["row"].mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(train["row"].std(0), 1, rtol=1e-4)
+    params = task.init(jax.random.key(0))
+    hidden = np.tanh(task.data["test"]["row"] @ params["layer_0"]["kernel"])
+    outputs = hidden @ params["layer_1"]["kernel"]
+    if data == "diabetes":
+        expected = np.mean((outputs[:, 0] - task.data["test"]["target"]) ** 2)
+        assert abs(train["target"].mean()) < 1e-5 and train["target"].std() == pytest.approx(1, rel=1e-4)
+    else:
+        chosen = np.take_along_axis(np.asarray(outputs), task.data["test"]["target"][:, None], 1)[:, 0]
+        expected = np.mean(np.log(np.exp(outputs).sum(1)) - chosen)
+    assert float(task.loss(params, task.data["test"])) == pytest.approx(float(expected), rel=1e-5)
+    with pytest.raises(ValueError, match="choose one of breast_cancer, wine, diabetes"):
+        load_task("tabular_mlp", data="iris")
 
 
 def test_shift_against_loops():
