@@ -65,12 +65,13 @@ def test_names():
 @pytest.mark.parametrize("name", NAMES)
 def test_task_trains(started, name):
     task, sample, params, batch = started(name)
-    assert (task.name, task.horizon, task.batch_size) == (name, HORIZONS[name], 64 if name == "tabular_mlp" else 128)
+    size = 64 if name == "tabular_mlp" else 128
+    assert (task.name, task.horizon, task.batch_size) == (name, HORIZONS[name], size)
     assert all(isinstance(leaf, np.ndarray) for leaf in jax.tree.leaves(dict(task.data)))
 
     assert jax.tree.structure(batch) == jax.tree.structure(task.data["train"])
     for drawn, kept in zip(jax.tree.leaves(batch), jax.tree.leaves(task.data["train"])):
-        assert drawn.shape == (128, *kept.shape[1:]) and drawn.dtype == kept.dtype
+        assert drawn.shape == (size, *kept.shape[1:]) and drawn.dtype == kept.dtype
     other = sample(jax.random.key(1), task.data["train"])
     assert not np.array_equal(jax.tree.leaves(batch)[0], jax.tree.leaves(other)[0])
 
