@@ -65,10 +65,12 @@ ARCHITECTURE = [
     "rule",
     "orthogonalize",
     "gate",
+    "decay",
     "bound",
     "learning_rate",
     "output_scale",
 ]
+INITIAL_COEFFICIENTS = ("initial_alpha", "initial_beta", "initial_tau", "initial_power")
 RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
 
 
@@ -137,6 +139,8 @@ class Config:
     """Whether the normalized rule orthogonalises the steps of kernels, as Muon does."""
     gate: bool = False
     """Whether the network also scales the step, entry by entry: a learned schedule."""
+    decay: bool = False
+    """Whether alpha falls as alpha (1 + step / tau)^-power, with learned tau and power, in the additive rule."""
     bound: float | None = None
     """Largest size of the learned part relative to the direction, in the additive rule; default: none."""
     learning_rate: float = 1e-3
@@ -147,6 +151,10 @@ class Config:
     """What alpha, the learning rate of the whole update, starts at; default: by base, 0.1, 0.001 or 0.03."""
     initial_beta: float | None = None
     """What beta, the weight of the network's part, starts at; default: by base, 0.001, 0.1 or 0.01; normalized, 0.1."""
+    initial_tau: float | None = None
+    """What tau, in steps, starts at; default: 30."""
+    initial_power: float | None = None
+    """What power starts at; default: 1."""
     width: int = 32
     """Width of the hidden layers of the per-parameter network."""
     hidden_layers: int = 3
@@ -237,7 +245,7 @@ def make_stages(config: Config) -> tuple[Stage, ...]:
     for name in ("log_every", "checkpoint_every", "keep", "keep_every", "meta_clip", "width", "learning_rate"):
         if not getattr(config, name) > 0:
             raise UsageError(f"--{name.replace('_', '-')} is {getattr(config, name)}; it must be positive")
-    for name in ("initial_alpha", "initial_beta"):
+    for name in INITIAL_COEFFICIENTS:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
             raise UsageError(f"--{name.replace('_', '-')} is {value}; it must be positive")
@@ -403,7 +411,8 @@ def initial_phi(config: Config, lopt: LearnedOptimizer, key: jax.Array, first: b
     """
     start = read_start(config, lopt) if first else None
     phi = lopt.init(key) if start is None else start
-    for name, value in (("log_alpha", config.initial_alpha), ("log_beta", config.initial_beta)):
+    for setting in INITIAL_COEFFICIENTS:
+        name, value = setting.replace("initial", "log"), getattr(config, setting)
         if value is not None and name in phi:
             phi[name] = jnp.log(jnp.asarray(value, phi[name].dtype))
     return phi

@@ -41,10 +41,13 @@ INITIAL = {
     "whitened": {"alpha": 0.02, "beta": 0.01, "gamma": 0.3},
 }
 NORMALIZED_BETA = 0.1
-COEFFICIENTS = ("alpha", "beta", "gamma", "one_minus_mu")
+DECAY = {"tau": 30.0, "power": 1.0}
+COEFFICIENTS = ("alpha", "beta", "gamma", "tau", "power", "one_minus_mu")
 # How much an output of one of the backbone's second output changes the logarithm of a step.
 MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.5
 TINY = 1e-30
+# Base directions whose size does not follow the gradient's.
+SIZED = ("muon", "whitened")
 
 LearningRate = float | Callable[[Array], Any]
 
@@ -76,8 +79,9 @@ class LearnedOptimizer:
     (arXiv:2507.01649, section 6; Harrison et al. 2022). The normalised rule is
     ``theta' = theta - lr N(v / rms(v) + beta F)`` with ``N(D) = D / rms(D)``, all per tensor, and
     ``F = direction x exp(0.001 magnitude)`` of two outputs of the backbone: the rule of Celo2 (arXiv:2602.19142) with a
-    base direction, from which it starts. The coefficients (``alpha``, ``beta``, those of the base) are meta-learned
-    with the networks' weights.
+    base direction, from which it starts. Where the base direction has a size of its own (``"muon"``, ``"whitened"``),
+    the step keeps it: ``N(D) = rms(v) D / rms(D)``. The coefficients (``alpha``, ``beta``, those of the base) are
+    meta-learned with the networks' weights.
 
     Attributes:
         structure: the structure of the model, from :func:`gmn_lopt.analyze`.
@@ -96,6 +100,8 @@ class LearnedOptimizer:
         gate: whether a second output ``m`` of the backbone multiplies the step, entry by entry: ``exp(0.5 m)`` times
             ``v`` in the additive rule, times ``N(D)`` in the normalised one. With the clock of ``ds`` that is a learned
             schedule.
+        decay: whether ``alpha``, or the normalised rule's ``lr`` where the user gives none, falls with the number ``t``
+            of steps taken, as ``(1 + t / tau)^-power`` with learned ``tau`` and ``power``. It needs no horizon.
         bound: in the additive rule, the largest ``beta rms(F) / rms(v)``, per tensor; beyond, ``F`` is scaled down.
             None: no bound.
         learning_rate: ``lr`` of the normalised rule where the user gives none.
@@ -112,6 +118,7 @@ class LearnedOptimizer:
     rule: str = "additive"
     orthogonalize: bool = False
     gate: bool = False
+    decay: bool = False
     bound: float | None = None
     learning_rate: float = 1e-3
     output_scale: float = 1.0
@@ -131,8 +138,8 @@ class LearnedOptimizer:
         normalized = self.rule == "normalized"
         if (self.orthogonalize and not normalized) or (self.bound is not None and normalized):
             raise ValueError("orthogonalize belongs to the normalized rule, bound to the additive one")
-        if self.base in ("muon", "whitened") and normalized:
-            raise ValueError("the normalized rule with orthogonalize=True is Muon's; use it with base='momentum'")
+        if self.orthogonalize and self.base in SIZED:
+            raise ValueError(f"base={self.base!r} is orthogonal as it is; use orthogonalize with base='momentum'")
         if self.backbone == "sgdm":
             object.__setattr__(self, "gradmetanet", None)
 
@@ -153,7 +160,7 @@ class LearnedOptimizer:
 
         Returns:
             A dictionary with those that the architecture has of ``log_alpha``, ``log_beta``, ``log_gamma``,
-            ``log_one_minus_mu``, ``backbone`` and ``gradmetanet``.
+            ``log_tau``, ``log_power``, ``log_one_minus_mu``, ``backbone`` and ``gradmetanet``.
         """
         key_backbone, key_gmn = jax.random.split(key)
         start = dict(INITIAL[self.base])
@@ -162,6 +169,8 @@ class LearnedOptimizer:
             start["beta"] = NORMALIZED_BETA
             if self.orthogonalize:
                 start["gamma"] = INITIAL["muon"]["gamma"]
+        if self.decay:
+            start |= DECAY
         if self.backbone == "sgdm":
             del start["beta"]
         phi: dict[str, Any] = {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in start.items()}
@@ -180,7 +189,8 @@ class LearnedOptimizer:
         return _template(self)
 
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
-        """The rule's coefficients, for monitoring: those that it has of ``alpha``, ``beta``, ``gamma`` and ``mu``."""
+        """The rule's coefficients, for monitoring: those that it has of ``alpha``, ``beta``, ``gamma``, ``tau``,
+        ``power`` and ``mu``."""
         values = {n: jnp.exp(phi[f"log_{n}"]) for n in COEFFICIENTS if f"log_{n}" in phi}
         if "one_minus_mu" in values:
             values["mu"] = 1.0 - values.pop("one_minus_mu")
@@ -221,7 +231,9 @@ class LearnedOptimizer:
                 "this optimizer has learned its own learning rate and takes neither learning_rate nor weight_decay; "
                 "chain it with optax.scale or optax.add_decayed_weights, or use one with rule='normalized'"
             )
-        rate = self.learning_rate if learning_rate is None else learning_rate
+        rate: LearningRate = self.learning_rate if learning_rate is None else learning_rate
+        if learning_rate is None and self.decay:
+            rate = lambda step: self.learning_rate * _decay(phi, step)  # noqa: E731
         _check_meta_parameters(phi, self.template())
 
         def init(params: PyTree) -> LearnedOptimizerState:
@@ -320,6 +332,8 @@ class LearnedOptimizer:
                 outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time)
         if self.rule == "additive":
             alpha = jnp.exp(phi["log_alpha"])
+            if self.decay:
+                alpha = alpha * _decay(phi, state.step)
             steps = [alpha * self._additive(phi, v, out) for v, out in zip(base, outputs)]
         else:
             steps = [self._normalized(phi, p, v, out) for p, v, out in zip(parameters, base, outputs)]
@@ -348,6 +362,7 @@ class LearnedOptimizer:
 
     def _normalized(self, phi: PyTree, parameter: Parameter, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
         """``N(v / rms(v) + beta F)`` of one leaf, with its gate."""
+        size = _rms(v) if self.base in SIZED else 1.0
         d = v / _rms(v)
         if outputs is not None:
             learned = outputs[:, 0] if self.gate else outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])
@@ -355,7 +370,7 @@ class LearnedOptimizer:
         if self.orthogonalize and is_kernel(parameter):
             d = orthogonalize(parameter, d)
         else:
-            d = d / _rms(d) * (jnp.exp(phi["log_gamma"]) if self.orthogonalize else 1.0)
+            d = d / _rms(d) * (jnp.exp(phi["log_gamma"]) if self.orthogonalize else size)
         return d if outputs is None else self._gated(d, outputs)
 
     def _gated(self, d: jax.Array, outputs: jax.Array) -> jax.Array:
@@ -445,6 +460,10 @@ def _match(structure: GradientStructure, tree: PyTree, what: str) -> list[int]:
     if missing and (indices or masked):
         raise StructureError(f"{what} {missing[0]} of the analysed model is missing: analyse the model being trained")
     return indices
+
+
+def _decay(phi: PyTree, step: jax.Array) -> jax.Array:
+    return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
 
 
 def _rms(x: jax.Array) -> jax.Array:

@@ -26,6 +26,8 @@ from gmn_lopt.structure import GradientStructure
 
 FORMAT = "gmn_lopt learned optimizer"
 VERSION = 1
+# Settings that came after the format, and what optimizers that were saved before are taken to have.
+ADDED: dict[str, Any] = {"decay": False}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
@@ -170,7 +172,7 @@ def _check_arrays(arrays: dict[str, np.ndarray], lopt: LearnedOptimizer, what: s
     for name in expected:
         if name not in arrays:
             raise SerializationError(f"{what} lacks {name}, which the architecture in {CONFIG_FILE} needs")
-    for name, array in arrays.items():
+    for name, array in sorted(arrays.items()):
         if name not in expected:
             raise SerializationError(f"{what} holds {name}, which the architecture in {CONFIG_FILE} does not have")
         if array.shape != expected[name].shape:
@@ -196,6 +198,8 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
         )
     architecture: Any = config.get("optimizer")
     known = {f.name for f in fields(LearnedOptimizer)} - {"structure"}
+    if isinstance(architecture, dict):
+        architecture = ADDED | architecture
     _check_keys(architecture, known, f'{file}: "optimizer"')
     gradmetanet = architecture["gradmetanet"]
     if gradmetanet is not None:

@@ -28,7 +28,8 @@ def train_command(settings: Mapping[str, Any], out: str) -> str:
 
 def continue_command(settings: Mapping[str, Any], name: str) -> str:
     """The command that trains the shipped optimizer further, with the settings of the last stage."""
-    last = {"stages": settings["stages"].split(",")[-1].strip(), "initial_alpha": None, "initial_beta": None}
+    initial = dict.fromkeys(meta_train.INITIAL_COEFFICIENTS)
+    last = {"stages": settings["stages"].split(",")[-1].strip(), **initial}
     return train_command({**settings, **last, "start": name}, f"runs/{name}-continued")
 
 

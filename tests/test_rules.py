@@ -85,6 +85,47 @@ def test_the_gate_scales_the_direction_entry_by_entry():
     assert jnp.all(ratios > 0) and jnp.std(jnp.log(ratios)) > 1e-2
 
 
+def test_alpha_falls_with_the_steps_taken():
+    lopt, phi = make(base="muon", decay=True)
+    assert {"tau", "power"} < lopt.scalars(phi).keys()
+    phi |= {"log_tau": jnp.log(4.0), "log_power": jnp.log(0.5)}
+    plain, _ = make(base="muon")
+    same = {name: leaf for name, leaf in phi.items() if name not in ("log_tau", "log_power")}
+    params, grads, _ = RECORDED[0]
+
+    def update(lopt, phi, count):
+        tx = lopt.optimizer(phi)
+        return tx.update(grads, tx.init(params)._replace(step=jnp.int32(count)), params)[0]
+
+    for count, factor in ((0, 1.0), (12, 0.5), (60, 0.25)):
+        expected = jax.tree.map(lambda u, factor=factor: factor * u, update(plain, same, count))
+        assert relative_difference(update(lopt, phi, count), expected) < 1e-5
+
+
+@pytest.mark.parametrize("base", ["muon", "whitened"])
+def test_the_normalized_rule_keeps_the_size_of_a_direction_that_has_one(base):
+    direction = LearnedOptimizer(STRUCTURE, "sgdm", base=base)
+    lopt, phi = make(backbone="celo", base=base, rule="normalized", learning_rate=0.01)
+    alone = play(direction, {"log_alpha": jnp.log(0.01), "log_gamma": phi["log_gamma"]}, RECORDED)
+    for update, v in zip(play(lopt, phi, RECORDED), alone):
+        assert relative_difference(update, v) > 1e-2
+        jax.tree.map(lambda u, w: np.testing.assert_allclose(rms(u), rms(w), rtol=1e-4), update, v)
+
+
+def test_the_default_learning_rate_decays_and_the_users_own_replaces_it():
+    lopt, phi = make(backbone="celo", rule="normalized", learning_rate=0.02, decay=True)
+    phi |= {"log_tau": jnp.log(4.0), "log_power": jnp.log(1.0)}
+    params, grads, _ = RECORDED[0]
+
+    def size(step, **settings):
+        tx = lopt.optimizer(phi, **settings)
+        update = tx.update(grads, tx.init(params)._replace(step=jnp.int32(step)), params)[0]
+        return rms(jax.tree.leaves(update)[0])
+
+    assert size(0) == pytest.approx(0.02, rel=1e-4) and size(12) == pytest.approx(0.005, rel=1e-4)
+    assert size(12, learning_rate=0.02) == pytest.approx(0.02, rel=1e-4)
+
+
 def test_the_learned_part_is_bounded_relative_to_the_direction():
     base = LearnedOptimizer(STRUCTURE, "sgdm", base="adam")
     for bound in (0.1, 1e6):
@@ -99,10 +140,11 @@ def test_rules_that_do_not_go_together_are_refused():
     for options in (
         {"orthogonalize": True},
         {"rule": "normalized", "bound": 1.0},
-        {"rule": "normalized", "base": "muon"},
     ):
         with pytest.raises(ValueError, match="rule"):
             LearnedOptimizer(STRUCTURE, **options)
+    with pytest.raises(ValueError, match="orthogonal as it is"):
+        LearnedOptimizer(STRUCTURE, rule="normalized", base="muon", orthogonalize=True)
     with pytest.raises(ValueError, match="rule"):
         LearnedOptimizer(STRUCTURE, rule="normalised")
 

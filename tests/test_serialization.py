@@ -157,6 +157,15 @@ DAMAGE = {
 }
 
 
+def test_what_was_saved_before_a_setting_came_still_loads(saved):
+    before = load_learned(saved, STRUCTURE)[0]
+    config = json.loads((saved / "config.json").read_text())
+    for name in serialization.ADDED:
+        del config["optimizer"][name]
+    (saved / "config.json").write_text(json.dumps(config))
+    assert load_learned(saved, STRUCTURE)[0] == before
+
+
 @pytest.mark.parametrize("damage", DAMAGE)
 def test_damage_is_named(saved, damage):
     do, message = DAMAGE[damage]
