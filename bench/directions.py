@@ -1,0 +1,139 @@
+"""What the directions that a learned optimizer adds to are worth by themselves, without any meta-training.
+
+python bench/directions.py --task cifar10_mlp --directions muon:0.03 whitened:0.02 whitened:0.06:30:0.9
+
+A direction is BASE:ALPHA for a constant step size, BASE:ALPHA:TAU:POWER for ALPHA (1 + step / TAU)^-POWER. Each is
+measured against Adam at the best of a few learning rates as in eval.py; on the validation split, with seeds of its own,
+so that settings may be chosen by it.
+"""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, which is not part of the package
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import PyTree
+
+from gmn_lopt.command_line import parse
+from gmn_lopt.errors import first_line
+from gmn_lopt.evaluation import protocol
+from gmn_lopt.evaluation.candidate import Candidate
+from gmn_lopt.evaluation.report import spread
+from gmn_lopt.evaluation.sources import adam
+from gmn_lopt.evaluation.training import training_curves
+from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.task import task_structure
+from gmn_lopt.structure import GradientStructure
+from tasks import load_task
+
+HEAD = ("direction", "step reduction", "missed seeds", "best loss", "mean training loss")
+
+
+@dataclass(frozen=True)
+class Config:
+    """What to measure."""
+
+    task: str
+    """Name of a file in tasks/, without .py."""
+    directions: tuple[str, ...]
+    """BASE:ALPHA or BASE:ALPHA:TAU:POWER each, BASE one of momentum, adam, muon and whitened."""
+    data_dir: str | None = None
+    """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
+    split: Literal["valid", "test"] = "valid"
+    """The split that losses are measured on."""
+    adam: tuple[float, ...] = (0.002, 0.004, 0.006, 0.008, 0.01)
+    """Adam's learning rates; the best counts."""
+    seeds: int = 3
+    """Number of seeds (initialisations and batch orders)."""
+    first_seed: int = 100
+    """The first seed; the others follow it."""
+    horizon: int | None = None
+    """Training steps; default: the task's own."""
+
+
+@dataclass(frozen=True)
+class _Make:
+    """Makes the optimizer of coefficients; equal ones share compiled programs."""
+
+    lopt: LearnedOptimizer
+
+    def __call__(self, phi: PyTree) -> Any:
+        return self.lopt.optimizer(phi)
+
+
+class UsageError(ValueError):
+    """Something asked for cannot be done. The message is one line."""
+
+
+def direction(text: str, structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
+    """Parse a direction; return it as an optimizer without a network, and its coefficients.
+
+    Raises:
+        UsageError: it is not understood.
+    """
+    base, *numbers = text.split(":")
+    try:
+        values = dict(zip(("alpha", "tau", "power"), map(float, numbers)))
+        if len(numbers) not in (1, 3) or min(values.values()) <= 0:
+            raise ValueError("write BASE:ALPHA or BASE:ALPHA:TAU:POWER, all numbers positive")
+        lopt = LearnedOptimizer(structure, "sgdm", base=base, decay=len(values) == 3)
+    except ValueError as error:
+        raise UsageError(f"--directions {text}: {first_line(error)}") from None
+    phi = lopt.init(jax.random.key(0))
+    return lopt, phi | {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in values.items()}
+
+
+def main(config: Config) -> str:
+    """Measure; print a row as soon as it is there.
+
+    Returns:
+        The table.
+
+    Raises:
+        UsageError: in one line, what cannot be done.
+    """
+    try:
+        task = load_task(config.task, config.data_dir)
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        raise UsageError(f"--task {config.task}: {first_line(error)}") from error
+    task = replace(task, data={**task.data, "test": task.data[config.split]}, horizon=config.horizon or task.horizon)
+    structure, every = task_structure(task), protocol.default_eval_every(task.horizon)
+    parsed = [direction(text, structure) for text in config.directions]
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    grid = training_curves(task, Candidate("adam", "", "", adam, jnp.array(config.adam)), seeds, every, grid=True)
+    best, steps = protocol.best_setting(grid.test_loss), protocol.evaluation_steps(task.horizon, every)
+    goal = protocol.target(grid.test_loss[best], steps)
+    lines: list[str] = []
+
+    def row(*cells: str) -> None:
+        lines.append("| " + " | ".join(cells) + " |")
+        print(lines[-1], flush=True)
+
+    row(*HEAD)
+    row(*["---"] * len(HEAD))
+    for name, curves in [(f"Adam, {config.adam[best]:g}", jax.tree.map(lambda x: x[best], grid))] + [
+        (text, training_curves(task, Candidate(text, "", "", _Make(lopt), phi, lopt.needs_factors), seeds, every))
+        for text, (lopt, phi) in zip(config.directions, parsed)
+    ]:
+        factors = protocol.step_reduction(curves.test_loss, steps, goal)
+        missed = int(np.isnan(factors).sum())
+        losses = (curves.test_loss.min(1), curves.train_loss.mean(1))
+        reached, *found = (
+            spread(dict(zip(("mean", "std"), protocol.mean_and_std(x))), digits)
+            for x, digits in zip((factors, *losses), (2, 4, 4))
+        )
+        row(name, reached, f"{missed} of {len(factors)}", *found)
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse(Config, __doc__))
+    except UsageError as error:
+        print(f"directions.py: {error}", file=sys.stderr)
+        sys.exit(2)
