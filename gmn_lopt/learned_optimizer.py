@@ -24,13 +24,13 @@ from gmn_lopt.features import (
 )
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
-from gmn_lopt.matrices import is_kernel, orthogonalize
+from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
 from gmn_lopt.set_subset import subset, subset_size
-from gmn_lopt.structure import Factors, GradientStructure, Parameter, StructureError
+from gmn_lopt.structure import Factors, GradientStructure, StructureError
+from gmn_lopt.update_rules import RULES, additive_step, normalized_step
 from gmn_lopt.whitening import WhitenedLayer, whitened_layers
 
 BACKBONES = ("ds", "celo", "sgdm")
-RULES = ("additive", "normalized")
 DEFAULT_GRADMETANET = GradMetaNetConfig()
 # What the coefficients start at. Adam's direction has entries of about one where a gradient's are small, so its own
 # learning rate is small; beta is larger by as much, so that the network's part has the same step size in both.
@@ -42,9 +42,6 @@ INITIAL = {
 }
 NORMALIZED_BETA = 0.1
 COEFFICIENTS = ("alpha", "beta", "gamma", "one_minus_mu")
-# How much an output of one of the backbone's second output changes the logarithm of a step.
-MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.5
-TINY = 1e-30
 
 LearningRate = float | Callable[[Array], Any]
 
@@ -222,10 +219,10 @@ class LearnedOptimizer:
                 "chain it with optax.scale or optax.add_decayed_weights, or use one with rule='normalized'"
             )
         rate = self.learning_rate if learning_rate is None else learning_rate
-        _check_meta_parameters(phi, self.template())
+        check_meta_parameters(phi, self.template())
 
         def init(params: PyTree) -> LearnedOptimizerState:
-            indices = _match(self.structure, params, "parameter")
+            indices = match_leaves(self.structure, params, "parameter")
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
             parameters = [self.structure.parameters[i] for i in indices]
             direction = init_direction(self.base, parameters, zeros, self._whitened(indices))
@@ -287,8 +284,8 @@ class LearnedOptimizer:
         learning_rate: Any,
         weight_decay: Any,
     ) -> tuple[PyTree, LearnedOptimizerState]:
-        indices = _match(self.structure, params, "parameter")
-        if _match(self.structure, updates, "gradient") != indices:
+        indices = match_leaves(self.structure, params, "parameter")
+        if match_leaves(self.structure, updates, "gradient") != indices:
             raise StructureError("the gradients are not those of the parameters: give both for the same leaves")
         # The leaves that are handled, in the order of the gradients' tree; a masked tree lacks some.
         parameters = [self.structure.parameters[i] for i in indices]
@@ -318,11 +315,16 @@ class LearnedOptimizer:
             if features:
                 time = time_features(state.step) if self.backbone == "ds" else jnp.zeros(0)
                 outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time)
+        beta, gamma = (jnp.exp(phi[name]) if name in phi else None for name in ("log_beta", "log_gamma"))
         if self.rule == "additive":
             alpha = jnp.exp(phi["log_alpha"])
-            steps = [alpha * self._additive(phi, v, out) for v, out in zip(base, outputs)]
+            if self.backbone != "sgdm":
+                base = [additive_step(v, out, beta, self.gate, self.bound) for v, out in zip(base, outputs)]
+            steps = [alpha * d for d in base]
         else:
-            steps = [self._normalized(phi, p, v, out) for p, v, out in zip(parameters, base, outputs)]
+            gamma = gamma if self.orthogonalize else None
+            leaves = zip(parameters, base, outputs)
+            steps = [normalized_step(p, v, out, beta, gamma, self.gate) for p, v, out in leaves]
             steps = [learning_rate * (d + weight_decay * theta) for d, theta in zip(steps, values)]
         steps = [(-d).astype(jnp.result_type(p)) for d, p in zip(steps, jax.tree.leaves(params))]
         step = optax.safe_increment(state.step)
@@ -336,37 +338,12 @@ class LearnedOptimizer:
             return parameter_features(value, grad, averages)
         return celo_features.celo_features(value, grad, averages, step)
 
-    def _additive(self, phi: PyTree, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
-        """``v + beta F`` of one leaf, with its gate and bound."""
-        if outputs is None:
-            return v
-        learned = jnp.exp(phi["log_beta"]) * outputs[:, 0].reshape(v.shape)
-        if self.bound is not None:
-            ratio = self.bound * _rms(v) / _rms(learned)
-            learned = jnp.minimum(1.0, ratio) * learned
-        return self._gated(v, outputs) + learned
-
-    def _normalized(self, phi: PyTree, parameter: Parameter, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
-        """``N(v / rms(v) + beta F)`` of one leaf, with its gate."""
-        d = v / _rms(v)
-        if outputs is not None:
-            learned = outputs[:, 0] if self.gate else outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])
-            d = d + jnp.exp(phi["log_beta"]) * learned.reshape(v.shape)
-        if self.orthogonalize and is_kernel(parameter):
-            d = orthogonalize(parameter, d)
-        else:
-            d = d / _rms(d) * (jnp.exp(phi["log_gamma"]) if self.orthogonalize else 1.0)
-        return d if outputs is None else self._gated(d, outputs)
-
-    def _gated(self, d: jax.Array, outputs: jax.Array) -> jax.Array:
-        return d * jnp.exp(GATE_SCALE * outputs[:, 1]).reshape(d.shape) if self.gate else d
-
     def _whitened(self, indices: Sequence[int]) -> tuple[WhitenedLayer, ...]:
         return whitened_layers(self.structure, indices) if self.base == "whitened" else ()
 
     def _per_element(self, factors: Any) -> Factors:
         """The factors in float32, the tangents at per-element scale."""
-        _check_factors(self.structure, factors)
+        check_factors(self.structure, factors)
         return Factors(
             tuple(jnp.asarray(a, jnp.float32) for a in factors.activations),
             tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
@@ -395,70 +372,3 @@ class LearnedOptimizer:
 @functools.lru_cache(maxsize=64)
 def _template(lopt: LearnedOptimizer) -> PyTree:
     return jax.eval_shape(lopt.init, jax.random.key(0))
-
-
-def _check_meta_parameters(phi: PyTree, template: PyTree) -> None:
-    given, expected = (
-        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (phi, template)
-    )
-    for name in [*expected, *given]:
-        if given.get(name) == expected.get(name):
-            continue
-        if name not in given:
-            problem = f"phi lacks {name}"
-        elif name not in expected:
-            problem = f"phi holds {name}, which this architecture does not have"
-        else:
-            problem = f"phi{name} has shape {given[name]}, but {expected[name]} in this architecture"
-        raise ValueError(f"{problem}: use meta-parameters from the init of the same LearnedOptimizer")
-
-
-def _match(structure: GradientStructure, tree: PyTree, what: str) -> list[int]:
-    """The index in ``structure.parameters`` of each leaf of ``tree``, some of which optax may have masked.
-
-    Raises:
-        StructureError: if a leaf is not one of the structure's, has another shape, or is missing without a mask.
-    """
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    index_of = {p.name: i for i, p in enumerate(structure.parameters)}
-    indices, masked = [], []
-    for path, leaf in jax.tree.flatten_with_path(tree, is_leaf=is_masked)[0]:
-        name = jax.tree_util.keystr(path)
-        if is_masked(leaf):
-            masked.append(name)
-            continue
-        if name not in index_of:
-            raise StructureError(
-                f"{what} {name or '(the root)'} is not in the analysed model, which has "
-                f"{', '.join(index_of)}: analyse the model that is being trained"
-            )
-        expected = structure.parameters[index_of[name]].shape
-        if jnp.shape(leaf) != expected:
-            raise StructureError(
-                f"{what} {name} has shape {jnp.shape(leaf)}, but {expected} in the analysed model: "
-                "analyse the model that is being trained"
-            )
-        indices.append(index_of[name])
-    missing = [n for n in index_of if index_of[n] not in set(indices) and not any(n.startswith(m) for m in masked)]
-    # A tree without any leaf is optax's placeholder in tree_map_params, or everything is masked.
-    if missing and (indices or masked):
-        raise StructureError(f"{what} {missing[0]} of the analysed model is missing: analyse the model being trained")
-    return indices
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    """Root mean square over a tensor."""
-    return jnp.sqrt(jnp.mean(x**2) + TINY)
-
-
-def _check_factors(structure: GradientStructure, factors: Any) -> None:
-    if factors is None:
-        raise ValueError(
-            "this learned optimizer reads the factors of the gradient: compute them with "
-            "value, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, *args) "
-            "and call update(grads, state, params, factors=factors)"
-        )
-    if not isinstance(factors, Factors):
-        raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
-    structure.check_factors(factors)
