@@ -56,7 +56,7 @@ from gmn_lopt.serialization import SerializationError, load_learned, save
 from tasks import load_task
 from tasks._mixture import make_all
 
-OPTIMIZERS = ("sgdm", "ds", "ds+gmn", "celo", "celo+gmn")
+OPTIMIZERS = ("sgdm", "ds", "ds+gmn", "unf", "unf+gmn", "celo", "celo+gmn")
 MIXTURE = "mixture"
 # Settings of the learned optimizer that the configuration has under the same name.
 ARCHITECTURE = [
@@ -85,9 +85,10 @@ class Config:
     and the scale of every tensor drawn at random (for --rule normalized)."""
     out: Path
     """Directory of the run."""
-    optimizer: Literal["sgdm", "ds", "ds+gmn", "celo", "celo+gmn"] = "ds+gmn"
-    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), celo (the same on features that
-    know neither scale nor time), each also with GradMetaNet (+gmn)."""
+    optimizer: Literal["sgdm", "ds", "ds+gmn", "unf", "unf+gmn", "celo", "celo+gmn"] = "ds+gmn"
+    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), unf (a universal neural
+    functional: its last layer mixes all parameters; it fits this model alone, in any widths), celo (ds on features that
+    know neither scale nor time), each but sgdm also with GradMetaNet (+gmn)."""
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
     preset: Literal["best", "paper"] = "paper"
@@ -270,6 +271,8 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
             return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
         tasks = make_all(config.data_dir)
         lopts = [make_lopt(config, task) for task in tasks]
+        if len({lopt.tied_leaves for lopt in lopts}) > 1:
+            raise ValueError("unf belongs to one model, but the tasks have several; train ds or ds+gmn on all of them")
         parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
         # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
         weights = tuple(1.5 / task.loss_cap for task in tasks)

@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt import celo_features
-from gmn_lopt.backbones import DeepSets
+from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
 from gmn_lopt.features import (
     DECAYS,
@@ -30,7 +30,7 @@ from gmn_lopt.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.update_rules import RULES, additive_step, normalized_step
 from gmn_lopt.whitening import WhitenedLayer, whitened_layers
 
-BACKBONES = ("ds", "celo", "sgdm")
+BACKBONES = ("ds", "unf", "celo", "sgdm")
 DEFAULT_GRADMETANET = GradMetaNetConfig()
 # What the coefficients start at. Adam's direction has entries of about one where a gradient's are small, so its own
 # learning rate is small; beta is larger by as much, so that the network's part has the same step size in both.
@@ -78,14 +78,16 @@ class LearnedOptimizer:
 
     Attributes:
         structure: the structure of the model, from :func:`gmn_lopt.analyze`.
-        backbone: ``"ds"`` (the paper's per-parameter network and features), ``"celo"`` (the same network on scale-free
-            features without a clock, :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
+        backbone: ``"ds"`` (the paper's per-parameter network and features), ``"unf"`` (the same with a last layer over
+            all parameters, :class:`gmn_lopt.backbones.UniversalNeuralFunctional`; its meta-parameters belong to one
+            model, of any widths), ``"celo"`` (the network of ``ds`` on scale-free features without a clock,
+            :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
             GradMetaNet is left out whatever ``gradmetanet`` says, and the rule is the base with learned coefficients.
         gradmetanet: architecture of the GradMetaNet whose output joins the features; None: without.
         base: ``"momentum"``, ``"adam"``, ``"muon"`` or ``"whitened"``, see
             :func:`gmn_lopt.base_direction.update_direction`.
         width: width of the backbone's hidden layers.
-        hidden_layers: number of the backbone's hidden layers.
+        hidden_layers: number of the backbone's hidden layers, all of them per parameter.
         rule: ``"additive"`` or ``"normalized"``.
         orthogonalize: in the normalised rule, the ``N(D)`` of a kernel is ``D`` orthogonalised, as in Muon
             (:func:`gmn_lopt.matrices.orthogonalize`), and that of other parameters is multiplied by the learned
@@ -143,7 +145,7 @@ class LearnedOptimizer:
         return self.gradmetanet is not None and any(p.sites for p in self.structure.parameters)
 
     def init(self, key: jax.Array) -> PyTree:
-        """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure.
+        """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``unf``).
 
         Args:
             key: a random key.
@@ -163,11 +165,13 @@ class LearnedOptimizer:
             del start["beta"]
         phi: dict[str, Any] = {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in start.items()}
         if self.backbone != "sgdm":
-            module, one = self._backbone, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-            inputs = [one(1, module.parameter_channels)], [one(1, module.extra_channels)], one(module.time_channels)
-            weights = init_weights(module.init, key_backbone, *inputs)
-            last = f"kernel_{self.hidden_layers}"
-            phi["backbone"] = weights | {last: self.output_scale * weights[last]}
+            module, one = self._backbone(range(len(self.structure.parameters))), jax.ShapeDtypeStruct
+            kinds = (module.parameter_channels, module.extra_channels)
+            features, extra = ([one((p.size, n), jnp.float32) for p in self.structure.parameters] for n in kinds)
+            time = one((module.time_channels,), jnp.float32)
+            weights = init_weights(module.init, key_backbone, features, extra, time)
+            last = jax.tree.map(lambda w: self.output_scale * w, weights[module.last_layer])
+            phi["backbone"] = weights | {module.last_layer: last}
         if self.gradmetanet is not None:
             phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)
         return phi
@@ -190,7 +194,8 @@ class LearnedOptimizer:
 
         ``update(grads, state, params, factors=factors)`` takes the factors of
         :func:`gmn_lopt.value_grad_and_factors`, always those of the whole model, even where ``optax.masked`` or
-        ``optax.partition`` hand it only some of the parameters; without GradMetaNet they are ignored. All arithmetic is
+        ``optax.partition`` hand it only some of the parameters (``unf`` then takes the features of the others as zero);
+        without GradMetaNet they are ignored. All arithmetic is
         in float32; updates have the parameters' dtypes. A gradient or factor that is not finite makes the update, and
         from then on the moving averages, not finite, as Adam's; guard with ``optax.apply_if_finite``.
 
@@ -228,7 +233,7 @@ class LearnedOptimizer:
             direction = init_direction(self.base, parameters, zeros, self._whitened(indices))
             averages: PyTree = ()
             if self.backbone != "sgdm":
-                count = len(DECAYS) if self.backbone == "ds" else celo_features.AVERAGES
+                count = celo_features.AVERAGES if self.backbone == "celo" else len(DECAYS)
                 averages = jax.tree.map(lambda p: jnp.zeros((count, *p.shape), jnp.float32), params)
             return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, averages, self._init_factor_averages())
 
@@ -251,11 +256,21 @@ class LearnedOptimizer:
         return optax.GradientTransformationExtraArgs(init, update)
 
     @property
-    def _backbone(self) -> DeepSets:
+    def tied_leaves(self) -> tuple[tuple[int, ...], ...] | None:
+        """For ``unf`` what the meta-parameters belong to: the spaces of each leaf, numbered as they come; else None."""
+        if self.backbone != "unf":
+            return None
+        numbers: dict[int, int] = {}
+        return tuple(tuple(numbers.setdefault(s, len(numbers)) for s in p.spaces) for p in self.structure.parameters)
+
+    def _backbone(self, indices: Sequence[int]) -> DeepSets | UniversalNeuralFunctional:
         extra = 0 if self.gradmetanet is None else self.gradmetanet.out_features
-        own, time = (PARAMETER_CHANNELS, TIME_CHANNELS) if self.backbone == "ds" else (celo_features.CHANNELS, 0)
+        own, time = (celo_features.CHANNELS, 0) if self.backbone == "celo" else (PARAMETER_CHANNELS, TIME_CHANNELS)
         outputs = 2 if self.gate or self.rule == "normalized" else 1
-        return DeepSets(own, extra, time, self.width, self.hidden_layers, outputs)
+        sizes = (own, extra, time, self.width, self.hidden_layers, outputs)
+        if self.backbone == "unf":
+            return UniversalNeuralFunctional(self.structure.parameters, tuple(indices), *sizes)
+        return DeepSets(*sizes)
 
     @property
     def _gradmetanet(self) -> GradMetaNet:
@@ -304,7 +319,7 @@ class LearnedOptimizer:
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
         outputs: Sequence[Any] = [None] * len(base)
         if self.backbone != "sgdm":
-            advance = update_averages if self.backbone == "ds" else celo_features.update_celo_averages
+            advance = celo_features.update_celo_averages if self.backbone == "celo" else update_averages
             averages = [advance(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
@@ -313,12 +328,13 @@ class LearnedOptimizer:
                 extra = self._extra_features(phi, channels, indices, values)
             features = [self._features(*leaf, state.step) for leaf in zip(values, grads, averages)]
             if features:
-                time = time_features(state.step) if self.backbone == "ds" else jnp.zeros(0)
-                outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time)
+                time = jnp.zeros(0) if self.backbone == "celo" else time_features(state.step)
+                outputs = self._backbone(indices).apply({"params": phi["backbone"]}, features, extra, time)
         beta, gamma = (jnp.exp(phi[name]) if name in phi else None for name in ("log_beta", "log_gamma"))
         if self.rule == "additive":
             alpha = jnp.exp(phi["log_alpha"])
             if self.backbone != "sgdm":
+                assert beta is not None
                 base = [additive_step(v, out, beta, self.gate, self.bound) for v, out in zip(base, outputs)]
             steps = [alpha * d for d in base]
         else:
@@ -334,9 +350,9 @@ class LearnedOptimizer:
         )
 
     def _features(self, value: jax.Array, grad: jax.Array, averages: jax.Array, step: jax.Array) -> jax.Array:
-        if self.backbone == "ds":
-            return parameter_features(value, grad, averages)
-        return celo_features.celo_features(value, grad, averages, step)
+        if self.backbone == "celo":
+            return celo_features.celo_features(value, grad, averages, step)
+        return parameter_features(value, grad, averages)
 
     def _whitened(self, indices: Sequence[int]) -> tuple[WhitenedLayer, ...]:
         return whitened_layers(self.structure, indices) if self.base == "whitened" else ()

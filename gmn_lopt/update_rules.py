@@ -54,7 +54,7 @@ def normalized_step(
         gate: whether the second output scales the step.
     """
     d = v / _rms(v)
-    if outputs is not None:
+    if outputs is not None and beta is not None:
         learned = outputs[:, 0] if gate else outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])
         d = d + beta * learned.reshape(v.shape)
     if gamma is not None and is_kernel(parameter):

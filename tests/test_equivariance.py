@@ -23,6 +23,8 @@ RULES = {
     "sgdm": {"backbone": "sgdm"},
     "ds": {"gradmetanet": None},
     "ds+gmn": {"gradmetanet": SMALL},
+    "unf": {"backbone": "unf", "gradmetanet": None},
+    "unf+gmn": {"backbone": "unf", "gradmetanet": SMALL, "gate": True},
     "ds+gmn, values": {"gradmetanet": dataclasses.replace(SMALL, use_parameter=True)},
     "ds+gmn, Adam": {"gradmetanet": SMALL, "base": "adam"},
     "muon, gate": {"gradmetanet": None, "base": "muon", "gate": True},
@@ -35,6 +37,8 @@ TOLERANCE = dict.fromkeys(list(RULES)[-3:], 2e-3)
 
 CASES = [
     *((model, rule) for model in MODELS for rule in ("sgdm", "ds", "ds+gmn")),
+    *((model, "unf") for model in ("one hidden layer", "three hidden layers")),
+    *((model, "unf+gmn") for model in ("two hidden layers", "residual stream")),
     ("residual stream", "ds+gmn, values"),
     ("two hidden layers", "ds+gmn, Adam"),
     *((model, rule) for model in ("two hidden layers", "residual stream") for rule in list(RULES)[-3:]),
