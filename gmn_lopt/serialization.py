@@ -30,6 +30,8 @@ VERSION = 1
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
+# Entries of "gradmetanet" that files of this version may lack, since they were added later.
+ADDED = {"attention_heads": 0}
 
 
 class SerializationError(ValueError):
@@ -205,6 +207,7 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
     _check_keys(architecture, known, f'{file}: "optimizer"')
     gradmetanet = architecture["gradmetanet"]
     if gradmetanet is not None:
+        gradmetanet = ADDED | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
         _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
     try:
         architecture["gradmetanet"] = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)
