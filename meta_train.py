@@ -55,7 +55,9 @@ from gmn_lopt.serialization import SerializationError, load_learned, save
 from tasks import load_task
 from tasks._mixture import make_all
 
-OPTIMIZERS = ("sgdm", "ds", "ds+gmn", "celo", "celo+gmn")
+BACKBONES = ("ds", "unf", "celo")
+OPTIMIZERS = ("sgdm", *(f"{backbone}{rest}" for backbone in BACKBONES for rest in ("", "+gmn", "+gmn++")))
+ATTENTION_HEADS = 4  # of gmn++, where --gmn.attention-heads does not say
 MIXTURE = "mixture"
 # Settings of the learned optimizer that the configuration has under the same name.
 ARCHITECTURE = [
@@ -86,9 +88,13 @@ class Config:
     and the scale of every tensor drawn at random (for --rule normalized)."""
     out: Path
     """Directory of the run."""
-    optimizer: Literal["sgdm", "ds", "ds+gmn", "celo", "celo+gmn"] = "ds+gmn"
-    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), celo (the same on features that
-    know neither scale nor time), each also with GradMetaNet (+gmn)."""
+    optimizer: Literal[
+        "sgdm", "ds", "ds+gmn", "ds+gmn++", "unf", "unf+gmn", "unf+gmn++", "celo", "celo+gmn", "celo+gmn++"
+    ] = "ds+gmn"
+    """What to train: sgdm (learned coefficients only), ds (a per-parameter network), unf (a universal neural
+    functional: its last layer mixes all parameters; it fits this model alone, in any widths), celo (ds on features that
+    know neither scale nor time), each but sgdm also with GradMetaNet (+gmn) or GradMetaNet++ (+gmn++, which
+    attends over the set and the neurons and is slow)."""
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
     preset: Literal["best", "paper"] = "paper"
@@ -277,6 +283,8 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
             return lopt, TrainingProblem(task, lopt, config.meta_loss, config.horizon)
         tasks = make_all(config.data_dir)
         lopts = [make_lopt(config, task) for task in tasks]
+        if len({lopt.tied_leaves for lopt in lopts}) > 1:
+            raise ValueError("unf belongs to one model, but the tasks have several; train ds or ds+gmn on all of them")
         parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
         # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
         weights = tuple(1.5 / task.loss_cap for task in tasks)
@@ -288,10 +296,13 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
 def make_lopt(config: Config, task: Task) -> LearnedOptimizer:
     """The learned optimizer for a task's model."""
     backbone, _, rest = config.optimizer.partition("+")
+    gmn = config.gmn
+    if rest == "gmn++" and not gmn.attention_heads:
+        gmn = dataclasses.replace(gmn, attention_heads=ATTENTION_HEADS)
     return LearnedOptimizer(
         structure=task_structure(task),
         backbone=backbone,
-        gradmetanet=config.gmn if rest else None,
+        gradmetanet=gmn if rest else None,
         **{name: getattr(config, name) for name in ARCHITECTURE},
     )
 
@@ -486,6 +497,8 @@ def save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
 def to_json(config: Config) -> dict[str, Any]:
     """The configuration as JSON values."""
     values = dataclasses.asdict(config) | {"out": str(config.out)}
+    if not config.gmn.attention_heads:  # runs that were begun before there was this setting can be resumed
+        del values["gmn"]["attention_heads"]
     return {name: value for name, value in values.items() if name not in SPREAD}
 
 

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmn_lopt.structure import Parameter
+from gmn_lopt.unf import EquivariantLinear
+
 
 class DeepSets(nn.Module):
     """``ds``: one multi-layer perceptron applied to every parameter entry by itself (hidden layers with ReLU).
@@ -34,6 +37,11 @@ class DeepSets(nn.Module):
     width: int = 32
     hidden_layers: int = 3
     outputs: int = 1
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the weights of the last layer (its bias starts at zero)."""
+        return f"kernel_{self.hidden_layers}"
 
     def setup(self) -> None:  # noqa: D102
         inputs = self.parameter_channels + self.extra_channels + self.time_channels
@@ -72,3 +80,55 @@ class DeepSets(nn.Module):
             x = jax.nn.relu(x) @ kernel + bias
         offsets = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
         return jnp.split(x, offsets)
+
+
+class UniversalNeuralFunctional(nn.Module):
+    """``unf``: a perceptron for each parameter entry by itself, then one linear layer over all entries of the model.
+
+    The perceptron is that of ``ds`` but for its last layer, which is :class:`gmn_lopt.unf.EquivariantLinear` here:
+    it mixes the entries of all tensors as far as the permutations of neuron spaces allow (Zhou et al. 2024,
+    arXiv:2402.05232). Neurons of fixed spaces are mixed alike (see there).
+
+    The weights of the last layer belong to the leaves of one model, in their order, and to the spaces of their axes,
+    though not to the sizes of the spaces.
+
+    Attributes:
+        parameters: all leaves of the model.
+        indices: which of them are handled; the others count as zero.
+        parameter_channels, extra_channels, time_channels: as for :class:`DeepSets`.
+        width: width of the hidden layers.
+        hidden_layers: number of hidden layers.
+        outputs: number of outputs for each entry.
+    """
+
+    parameters: tuple[Parameter, ...]
+    indices: tuple[int, ...]
+    parameter_channels: int
+    extra_channels: int
+    time_channels: int
+    width: int = 32
+    hidden_layers: int = 3
+    outputs: int = 1
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the weights of the last layer."""
+        return "layer"
+
+    def setup(self) -> None:  # noqa: D102
+        channels = (self.parameter_channels, self.extra_channels, self.time_channels)
+        self.mlp = DeepSets(*channels, self.width, self.hidden_layers - 1, outputs=self.width)
+        self.layer = EquivariantLinear(tuple(p.spaces for p in self.parameters), self.width, self.outputs)
+
+    def __call__(
+        self,
+        features: Sequence[Float[Array, "_ channels"]],
+        extra: Sequence[Float[Array, "_ extra"] | None],
+        time: Float[Array, "times"],
+    ) -> list[Float[Array, "_ outputs"]]:
+        """Compute the update of each parameter that is handled (arguments and result as for :class:`DeepSets`)."""
+        inputs: list[Array | None] = [None] * len(self.parameters)
+        for index, x in zip(self.indices, self.mlp(features, extra, time), strict=True):
+            inputs[index] = jax.nn.relu(x).reshape(*self.parameters[index].cut_shape, self.width)
+        outputs = self.layer(inputs)
+        return [y.reshape(-1, self.outputs) for y in (outputs[index] for index in self.indices) if y is not None]

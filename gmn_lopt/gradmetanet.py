@@ -21,13 +21,15 @@ class GradMetaNetConfig:
 
     Attributes:
         width: number of features per neuron in every layer.
-        set_layers: number of layers on the set of gradients, before pooling over it.
+        set_layers: number of layers on the set of gradients, before pooling over it; of GradMetaNet++, of blocks.
         neuron_layers: number of layers on the neurons, after pooling.
         product_width: width of the hidden layer of the product layer's perceptrons.
         out_features: number of features per parameter entry (of the invariant head: number of outputs).
         use_parameter: whether the product layer also reads the value of each parameter entry.
         max_set_size: in a learned optimizer, the largest number of set elements that are read, a random subset at each
             step (:mod:`gmn_lopt.set_subset`); None: all.
+        attention_heads: number of heads of GradMetaNet++, which attends over the set and the neurons in place of taking
+            means (:mod:`gmn_lopt.gradmetanet_attention`; without neuron layers); 0: GradMetaNet.
     """
 
     width: int = 32
@@ -37,23 +39,30 @@ class GradMetaNetConfig:
     out_features: int = 14
     use_parameter: bool = False
     max_set_size: int | None = None
+    attention_heads: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.use_parameter, bool):
             raise ValueError(f"GradMetaNetConfig.use_parameter must be True or False, not {self.use_parameter!r}")
         for name in [f.name for f in fields(self) if f.name != "use_parameter"]:
-            value, least = getattr(self, name), 0 if name == "neuron_layers" else 1
+            value, least = getattr(self, name), 0 if name in ("neuron_layers", "attention_heads") else 1
             if name == "max_set_size" and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"GradMetaNetConfig.{name} must be a whole number of at least {least}, not {value!r}")
+        if self.attention_heads and self.width % self.attention_heads:
+            raise ValueError(
+                f"GradMetaNetConfig.attention_heads is {self.attention_heads}; it must divide the width, {self.width}"
+            )
 
 
-def _matrix(module: nn.Module, name: str, rows: int, columns: int) -> jax.Array:
+def matrix(module: nn.Module, name: str, rows: int, columns: int) -> jax.Array:
+    """A LeCun-normal matrix among a module's parameters."""
     return module.param(name, nn.initializers.lecun_normal(), (rows, columns))
 
 
-def _vector(module: nn.Module, name: str, size: int) -> jax.Array:
+def vector(module: nn.Module, name: str, size: int) -> jax.Array:
+    """A vector of zeros among a module's parameters."""
     return module.param(name, nn.initializers.zeros, (size,))
 
 
@@ -79,11 +88,11 @@ class SetLayer(nn.Module):
 
     def setup(self) -> None:  # noqa: D102
         for name in ("own", "set_mean", "neuron_mean", "full_mean", "copies_mean"):
-            setattr(self, f"m_{name}", _matrix(self, name, self.in_features, self.out_features))
+            setattr(self, f"m_{name}", matrix(self, name, self.in_features, self.out_features))
         if self.encoding_features:
-            self.m_encoding = _matrix(self, "encoding", self.encoding_features, self.out_features)
-            self.m_encoding_mean = _matrix(self, "encoding_mean", self.encoding_features, self.out_features)
-        self.bias = _vector(self, "bias", self.out_features)
+            self.m_encoding = matrix(self, "encoding", self.encoding_features, self.out_features)
+            self.m_encoding_mean = matrix(self, "encoding_mean", self.encoding_features, self.out_features)
+        self.bias = vector(self, "bias", self.out_features)
 
     def __call__(
         self, inputs: Sequence[FactorFeatures | NeuronFeatures], encodings: Sequence[Float[Array, "_ p"]] | None = None
@@ -123,12 +132,12 @@ class Trunk(nn.Module):
         first = SetLayer(SLOTS * self.channels, width, ENCODING_FEATURES)
         self.set_layers = [first] + [SetLayer(width, width) for _ in range(self.config.set_layers - 1)]
         for name in ("pool", "pool_full_mean"):
-            setattr(self, f"m_{name}", _matrix(self, name, width, width))
-        self.pool_bias = _vector(self, "pool_bias", width)
+            setattr(self, f"m_{name}", matrix(self, name, width, width))
+        self.pool_bias = vector(self, "pool_bias", width)
         names = ("own", "mean", "copies_mean")
         layers = range(self.config.neuron_layers)
-        self.neuron_layers = [tuple(_matrix(self, f"neuron_{i}_{n}", width, width) for n in names) for i in layers]
-        self.neuron_biases = [_vector(self, f"neuron_{i}_bias", width) for i in layers]
+        self.neuron_layers = [tuple(matrix(self, f"neuron_{i}_{n}", width, width) for n in names) for i in layers]
+        self.neuron_biases = [vector(self, f"neuron_{i}_bias", width) for i in layers]
 
     def __call__(self, factors: Factors) -> tuple[Float[Array, "neurons width"], ...]:
         """Compute the features of all neurons.
@@ -186,12 +195,12 @@ class ProductLayer(nn.Module):
     def setup(self) -> None:  # noqa: D102
         c = self.config
         for axes, inputs in ((1, ("write",)), (2, ("read", "write"))):
-            kernels = {name: _matrix(self, f"axes{axes}_{name}", c.width, c.product_width) for name in inputs}
+            kernels = {name: matrix(self, f"axes{axes}_{name}", c.width, c.product_width) for name in inputs}
             if c.use_parameter:
-                kernels["parameter"] = _matrix(self, f"axes{axes}_parameter", 1, c.product_width)
-            bias = _vector(self, f"axes{axes}_bias", c.product_width)
-            out = _matrix(self, f"axes{axes}_out", c.product_width, c.out_features)
-            out_bias = _vector(self, f"axes{axes}_out_bias", c.out_features)
+                kernels["parameter"] = matrix(self, f"axes{axes}_parameter", 1, c.product_width)
+            bias = vector(self, f"axes{axes}_bias", c.product_width)
+            out = matrix(self, f"axes{axes}_out", c.product_width, c.out_features)
+            out_bias = vector(self, f"axes{axes}_out_bias", c.out_features)
             setattr(self, f"mlp_{axes}", (kernels, bias, out, out_bias))
 
     def __call__(
@@ -206,24 +215,38 @@ class ProductLayer(nn.Module):
         Returns:
             For each parameter of the structure an array ``[*shape, out_features]``; None for one without a site.
         """
+        self.check_values(parameters)
+        hidden = [self.hidden(i, neurons, parameters) for i in range(len(self.structure.parameters))]
+        return tuple(None if h is None else self.output(i, h) for i, h in enumerate(hidden))
+
+    def check_values(self, parameters: Sequence[Array] | None) -> None:
+        """Raise an error where values of the leaves are needed and not given."""
         if self.config.use_parameter and parameters is None:
             raise ValueError("GradMetaNetConfig.use_parameter is set: call with the values of the parameters")
-        outputs: list[jax.Array | None] = []
-        for index, parameter in enumerate(self.structure.parameters):
-            if not parameter.sites:
-                outputs.append(None)
-                continue
-            kernels, bias, out, out_bias = self.mlp_1 if len(parameter.sites) == 1 else self.mlp_2
-            roles = ("write",) if len(parameter.sites) == 1 else ("read", "write")
-            hidden = bias
-            for role, ref in zip(roles, parameter.sites):
-                hidden = hidden + self._place(neurons[ref.site] @ kernels[role], ref, len(parameter.cut_shape))
-            if self.config.use_parameter and parameters is not None:
-                hidden = hidden + parameters[index].reshape(*parameter.cut_shape, 1) @ kernels["parameter"]
-            y = jax.nn.relu(hidden) @ out + out_bias
-            y = jnp.broadcast_to(y, (*parameter.cut_shape, y.shape[-1]))
-            outputs.append(y.reshape(*parameter.shape, y.shape[-1]))
-        return tuple(outputs)
+
+    def hidden(
+        self, index: int, neurons: Sequence[Float[Array, "_ width"]], parameters: Sequence[Array] | None
+    ) -> Float[Array, "... hidden"] | None:
+        """The hidden layer of one leaf, along the dimensions of its cut shape or 1; None for one without a site."""
+        parameter = self.structure.parameters[index]
+        if not parameter.sites:
+            return None
+        kernels, bias, *_ = self.mlp_1 if len(parameter.sites) == 1 else self.mlp_2
+        roles = ("write",) if len(parameter.sites) == 1 else ("read", "write")
+        hidden = bias
+        for role, ref in zip(roles, parameter.sites):
+            hidden = hidden + self._place(neurons[ref.site] @ kernels[role], ref, len(parameter.cut_shape))
+        if self.config.use_parameter and parameters is not None:
+            hidden = hidden + parameters[index].reshape(*parameter.cut_shape, 1) @ kernels["parameter"]
+        return jax.nn.relu(hidden)
+
+    def output(self, index: int, hidden: Float[Array, "... hidden"]) -> Float[Array, "... out_features"]:
+        """The features of one leaf from its hidden layer."""
+        parameter = self.structure.parameters[index]
+        _, _, out, out_bias = self.mlp_1 if len(parameter.sites) == 1 else self.mlp_2
+        y = hidden @ out + out_bias
+        y = jnp.broadcast_to(y, (*parameter.cut_shape, y.shape[-1]))
+        return y.reshape(*parameter.shape, y.shape[-1])
 
     def _place(self, values: jax.Array, ref: SiteRef, dims: int) -> jax.Array:
         """Lay a site's neurons ``[d, f]`` along their dimensions of a parameter: ``[1 or d, ..., f]``."""
@@ -234,6 +257,15 @@ class ProductLayer(nn.Module):
         for dim, size in zip(ref.dims, sizes):
             shape[dim] = size
         return values.reshape(*shape, values.shape[-1])
+
+
+def _steps(config: GradMetaNetConfig) -> tuple[Any, Any]:
+    """The modules of steps 1 to 4 and of step 5: GradMetaNet's or GradMetaNet++'s."""
+    if not config.attention_heads:
+        return Trunk, ProductLayer
+    from gmn_lopt.gradmetanet_attention import AttentionTrunk, SetProductLayer  # which build on this file
+
+    return AttentionTrunk, SetProductLayer
 
 
 class GradMetaNet(nn.Module):
@@ -253,8 +285,9 @@ class GradMetaNet(nn.Module):
     channels: int = 1
 
     def setup(self) -> None:  # noqa: D102
-        self.trunk = Trunk(self.structure, self.config, self.channels)
-        self.product = ProductLayer(self.structure, self.config)
+        trunk, product = _steps(self.config)
+        self.trunk = trunk(self.structure, self.config, self.channels)
+        self.product = product(self.structure, self.config)
 
     def __call__(
         self, factors: Factors, parameters: Sequence[Array] | None = None
@@ -286,12 +319,16 @@ class InvariantGradMetaNet(nn.Module):
     channels: int = 1
 
     def setup(self) -> None:  # noqa: D102
-        self.trunk = Trunk(self.structure, self.config, self.channels)
+        trunk, _ = _steps(self.config)
+        self.trunk = trunk(self.structure, self.config, self.channels)
         self.head = nn.Dense(self.config.out_features)
 
     def __call__(self, factors: Factors) -> Float[Array, "out"]:
         """Compute the vector (``factors`` as for :class:`GradMetaNet`)."""
-        return self.head(jnp.concatenate(self.trunk(factors)).mean(0))
+        sites = self.trunk(factors)
+        if self.config.attention_heads:
+            sites = tuple(x.mean(0) for x in sites)
+        return self.head(jnp.concatenate(sites).mean(0))
 
 
 # Weights do not depend on the model, so they are drawn for the smallest one: a single neuron.

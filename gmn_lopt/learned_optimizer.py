@@ -12,7 +12,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt import celo_features
-from gmn_lopt.backbones import DeepSets
+from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
 from gmn_lopt.features import (
     DECAYS,
@@ -24,13 +24,13 @@ from gmn_lopt.features import (
 )
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
-from gmn_lopt.matrices import is_kernel, orthogonalize
+from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
 from gmn_lopt.set_subset import subset, subset_size
-from gmn_lopt.structure import Factors, GradientStructure, Parameter, StructureError
+from gmn_lopt.structure import Factors, GradientStructure, StructureError
+from gmn_lopt.update_rules import RULES, additive_step, normalized_step
 from gmn_lopt.whitening import WhitenedLayer, whitened_layers
 
-BACKBONES = ("ds", "celo", "sgdm")
-RULES = ("additive", "normalized")
+BACKBONES = ("ds", "unf", "celo", "sgdm")
 DEFAULT_GRADMETANET = GradMetaNetConfig()
 # What the coefficients start at. Adam's direction has entries of about one where a gradient's are small, so its own
 # learning rate is small; beta is larger by as much, so that the network's part has the same step size in both.
@@ -43,9 +43,6 @@ INITIAL = {
 NORMALIZED_BETA = 0.1
 DECAY = {"tau": 30.0, "power": 1.0}
 COEFFICIENTS = ("alpha", "beta", "gamma", "tau", "power", "one_minus_mu")
-# How much an output of one of the backbone's second output changes the logarithm of a step.
-MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.5
-TINY = 1e-30
 # Base directions whose size does not follow the gradient's.
 SIZED = ("muon", "whitened")
 
@@ -85,14 +82,16 @@ class LearnedOptimizer:
 
     Attributes:
         structure: the structure of the model, from :func:`gmn_lopt.analyze`.
-        backbone: ``"ds"`` (the paper's per-parameter network and features), ``"celo"`` (the same network on scale-free
-            features without a clock, :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
+        backbone: ``"ds"`` (the paper's per-parameter network and features), ``"unf"`` (the same with a last layer over
+            all parameters, :class:`gmn_lopt.backbones.UniversalNeuralFunctional`; its meta-parameters belong to one
+            model, of any widths), ``"celo"`` (the network of ``ds`` on scale-free features without a clock,
+            :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
             GradMetaNet is left out whatever ``gradmetanet`` says, and the rule is the base with learned coefficients.
         gradmetanet: architecture of the GradMetaNet whose output joins the features; None: without.
         base: ``"momentum"``, ``"adam"``, ``"muon"`` or ``"whitened"``, see
             :func:`gmn_lopt.base_direction.update_direction`.
         width: width of the backbone's hidden layers.
-        hidden_layers: number of the backbone's hidden layers.
+        hidden_layers: number of the backbone's hidden layers, all of them per parameter.
         rule: ``"additive"`` or ``"normalized"``.
         orthogonalize: in the normalised rule, the ``N(D)`` of a kernel is ``D`` orthogonalised, as in Muon
             (:func:`gmn_lopt.matrices.orthogonalize`), and that of other parameters is multiplied by the learned
@@ -153,7 +152,7 @@ class LearnedOptimizer:
         return self.gradmetanet is not None and any(p.sites for p in self.structure.parameters)
 
     def init(self, key: jax.Array) -> PyTree:
-        """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure.
+        """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``unf``).
 
         Args:
             key: a random key.
@@ -175,11 +174,13 @@ class LearnedOptimizer:
             del start["beta"]
         phi: dict[str, Any] = {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in start.items()}
         if self.backbone != "sgdm":
-            module, one = self._backbone, lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
-            inputs = [one(1, module.parameter_channels)], [one(1, module.extra_channels)], one(module.time_channels)
-            weights = init_weights(module.init, key_backbone, *inputs)
-            last = f"kernel_{self.hidden_layers}"
-            phi["backbone"] = weights | {last: self.output_scale * weights[last]}
+            module, one = self._backbone(range(len(self.structure.parameters))), jax.ShapeDtypeStruct
+            kinds = (module.parameter_channels, module.extra_channels)
+            features, extra = ([one((p.size, n), jnp.float32) for p in self.structure.parameters] for n in kinds)
+            time = one((module.time_channels,), jnp.float32)
+            weights = init_weights(module.init, key_backbone, features, extra, time)
+            last = jax.tree.map(lambda w: self.output_scale * w, weights[module.last_layer])
+            phi["backbone"] = weights | {module.last_layer: last}
         if self.gradmetanet is not None:
             phi["gradmetanet"] = init_gradmetanet(self._gradmetanet, key_gmn)
         return phi
@@ -203,7 +204,8 @@ class LearnedOptimizer:
 
         ``update(grads, state, params, factors=factors)`` takes the factors of
         :func:`gmn_lopt.value_grad_and_factors`, always those of the whole model, even where ``optax.masked`` or
-        ``optax.partition`` hand it only some of the parameters; without GradMetaNet they are ignored. All arithmetic is
+        ``optax.partition`` hand it only some of the parameters (``unf`` then takes the features of the others as zero);
+        without GradMetaNet they are ignored. All arithmetic is
         in float32; updates have the parameters' dtypes. A gradient or factor that is not finite makes the update, and
         from then on the moving averages, not finite, as Adam's; guard with ``optax.apply_if_finite``.
 
@@ -234,16 +236,16 @@ class LearnedOptimizer:
         rate: LearningRate = self.learning_rate if learning_rate is None else learning_rate
         if learning_rate is None and self.decay:
             rate = lambda step: self.learning_rate * _decay(phi, step)  # noqa: E731
-        _check_meta_parameters(phi, self.template())
+        check_meta_parameters(phi, self.template())
 
         def init(params: PyTree) -> LearnedOptimizerState:
-            indices = _match(self.structure, params, "parameter")
+            indices = match_leaves(self.structure, params, "parameter")
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
             parameters = [self.structure.parameters[i] for i in indices]
             direction = init_direction(self.base, parameters, zeros, self._whitened(indices))
             averages: PyTree = ()
             if self.backbone != "sgdm":
-                count = len(DECAYS) if self.backbone == "ds" else celo_features.AVERAGES
+                count = celo_features.AVERAGES if self.backbone == "celo" else len(DECAYS)
                 averages = jax.tree.map(lambda p: jnp.zeros((count, *p.shape), jnp.float32), params)
             return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, averages, self._init_factor_averages())
 
@@ -266,11 +268,21 @@ class LearnedOptimizer:
         return optax.GradientTransformationExtraArgs(init, update)
 
     @property
-    def _backbone(self) -> DeepSets:
+    def tied_leaves(self) -> tuple[tuple[int, ...], ...] | None:
+        """For ``unf`` what the meta-parameters belong to: the spaces of each leaf, numbered as they come; else None."""
+        if self.backbone != "unf":
+            return None
+        numbers: dict[int, int] = {}
+        return tuple(tuple(numbers.setdefault(s, len(numbers)) for s in p.spaces) for p in self.structure.parameters)
+
+    def _backbone(self, indices: Sequence[int]) -> DeepSets | UniversalNeuralFunctional:
         extra = 0 if self.gradmetanet is None else self.gradmetanet.out_features
-        own, time = (PARAMETER_CHANNELS, TIME_CHANNELS) if self.backbone == "ds" else (celo_features.CHANNELS, 0)
+        own, time = (celo_features.CHANNELS, 0) if self.backbone == "celo" else (PARAMETER_CHANNELS, TIME_CHANNELS)
         outputs = 2 if self.gate or self.rule == "normalized" else 1
-        return DeepSets(own, extra, time, self.width, self.hidden_layers, outputs)
+        sizes = (own, extra, time, self.width, self.hidden_layers, outputs)
+        if self.backbone == "unf":
+            return UniversalNeuralFunctional(self.structure.parameters, tuple(indices), *sizes)
+        return DeepSets(*sizes)
 
     @property
     def _gradmetanet(self) -> GradMetaNet:
@@ -299,8 +311,8 @@ class LearnedOptimizer:
         learning_rate: Any,
         weight_decay: Any,
     ) -> tuple[PyTree, LearnedOptimizerState]:
-        indices = _match(self.structure, params, "parameter")
-        if _match(self.structure, updates, "gradient") != indices:
+        indices = match_leaves(self.structure, params, "parameter")
+        if match_leaves(self.structure, updates, "gradient") != indices:
             raise StructureError("the gradients are not those of the parameters: give both for the same leaves")
         # The leaves that are handled, in the order of the gradients' tree; a masked tree lacks some.
         parameters = [self.structure.parameters[i] for i in indices]
@@ -319,7 +331,7 @@ class LearnedOptimizer:
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
         outputs: Sequence[Any] = [None] * len(base)
         if self.backbone != "sgdm":
-            advance = update_averages if self.backbone == "ds" else celo_features.update_celo_averages
+            advance = celo_features.update_celo_averages if self.backbone == "celo" else update_averages
             averages = [advance(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
@@ -328,15 +340,21 @@ class LearnedOptimizer:
                 extra = self._extra_features(phi, channels, indices, values)
             features = [self._features(*leaf, state.step) for leaf in zip(values, grads, averages)]
             if features:
-                time = time_features(state.step) if self.backbone == "ds" else jnp.zeros(0)
-                outputs = self._backbone.apply({"params": phi["backbone"]}, features, extra, time)
+                time = jnp.zeros(0) if self.backbone == "celo" else time_features(state.step)
+                outputs = self._backbone(indices).apply({"params": phi["backbone"]}, features, extra, time)
+        beta, gamma = (jnp.exp(phi[name]) if name in phi else None for name in ("log_beta", "log_gamma"))
         if self.rule == "additive":
             alpha = jnp.exp(phi["log_alpha"])
             if self.decay:
                 alpha = alpha * _decay(phi, state.step)
-            steps = [alpha * self._additive(phi, v, out) for v, out in zip(base, outputs)]
+            if self.backbone != "sgdm":
+                assert beta is not None
+                base = [additive_step(v, out, beta, self.gate, self.bound) for v, out in zip(base, outputs)]
+            steps = [alpha * d for d in base]
         else:
-            steps = [self._normalized(phi, p, v, out) for p, v, out in zip(parameters, base, outputs)]
+            gamma = gamma if self.orthogonalize else None
+            sized, leaves = self.base in SIZED, zip(parameters, base, outputs)
+            steps = [normalized_step(p, v, out, beta, gamma, self.gate, sized) for p, v, out in leaves]
             steps = [learning_rate * (d + weight_decay * theta) for d, theta in zip(steps, values)]
         steps = [(-d).astype(jnp.result_type(p)) for d, p in zip(steps, jax.tree.leaves(params))]
         step = optax.safe_increment(state.step)
@@ -346,42 +364,16 @@ class LearnedOptimizer:
         )
 
     def _features(self, value: jax.Array, grad: jax.Array, averages: jax.Array, step: jax.Array) -> jax.Array:
-        if self.backbone == "ds":
-            return parameter_features(value, grad, averages)
-        return celo_features.celo_features(value, grad, averages, step)
-
-    def _additive(self, phi: PyTree, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
-        """``v + beta F`` of one leaf, with its gate and bound."""
-        if outputs is None:
-            return v
-        learned = jnp.exp(phi["log_beta"]) * outputs[:, 0].reshape(v.shape)
-        if self.bound is not None:
-            ratio = self.bound * _rms(v) / _rms(learned)
-            learned = jnp.minimum(1.0, ratio) * learned
-        return self._gated(v, outputs) + learned
-
-    def _normalized(self, phi: PyTree, parameter: Parameter, v: jax.Array, outputs: jax.Array | None) -> jax.Array:
-        """``N(v / rms(v) + beta F)`` of one leaf, with its gate."""
-        size = _rms(v) if self.base in SIZED else 1.0
-        d = v / _rms(v)
-        if outputs is not None:
-            learned = outputs[:, 0] if self.gate else outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])
-            d = d + jnp.exp(phi["log_beta"]) * learned.reshape(v.shape)
-        if self.orthogonalize and is_kernel(parameter):
-            d = orthogonalize(parameter, d)
-        else:
-            d = d / _rms(d) * (jnp.exp(phi["log_gamma"]) if self.orthogonalize else size)
-        return d if outputs is None else self._gated(d, outputs)
-
-    def _gated(self, d: jax.Array, outputs: jax.Array) -> jax.Array:
-        return d * jnp.exp(GATE_SCALE * outputs[:, 1]).reshape(d.shape) if self.gate else d
+        if self.backbone == "celo":
+            return celo_features.celo_features(value, grad, averages, step)
+        return parameter_features(value, grad, averages)
 
     def _whitened(self, indices: Sequence[int]) -> tuple[WhitenedLayer, ...]:
         return whitened_layers(self.structure, indices) if self.base == "whitened" else ()
 
     def _per_element(self, factors: Any) -> Factors:
         """The factors in float32, the tangents at per-element scale."""
-        _check_factors(self.structure, factors)
+        check_factors(self.structure, factors)
         return Factors(
             tuple(jnp.asarray(a, jnp.float32) for a in factors.activations),
             tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
@@ -412,72 +404,5 @@ def _template(lopt: LearnedOptimizer) -> PyTree:
     return jax.eval_shape(lopt.init, jax.random.key(0))
 
 
-def _check_meta_parameters(phi: PyTree, template: PyTree) -> None:
-    given, expected = (
-        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
-        for tree in (phi, template)
-    )
-    for name in [*expected, *given]:
-        if given.get(name) == expected.get(name):
-            continue
-        if name not in given:
-            problem = f"phi lacks {name}"
-        elif name not in expected:
-            problem = f"phi holds {name}, which this architecture does not have"
-        else:
-            problem = f"phi{name} has shape {given[name]}, but {expected[name]} in this architecture"
-        raise ValueError(f"{problem}: use meta-parameters from the init of the same LearnedOptimizer")
-
-
-def _match(structure: GradientStructure, tree: PyTree, what: str) -> list[int]:
-    """The index in ``structure.parameters`` of each leaf of ``tree``, some of which optax may have masked.
-
-    Raises:
-        StructureError: if a leaf is not one of the structure's, has another shape, or is missing without a mask.
-    """
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    index_of = {p.name: i for i, p in enumerate(structure.parameters)}
-    indices, masked = [], []
-    for path, leaf in jax.tree.flatten_with_path(tree, is_leaf=is_masked)[0]:
-        name = jax.tree_util.keystr(path)
-        if is_masked(leaf):
-            masked.append(name)
-            continue
-        if name not in index_of:
-            raise StructureError(
-                f"{what} {name or '(the root)'} is not in the analysed model, which has "
-                f"{', '.join(index_of)}: analyse the model that is being trained"
-            )
-        expected = structure.parameters[index_of[name]].shape
-        if jnp.shape(leaf) != expected:
-            raise StructureError(
-                f"{what} {name} has shape {jnp.shape(leaf)}, but {expected} in the analysed model: "
-                "analyse the model that is being trained"
-            )
-        indices.append(index_of[name])
-    missing = [n for n in index_of if index_of[n] not in set(indices) and not any(n.startswith(m) for m in masked)]
-    # A tree without any leaf is optax's placeholder in tree_map_params, or everything is masked.
-    if missing and (indices or masked):
-        raise StructureError(f"{what} {missing[0]} of the analysed model is missing: analyse the model being trained")
-    return indices
-
-
 def _decay(phi: PyTree, step: jax.Array) -> jax.Array:
     return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
-
-
-def _rms(x: jax.Array) -> jax.Array:
-    """Root mean square over a tensor."""
-    return jnp.sqrt(jnp.mean(x**2) + TINY)
-
-
-def _check_factors(structure: GradientStructure, factors: Any) -> None:
-    if factors is None:
-        raise ValueError(
-            "this learned optimizer reads the factors of the gradient: compute them with "
-            "value, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, *args) "
-            "and call update(grads, state, params, factors=factors)"
-        )
-    if not isinstance(factors, Factors):
-        raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
-    structure.check_factors(factors)

@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import itertools
 import json
 import os
 import shutil
@@ -31,6 +32,8 @@ ADDED: dict[str, Any] = {"decay": False}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
+# Entries of "gradmetanet" that files of this version may lack, since they were added later.
+ADDED = {"attention_heads": 0}
 
 
 class SerializationError(ValueError):
@@ -41,7 +44,8 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     """Save a learned optimizer as a directory: ``config.json`` (architecture) and ``phi.safetensors`` (weights).
 
     The directory is written under another name and then renamed, so that a reader never sees half of it and a failure
-    leaves what was saved before. The structure is not saved: the optimizer can be loaded for any other model.
+    leaves what was saved before. The structure is not saved: the optimizer can be loaded for any other model. Only
+    ``unf`` belongs to the leaves of one model, so which spaces they have is saved with it.
 
     Args:
         path: the directory; one that holds a saved optimizer is replaced.
@@ -55,7 +59,10 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     path = Path(path)
     arrays = {name: np.asarray(array) for name, array in _named_arrays(phi).items()}
     _check_arrays(arrays, lopt, f"cannot save {path}: phi")
-    config = {"format": FORMAT, "version": VERSION, "optimizer": _architecture(lopt)}
+    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "optimizer": _architecture(lopt)}
+    if lopt.tied_leaves is not None:
+        names = [p.name for p in lopt.structure.parameters]
+        config["leaves"] = [{"name": n, "spaces": list(s)} for n, s in zip(names, lopt.tied_leaves)]
     if path.exists() and not (path / CONFIG_FILE).is_file():
         raise SerializationError(f"cannot save {path}: it exists and is not a saved optimizer; choose another path")
     temporary: Path | None = None
@@ -90,7 +97,8 @@ def load(
 
     Raises:
         SerializationError: in one line, if there is no such optimizer, its files are damaged or of another version, or
-            it does not take one of the settings.
+            it does not take one of the settings; or if it is an ``unf`` that was trained on a model with other leaves
+            or spaces (widths may differ).
     """
     lopt, phi = load_learned(path, structure)
     return make_optimizer(lopt, phi, settings, str(path))
@@ -203,12 +211,38 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
     _check_keys(architecture, known, f'{file}: "optimizer"')
     gradmetanet = architecture["gradmetanet"]
     if gradmetanet is not None:
+        gradmetanet = ADDED | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
         _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
     try:
         architecture["gradmetanet"] = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)
-        return LearnedOptimizer(structure, **architecture)
+        lopt = LearnedOptimizer(structure, **architecture)
     except (TypeError, ValueError) as error:
         raise SerializationError(f"{file}: {first_line(error)}") from error
+    if lopt.tied_leaves is not None:
+        _check_leaves(config.get("leaves"), lopt, file)
+    return lopt
+
+
+def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
+    """Raise an error unless the model has the leaves, over the same spaces, that the optimizer was saved with."""
+    try:
+        there = [(str(leaf["name"]), tuple(leaf["spaces"])) for leaf in saved]
+    except (TypeError, KeyError) as error:
+        raise SerializationError(f'{file}: "leaves" is missing or damaged, which {lopt.backbone} needs') from error
+    here = [(p.name, spaces) for p, spaces in zip(lopt.structure.parameters, lopt.tied_leaves or ())]
+    if [spaces for _, spaces in there] == [spaces for _, spaces in here]:
+        return
+    different = (i for i, (a, b) in enumerate(itertools.zip_longest(there, here)) if not (a and b and a[1] == b[1]))
+    first = next(different)
+    leaf, other = (
+        f"{leaves[first][0]} over spaces {leaves[first][1]}" if first < len(leaves) else "missing"
+        for leaves in (there, here)
+    )
+    raise SerializationError(
+        f"{file}: {lopt.backbone} belongs to the model that it was trained on, of which only widths may change; leaf "
+        f"{first} was {leaf} there and is {other} in this model: meta-train {lopt.backbone} on this model, or use ds, "
+        "which fits any model"
+    )
 
 
 def _check_keys(value: Any, known: set[str], what: str) -> None:

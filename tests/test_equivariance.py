@@ -13,6 +13,7 @@ from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 
 SMALL = GradMetaNetConfig(width=8, product_width=8, neuron_layers=2)
+ATTENTION = GradMetaNetConfig(width=8, product_width=8, set_layers=1, attention_heads=2)
 MODELS = {
     "one hidden layer": mlp(5, 7, 4),
     "two hidden layers": mlp(5, 7, 6, 4),
@@ -23,6 +24,9 @@ RULES = {
     "sgdm": {"backbone": "sgdm"},
     "ds": {"gradmetanet": None},
     "ds+gmn": {"gradmetanet": SMALL},
+    "unf": {"backbone": "unf", "gradmetanet": None},
+    "unf+gmn": {"backbone": "unf", "gradmetanet": SMALL, "gate": True},
+    "unf+gmn++": {"backbone": "unf", "gradmetanet": ATTENTION},
     "ds+gmn, values": {"gradmetanet": dataclasses.replace(SMALL, use_parameter=True)},
     "ds+gmn, Adam": {"gradmetanet": SMALL, "base": "adam"},
     "muon, gate": {"gradmetanet": None, "base": "muon", "gate": True},
@@ -35,6 +39,9 @@ TOLERANCE = dict.fromkeys(list(RULES)[-3:], 2e-3)
 
 CASES = [
     *((model, rule) for model in MODELS for rule in ("sgdm", "ds", "ds+gmn")),
+    *((model, "unf") for model in ("one hidden layer", "three hidden layers")),
+    *((model, "unf+gmn") for model in ("two hidden layers", "residual stream")),
+    *((model, "unf+gmn++") for model in ("two hidden layers", "residual stream")),
     ("residual stream", "ds+gmn, values"),
     ("two hidden layers", "ds+gmn, Adam"),
     *((model, rule) for model in ("two hidden layers", "residual stream") for rule in list(RULES)[-3:]),
@@ -95,10 +102,13 @@ def _reorder(factors, order):
     return jax.tree.map(lambda x: x[order], factors)
 
 
-@pytest.mark.parametrize("model", ["two hidden layers", "three hidden layers"])
-def test_the_order_of_the_set_does_not_matter(model):
+@pytest.mark.parametrize(
+    ("model", "config"),
+    [("two hidden layers", SMALL), ("three hidden layers", SMALL), ("two hidden layers", ATTENTION)],
+)
+def test_the_order_of_the_set_does_not_matter(model, config):
     structure = analyzed(MODELS[model])
-    lopt = LearnedOptimizer(structure, gradmetanet=SMALL, width=8)
+    lopt = LearnedOptimizer(structure, gradmetanet=config, width=8)
     phi, recorded = lively(lopt), record(MODELS[model])
     order = np.random.default_rng(0).permutation(structure.sites[0].set_size)
     reordered = [(p, g, _reorder(f, order)) for p, g, f in recorded]

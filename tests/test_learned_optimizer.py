@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import unf_reference
 from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 import gmn_lopt
@@ -80,7 +81,7 @@ def numpy_updates(lopt, phi, base):
             channels = gmn_lopt.Factors(tuple(channels[:kinds]), tuple(channels[kinds:]))
             module = GradMetaNet(STRUCTURE, lopt.gradmetanet, 7)
             extra = jax.jit(module.apply)({"params": phi["gradmetanet"]}, channels)
-        step = []
+        directions, inputs = [], []
         for i, (parameter, gradient) in enumerate(zip(jax.tree.leaves(params), grads)):
             shape = (6,) + (1,) * gradient.ndim
             averages[i] = decays.reshape(shape) * averages[i] + (1 - decays).reshape(shape) * gradient
@@ -91,21 +92,37 @@ def numpy_updates(lopt, phi, base):
             else:
                 one_minus_mu = np.exp(w["log_one_minus_mu"])
                 v = momentum[i] = (1 - one_minus_mu) * momentum[i] + one_minus_mu * gradient
-            if lopt.backbone == "ds":
+            if lopt.backbone != "sgdm":
                 x = numpy_features(parameter, gradient, averages[i], t)
                 if extra[i] is not None:
                     x = np.concatenate([x[:, :8], np.asarray(extra[i]).reshape(len(x), -1), x[:, 8:]], axis=1)
-                for k in range(4):
-                    x = x @ w["backbone"][f"kernel_{k}"] + w["backbone"][f"bias_{k}"]
-                    x = np.maximum(x, 0) if k < 3 else x
-                v = v + np.exp(w["log_beta"]) * x.reshape(v.shape)
-            step.append(-np.exp(w["log_alpha"]) * v)
-        updates.append(step)
+                inputs.append(x)
+            directions.append(v)
+        outputs = numpy_backbone(lopt, w["backbone"], inputs) if inputs else []
+        beta = np.exp(w.get("log_beta", -np.inf))
+        for i, out in enumerate(outputs):
+            directions[i] = directions[i] + beta * out.reshape(directions[i].shape)
+        updates.append([-np.exp(w["log_alpha"]) * v for v in directions])
     return updates
 
 
+def numpy_backbone(lopt, w, inputs):
+    """The backbone's outputs for the channels of each leaf."""
+    mlp = w if lopt.backbone == "ds" else w["mlp"]
+    for k in range(3):
+        inputs = [np.maximum(x @ mlp[f"kernel_{k}"] + mlp[f"bias_{k}"], 0) for x in inputs]
+    if lopt.backbone == "ds":
+        return [x @ w["kernel_3"] + w["bias_3"] for x in inputs]
+    shaped = [x.reshape(*p.shape, -1) for x, p in zip(inputs, STRUCTURE.parameters)]
+    return unf_reference.apply([p.spaces for p in STRUCTURE.parameters], w["layer"], shaped)
+
+
 @pytest.mark.parametrize("base", ["momentum", "adam"])
-@pytest.mark.parametrize("options", [{"backbone": "sgdm"}, {"gradmetanet": None}, {}], ids=["sgdm", "ds", "ds+gmn"])
+@pytest.mark.parametrize(
+    "options",
+    [{"backbone": "sgdm"}, {"gradmetanet": None}, {}, {"backbone": "unf"}],
+    ids=["sgdm", "ds", "ds+gmn", "unf+gmn"],
+)
 def test_the_update_is_the_rule(options, base):
     lopt, phi = optimizer(base=base, **options)
     for update, expected in zip(play(lopt, phi, RECORDED), numpy_updates(lopt, phi, base), strict=True):
@@ -165,6 +182,14 @@ def test_chains_with_clipping_weight_decay_and_schedules():
     assert relative_difference(injected, jax.tree.map(lambda u: 1.5 * u, plain)) < 1e-5
 
 
+@pytest.mark.parametrize("backbone", ["ds", "unf"])
+def test_without_its_last_layer_an_untrained_optimizer_is_its_base(backbone):
+    lopt = LearnedOptimizer(STRUCTURE, backbone=backbone, gradmetanet=None, output_scale=0.0, gate=True)
+    base = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    phi = lopt.init(jax.random.key(0))
+    assert relative_difference(play(lopt, phi, RECORDED), play(base, base.init(jax.random.key(0)), RECORDED)) < 1e-6
+
+
 @pytest.mark.parametrize("prefix", [False, True])
 def test_masked_and_partitioned_parameters_get_the_updates_they_get_among_all(prefix):
     lopt, phi = optimizer()
@@ -175,6 +200,11 @@ def test_masked_and_partitioned_parameters_get_the_updates_they_get_among_all(pr
 
     masked = run(optax.masked(tx, mask))
     assert relative_difference(masked, jax.tree.map(lambda m, u, g: u if m else g, full, plain, grads)) < 1e-5
+    # unf mixes the parameters, so those that it is not given are missing in the update of the others.
+    unf, weights = optimizer(backbone="unf")
+    other = run(optax.masked(unf.optimizer(weights), mask))
+    assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, plain)
+    assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(other))
     labels = jax.tree.map(lambda m: "learned" if m else "sgd", mask)
     partitioned = run(optax.partition({"learned": tx, "sgd": optax.sgd(0.1)}, labels))
     assert (
@@ -274,7 +304,11 @@ def test_parameters_gradients_and_factors_of_another_model_are_refused():
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"backbone": "dss"}, "dss.*ds, celo, sgdm"), ({"base": "sgd"}, "sgd.*momentum, adam"), ({"width": 0}, "width")],
+    [
+        ({"backbone": "dss"}, "dss.*ds, unf, celo, sgdm"),
+        ({"base": "sgd"}, "sgd.*momentum, adam"),
+        ({"width": 0}, "width"),
+    ],
 )
 def test_unknown_architectures_are_refused(options, message):
     with pytest.raises(ValueError, match=message):

@@ -181,12 +181,29 @@ def test_one_process_per_directory(tmp_path):
     RunDirectory(tmp_path, {}, {}, True, (), 1, 1).close()
 
 
-def test_gradmetanet_is_meta_trained(tmp_path):
+@pytest.mark.parametrize("optimizer", ["ds+gmn", "unf+gmn++"])
+def test_networks_are_meta_trained(tmp_path, optimizer):
     small = dataclasses.replace(Config.__dataclass_fields__["gmn"].default_factory(), width=4, product_width=4)
-    settings = config(tmp_path / "run", optimizer="ds+gmn", stages="pes:2:1e-2:K=5:n=2", width=4, gmn=small)
+    settings = config(tmp_path / "run", optimizer=optimizer, stages="pes:2:1e-2:K=5:n=2", width=4, gmn=small)
     assert meta_train.main(settings) is True
     assert {"alpha", "beta", "mu"} <= rows(tmp_path / "run")[0].keys()
-    assert "gradmetanet" in phi_of(tmp_path / "run" / "optimizer")
+    phi = phi_of(tmp_path / "run" / "optimizer")
+    assert ("layer" in phi["backbone"]) == optimizer.startswith("unf")
+    assert ("blocks_0" in phi["gradmetanet"]["trunk"]) == optimizer.endswith("++")
+
+
+def test_unf_is_not_trained_on_models_of_several_structures(tmp_path, monkeypatch):
+    monkeypatch.setattr(meta_train, "make_all", lambda _: [load_task("linear_regression"), load_task("digits_mlp")])
+    with pytest.raises(
+        UsageError, match="--task mixture: unf belongs to one model, but the tasks have several; train ds"
+    ):
+        meta_train.make_problem(config(tmp_path, task="mixture", optimizer="unf"))
+
+
+def test_settings_that_came_later_do_not_keep_a_run_from_being_resumed(tmp_path):
+    settings = meta_train.to_json(config(tmp_path, optimizer="ds+gmn"))
+    assert "attention_heads" not in settings["gmn"]
+    assert meta_train.to_json(meta_train.from_json(settings)) == settings
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,8 @@ STRUCTURE = analyzed(MODEL)
 OPTIONS = {
     "sgdm": {"backbone": "sgdm"},
     "ds": {"gradmetanet": None, "width": 12},
+    "unf+gmn": {"backbone": "unf", "gradmetanet": GradMetaNetConfig(width=6), "width": 5, "gate": True},
+    "ds+gmn++": {"gradmetanet": GradMetaNetConfig(width=6, set_layers=1, attention_heads=3)},
     "ds+gmn": {"gradmetanet": GradMetaNetConfig(width=6, set_layers=1, use_parameter=True), "base": "adam"},
 }
 
@@ -38,11 +40,31 @@ def test_round_trip(tmp_path, name):
     save(tmp_path / "deep" / "saved", lopt, phi)
     assert sorted(p.name for p in (tmp_path / "deep" / "saved").iterdir()) == ["config.json", "phi.safetensors"]
 
-    other = analyzed(mlp(3, 6, 5, 2))
+    other = analyzed(mlp(3, 6, 2) if name == "unf+gmn" else mlp(3, 6, 5, 2))
     loaded, weights = load_learned(str(tmp_path / "deep" / "saved"), other)
     assert loaded == LearnedOptimizer(other, **OPTIONS[name])
     assert jax.tree.structure(weights) == jax.tree.structure(phi)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(phi)))
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (mlp(5, 7, 4, 4), r"leaf 4 was missing there and is \[2\]\['b'\] over spaces \(3,\) in this model"),
+        (mlp(5, 7), r"leaf 2 was \[1\]\['b'\] over spaces \(2,\) there and is missing in this model"),
+        (mlp(1, 7, 4), r"leaf 1 was \[0\]\['w'\] over spaces \(1, 0\) there and is \[0\]\['w'\] over spaces \(0,\)"),
+    ],
+    ids=["deeper", "shallower", "fewer axes"],
+)
+def test_unf_is_not_loaded_for_another_model(tmp_path, model, message):
+    lopt = LearnedOptimizer(STRUCTURE, backbone="unf", gradmetanet=None, width=4)
+    save(tmp_path / "saved", lopt, lively(lopt))
+    with pytest.raises(SerializationError, match=message + ".*meta-train unf on this model, or use ds") as error:
+        load(tmp_path / "saved", analyzed(model))
+    assert "\n" not in str(error.value)
+    edit_config(leaves=3)(tmp_path / "saved")
+    with pytest.raises(SerializationError, match=r'config.json: "leaves" is missing or damaged'):
+        load(tmp_path / "saved", STRUCTURE)
 
 
 def test_load_gives_the_transformation(saved):

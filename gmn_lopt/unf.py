@@ -1,0 +1,210 @@
+"""The linear layer of universal neural functionals (Zhou et al. 2024, arXiv:2402.05232, section 3)."""
+
+import functools
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+# Dimensions of a leaf that have one index in common: one dimension, or a diagonal of several over the same space.
+Block = tuple[int, ...]
+Pattern = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class View:
+    """A part of a leaf that depends on some neurons only: a mean where it is read, constant otherwise where written.
+
+    Attributes:
+        leaf: the index of the leaf.
+        kept: the blocks of dimensions that run over those neurons, one for each space of the pattern.
+        rest: the other blocks: read, the mean over them is taken; written, the values are repeated along them.
+    """
+
+    leaf: int
+    kept: tuple[Block, ...]
+    rest: tuple[Block, ...]
+
+
+def partitions(spaces: Sequence[int]) -> list[tuple[Block, ...]]:
+    """All ways to group dimensions into blocks of one space each, where ``spaces`` says which space each runs over."""
+    found: list[tuple[Block, ...]] = [()]
+    for dim, space in enumerate(spaces):
+        extended = []
+        for blocks in found:
+            extended.append((*blocks, (dim,)))
+            for i, block in enumerate(blocks):
+                if spaces[block[0]] == space:
+                    extended.append((*blocks[:i], (*block, dim), *blocks[i + 1 :]))
+        found = extended
+    return found
+
+
+@functools.lru_cache(maxsize=64)
+def find_views(
+    leaves: tuple[tuple[int, ...], ...],
+) -> tuple[dict[Pattern, list[View]], dict[Pattern, list[View]]]:
+    """List what the layer reads and what it writes, by pattern: the spaces, in ascending order, that a view depends on.
+
+    Every equivariant map between two leaves is a combination of reading one view and writing its values to another of
+    the same pattern. Where a pattern has a space twice, the ways to match the blocks are told apart in what is read.
+
+    Args:
+        leaves: for each leaf the spaces of its dimensions.
+
+    Returns:
+        The views to read, and the views to write, for each pattern that is written.
+    """
+    reads: dict[Pattern, list[View]] = {}
+    writes: dict[Pattern, list[View]] = {}
+    for leaf, spaces in enumerate(leaves):
+        for blocks in partitions(spaces):
+            for count in range(len(blocks) + 1):
+                for chosen in itertools.combinations(blocks, count):
+                    rest = tuple(b for b in blocks if b not in chosen)
+                    kept = sorted(chosen, key=lambda block: spaces[block[0]])
+                    pattern = tuple(spaces[block[0]] for block in kept)
+                    writes.setdefault(pattern, []).append(View(leaf, tuple(kept), rest))
+                    same = [list(group) for _, group in itertools.groupby(kept, key=lambda block: spaces[block[0]])]
+                    for orders in itertools.product(*map(itertools.permutations, same)):
+                        order = tuple(itertools.chain.from_iterable(orders))
+                        reads.setdefault(pattern, []).append(View(leaf, order, rest))
+    return reads, writes
+
+
+class EquivariantLinear(nn.Module):
+    """The most general affine map between collections of tensors that commutes with permutations of shared spaces.
+
+    For each ordered pair of leaves and each partial matching of their dimensions over the same space (diagonals
+    included, where a leaf has one space twice) the input leaf is averaged over what is not matched, repeated along what
+    is not matched in the output leaf, and multiplied by one matrix ``[in_features, out_features]``; a bias is added for
+    each leaf (one more for each of its diagonals). The number of weights does not depend on the sizes of spaces. That
+    these maps span all equivariant ones is shown there (by Maron et al. 2019 for one space); where a space has fewer
+    neurons than there are dimensions to match, they are not independent.
+
+    **Every** space counts as permutable here, also inputs and outputs, whose neurons the loss uses by position: the
+    convention of Zhou et al. The most general map for those would have a matrix for each index, as many weights as
+    the model has inputs. Dimensions of different fixed spaces are never matched; where positions matter, features that
+    tell them apart (such as GradMetaNet's) bring them in.
+
+    Each view of a leaf is pooled once, and all leaves that read the same pattern of spaces share one matrix product, so
+    the number of products grows with the number of patterns, not of pairs of leaves.
+
+    Attributes:
+        leaves: for each leaf the spaces of its dimensions (arbitrary numbers, equal where the space is the same).
+        in_features: number of features of each entry.
+        out_features: number of features after the layer.
+    """
+
+    leaves: tuple[tuple[int, ...], ...]
+    in_features: int
+    out_features: int
+
+    def setup(self) -> None:  # noqa: D102
+        reads, writes = find_views(self.leaves)
+        terms = [0] * len(self.leaves)  # number of terms that each leaf is the sum of
+        rows: dict[View, int] = {}
+        for pattern, views in writes.items():
+            for view in views:
+                rows[view] = terms[view.leaf]
+                terms[view.leaf] += len(reads[pattern])
+        self.rows = rows
+        lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
+        diagonals = [len(partitions(spaces)) for spaces in self.leaves]
+        self.kernels = [
+            self.param(f"kernel_{i}", lecun, (n * self.in_features, self.out_features)) for i, n in enumerate(terms)
+        ]
+        self.biases = [self.param(f"bias_{i}", zeros, (n * self.out_features,)) for i, n in enumerate(diagonals)]
+
+    def __call__(
+        self, inputs: Sequence[Float[Array, "... in_features"] | None]
+    ) -> list[Float[Array, "... out_features"] | None]:
+        """Apply the layer.
+
+        Args:
+            inputs: for each leaf its features, ``[*shape, in_features]``; None for one that is missing, which counts as
+                zero and gets no output.
+
+        Returns:
+            For each leaf ``[*shape, out_features]``.
+        """
+        shapes = {leaf: x.shape[:-1] for leaf, x in enumerate(inputs) if x is not None}
+        sizes = {space: size for leaf in shapes for space, size in zip(self.leaves[leaf], shapes[leaf])}
+        pooled: dict[tuple, jax.Array] = {}
+        outputs: dict[int, jax.Array] = {}
+        constants = [0] * len(inputs)  # number of biases of each leaf that have been used
+        reads, writes = find_views(self.leaves)
+        for pattern, views in writes.items():
+            wanted = [view for view in views if view.leaf in shapes]
+            if not wanted:
+                continue
+            over = tuple(sizes[space] for space in pattern)
+            read = [self._read(view, inputs[view.leaf], over, pooled) for view in reads[pattern]]
+            x = jnp.concatenate(read, axis=-1).reshape(-1, len(read) * self.in_features)
+            products = x @ jnp.concatenate([self._kernel(view, len(read)) for view in wanted], axis=1)
+            for view, y in zip(wanted, jnp.split(products, len(wanted), axis=1)):
+                leaf = view.leaf
+                if not pattern:
+                    begin = constants[leaf] * self.out_features
+                    y = y + self.biases[leaf][begin : begin + self.out_features]
+                    constants[leaf] += 1
+                y = _write(view, y.reshape(*over, self.out_features), shapes[leaf])
+                outputs[leaf] = outputs[leaf] + y if leaf in outputs else y
+        return [
+            jnp.broadcast_to(outputs[leaf], (*shapes[leaf], self.out_features)) if leaf in shapes else None
+            for leaf in range(len(inputs))
+        ]
+
+    def _kernel(self, view: View, terms: int) -> jax.Array:
+        begin = self.rows[view] * self.in_features
+        return self.kernels[view.leaf][begin : begin + terms * self.in_features]
+
+    def _read(
+        self, view: View, x: jax.Array | None, over: tuple[int, ...], pooled: dict[tuple, jax.Array]
+    ) -> Float[Array, "... in_features"]:
+        if x is None:
+            return jnp.zeros((*over, self.in_features))
+        kept = tuple(sorted(view.kept))
+        values = _pool(view.leaf, x, tuple(sorted(view.kept + view.rest)), kept, pooled)
+        return values.transpose(*(kept.index(block) for block in view.kept), len(kept))
+
+
+def _pool(
+    leaf: int, x: jax.Array, blocks: tuple[Block, ...], kept: tuple[Block, ...], pooled: dict[tuple, jax.Array]
+) -> Float[Array, "... features"]:
+    """The mean over all but the kept blocks, from the mean over one block less; ``pooled`` remembers all of them."""
+    key = (leaf, blocks, kept)
+    if key not in pooled:
+        missing = [block for block in blocks if block not in kept]
+        if missing:
+            parent = tuple(block for block in blocks if block in kept or block == missing[0])
+            pooled[key] = _pool(leaf, x, blocks, parent, pooled).mean(parent.index(missing[0]))
+        else:
+            pooled[key] = _diagonals(x, blocks)
+    return pooled[key]
+
+
+def _diagonals(x: jax.Array, blocks: tuple[Block, ...]) -> jax.Array:
+    """Take the diagonal of each block of dimensions: one dimension for each block, then the features."""
+    dims = x.ndim - 1
+    if len(blocks) == dims:
+        return x
+    labels = [next(i for i, block in enumerate(blocks) if dim in block) for dim in range(dims)]
+    return jnp.einsum(x, [*labels, dims], [*range(len(blocks)), dims])
+
+
+def _write(view: View, values: Float[Array, "... out"], shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Lay values along the kept blocks of a leaf; off the diagonals of its blocks they are zero."""
+    order = sorted(range(len(view.kept)), key=lambda i: view.kept[i])
+    at = {block[0] for block in view.kept}
+    values = values.transpose(*order, len(order))
+    values = values.reshape(*(n if dim in at else 1 for dim, n in enumerate(shape)), values.shape[-1])
+    for block in (*view.kept, *view.rest):
+        for dim in block[1:]:
+            ones = [n if d in (block[0], dim) else 1 for d, n in enumerate(shape)]
+            values = values * jnp.eye(shape[dim]).reshape(*ones, 1)
+    return values
