@@ -1,4 +1,4 @@
-"""Two-block causal transformers, small, in plain JAX and in every model library: ``name -> (loss_fn, params, args)``."""
+"""Small causal transformers in plain JAX and in every model library: ``name -> (loss_fn, params, args)``."""
 
 import functools
 
