@@ -36,7 +36,7 @@ def test_factors_and_symmetries(name):
     value, grads, factors, rebuilt, plain = everything(params)
     by_leaf = zip(
         structure.parameters,
-        jax.tree.leaves(rebuilt, is_leaf=lambda x: x is None),
+        structure.treedef.flatten_up_to(rebuilt),
         jax.tree.leaves(grads),
         jax.tree.leaves(plain),
         strict=True,
@@ -109,3 +109,19 @@ def test_a_transformer_prints_on_a_screen():
     lines = str(analyze(loss, params, *args)).splitlines()
     assert len(lines) <= 60 and max(map(len, lines)) <= 120
     assert "  ['embed'] [11x8]: token ids -> site 0" in lines
+
+
+@pytest.mark.parametrize(
+    "used, permutable",
+    [
+        ({"attention": transformers.alibi}, [3, 3, 5, 8]),
+        ({"attention": transformers.ordered_values}, [2, 3, 5, 8]),
+        ({"attention": transformers.ordered_stream}, [2, 3, 3, 5]),
+        ({"feed": transformers.ordered_hidden}, [2, 3, 3, 8]),
+    ],
+)
+@pytest.mark.parametrize("scan", [False, True])
+def test_what_is_used_by_position_has_no_symmetry(used, permutable, scan):
+    loss, params, args = transformers.plain(**used, scan=scan, blocks=2 if scan else 1)
+    spaces = analyze(loss, params, *args).spaces
+    assert sorted(space.size for space in spaces if space.permutable) == permutable

@@ -35,9 +35,9 @@ def rms_norm(p, x):
     return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p["scale"]
 
 
-def attend(q, k, v):
+def attend(q, k, v, bias=0.0):
     """Causal attention: queries, keys and values ``[batch, tokens, heads, head]``."""
-    scores = jnp.einsum("bthd,bshd->bhts", q, k) / HEAD**0.5
+    scores = jnp.einsum("bthd,bshd->bhts", q, k) / HEAD**0.5 + bias
     scores = jnp.where(jnp.tril(jnp.ones(scores.shape[-2:], bool)), scores, MASKED)
     return jnp.einsum("bhts,bshd->bthd", jax.nn.softmax(scores), v)
 
@@ -50,6 +50,25 @@ def separate(p, h):
     """Query, key and value matrices, split into heads by a reshape."""
     q, k, v = h @ p["q"] + p["q_bias"], h @ p["k"], h @ p["v"] + p["v_bias"]
     return attend(*map(heads_of, (q, k, v))).reshape(*h.shape[:-1], -1) @ p["o"] + p["o_bias"]
+
+
+def alibi(p, h):
+    """Heads that differ by a slope: used by position."""
+    q, k, v = (heads_of(h @ p[name]) for name in "qkv")
+    distance = jnp.arange(TOKENS) - jnp.arange(TOKENS)[:, None]
+    bias = 2.0 ** -jnp.arange(HEADS)[:, None, None] * distance
+    return attend(q, k, v, bias).reshape(*h.shape[:-1], -1) @ p["o"]
+
+
+def ordered_values(p, h):
+    """Value dimensions used by position."""
+    q, k, v = (heads_of(h @ p[name]) for name in "qkv")
+    return attend(q, k, jnp.cumsum(v, -1)).reshape(*h.shape[:-1], -1) @ p["o"]
+
+
+def ordered_stream(p, h):
+    """The residual stream used by position."""
+    return separate(p, jnp.roll(h, 1, axis=-1))
 
 
 def fused(p, h):
@@ -83,6 +102,11 @@ def feed_forward(p, h):
     return jax.nn.gelu(h @ p["up"] + p["up_bias"]) @ p["down"] + p["down_bias"]
 
 
+def ordered_hidden(p, h):
+    """Hidden neurons used by position."""
+    return (jax.nn.relu(h @ p["up"]) * jnp.arange(FEED)) @ p["down"]
+
+
 def gated(p, h):
     return (jax.nn.silu(h @ p["gate"]) * (h @ p["up"])) @ p["down"]
 
@@ -103,6 +127,10 @@ SHAPES = {
     feed_forward: {"up": (STREAM, FEED), "up_bias": (FEED,), "down": (FEED, STREAM), "down_bias": (STREAM,)},
     gated: {"gate": (STREAM, FEED), "up": (STREAM, FEED), "down": (FEED, STREAM)},
 }
+
+for function in (alibi, ordered_values, ordered_stream):
+    SHAPES[function] = SHAPES[separate]
+SHAPES[ordered_hidden] = SHAPES[feed_forward]
 
 
 def plain(

@@ -132,7 +132,7 @@ def slice_(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
 def split(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     """Several slices along one dimension."""
     d, start, results = equation.params["axis"], 0, []
-    lengths = equation.params["sizes"]
+    lengths = [int(length) for length in equation.params["sizes"]]
     for length in lengths:
         axes = list(inputs[0])
         if len(set(lengths)) == 1:

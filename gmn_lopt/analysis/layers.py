@@ -178,19 +178,19 @@ def neuron_dims(layer: LayerUse) -> tuple[set[int], set[int]]:
     other = 1 - layer.side
     free = [len(value.shape) - len(contract[i]) - len(batch[0]) for i, value in enumerate(layer.equation.inputs)]
     start = len(batch[0]) + (free[0] if layer.side == 1 else 0)
-    return set(contract[other]) | {batch[other][i] for i in shared}, shared | set(
-        range(start, start + free[layer.side])
-    )
+    read = set(contract[other]) | {batch[other][i] for i in shared}
+    return read, shared | set(range(start, start + free[layer.side]))
 
 
-def follow(value: Value, consumers: dict[Value, list[Equation]]) -> Iterator[Equation]:
-    """The equations after ``value`` through which its tangent passes unchanged: rearrangements and additions."""
+def follow(layer: LayerUse, consumers: dict[Value, list[Equation]]) -> Iterator[Equation]:
+    """The equations after a layer through which its tangent passes unchanged: rearrangements and additions."""
+    value = layer.output
     while len(consumers.get(value, ())) == 1:
         (equation,) = consumers[value]
         same_shape_add = equation.name in ("add", "add_any") and value.shape == equation.outputs[0].shape
         if not equation.tappable or not (same_shape_add or equation.name in REARRANGEMENTS):
             return
-        if not equation.outputs[0].floating:
+        if not equation.outputs[0].floating or equation.scans != layer.scans:
             return
         yield equation
         value = equation.outputs[0]
@@ -202,7 +202,7 @@ def _claim_biases(program: Program, uses: Uses) -> None:
     for layer in uses.layers:
         chain: list[Equation] = []
         value = layer.output
-        for equation in follow(value, consumers):
+        for equation in follow(layer, consumers):
             others = [other for other in equation.inputs if other is not value]
             if equation.name in REARRANGEMENTS:
                 chain.append(equation)

@@ -91,7 +91,7 @@ def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes
     writes: dict[tuple[Value, Axis, Axis], Write] = {}
     for layer in layers:
         end = layer.output
-        for equation in follow(layer.output, consumers):
+        for equation in follow(layer, consumers):
             end = equation.outputs[0]
         arranged = arrange_output(layer, axes)
         writes.setdefault((end, arranged.set_atoms, arranged.neuron_atoms), Write(arranged)).layers.append(layer)
