@@ -233,9 +233,10 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUs
         else:
             contract, batch = numbers[0][layer.side], numbers[1][layer.side]
         ok, set_batch = True, []
-        for scan, dims in traced.sliced.items():
-            ok &= len(resolve(axes[scan.index][0])) == len(dims)
-            layer.batch.extend(zip(resolve(axes[scan.index][0]), dims))
+        for scan, sliced in traced.sliced.items():
+            counter = resolve(axes[scan.index][0])
+            ok &= len(counter) == len(sliced)
+            layer.batch.extend(zip(counter, sliced))
         layer.stacked = tuple(traced.sliced)
         for d, (axis, dims) in enumerate(zip(operand, traced.axes)):
             pairs = list(zip(resolve(axis), dims))
