@@ -9,7 +9,7 @@ from gmn_lopt.set_subset import subset_size
 from gmn_lopt.structure import Factors, GradientStructure
 
 # For each activation, and each tangent, ``[6, S, d]``; None for token ids, of which there are no averages.
-Averages = tuple[tuple[Float[Array, "decays S d"] | None, ...], tuple[Float[Array, "decays S d"] | None, ...]]
+Averages = tuple[tuple[Float[Array, "_ _ _"] | None, ...], tuple[Float[Array, "_ _ _"] | None, ...]]
 
 
 def init_factor_averages(structure: GradientStructure, max_set_size: int | None) -> Averages:

@@ -52,5 +52,5 @@ def _layer(structure: GradientStructure, layer: Layer) -> str:
     return f"{kernel.name} [{'x'.join(map(str, kernel.shape))}]{bias}: {read} -> site {writes}"
 
 
-def _shorten(names: list[str], most: int = 3) -> str:
+def _shorten(names: list[str], most: int = 2) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
