@@ -10,8 +10,8 @@ import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.analysis import Path, Traced, assemble
-from gmn_lopt.analysis.program import CALLS
+from gmn_lopt.analysis import Path, Tap, Traced, assemble
+from gmn_lopt.analysis.program import CALLS, scan_parts
 from gmn_lopt.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.structure_table import describe
 
@@ -74,7 +74,7 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
         dynamic = _split(args)[0]
 
         def tapped(leaves: list[Array], perturbations: list[Array]) -> tuple[Array, Any]:
-            run = _Run(traced, perturbations)
+            run = _Run(traced.taps, dict(enumerate(perturbations)))
             outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*leaves, *dynamic], ())
             loss, aux = jax.tree.unflatten(out_tree, outputs)
             return loss, (aux, run.recorded)
@@ -94,11 +94,11 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
 class _Run:
     """One evaluation of the loss with its layers tapped."""
 
-    def __init__(self, traced: Traced, perturbations: Sequence[Array]):
-        self.taps = traced.taps
+    def __init__(self, taps: dict[Path, Tap], perturbations: dict[int, Array]):
+        self.taps = taps
         self.perturbations = perturbations
         self.recorded: dict[int, Array] = {}
-        self.inside = {path[:i] for path in traced.taps for i in range(1, len(path))}
+        self.inside = {path[:i] for path in taps for i in range(1, len(path))}
 
     def jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], path: Path) -> list[Any]:
         """Evaluate a jaxpr; calls with taps inside are entered, all others are bound as they are."""
@@ -124,25 +124,51 @@ class _Run:
     def _tap(self, here: Path, inputs: list[Any], output: Array) -> Array:
         tap = self.taps[here]
         if tap.activation is not None:
-            self.recorded[tap.activation] = inputs[1 - tap.side]
+            read = inputs[1 - tap.side]
+            self.recorded[tap.activation] = read if tap.column is None else read[..., tap.column, None]
         return output if tap.tangent is None else output + self.perturbations[tap.tangent]
 
     def _enter(self, eqn: Any, inputs: list[Any], path: Path) -> list[Any]:
+        # Perturbations go into loops and rematerialised regions and activations come out: inside stays pure.
+        taps = {at: tap for at, tap in self.taps.items() if at[: len(path)] == path}
+        tangents = [tap.tangent for tap in taps.values() if tap.tangent is not None]
+        perturbations = {tangent: self.perturbations[tangent] for tangent in tangents}
+        if eqn.primitive.name == "scan":
+            return self._scan(eqn, inputs, path, taps, perturbations)
         jaxpr, consts = CALLS[eqn.primitive.name].body(eqn.params)
         if eqn.primitive.name not in ("remat2", "checkpoint"):
             return self.jaxpr(jaxpr, consts, inputs, path)
 
-        # Perturbations go in and activations come out, so that the rematerialised region stays pure.
-        def region(inputs: list[Any], perturbations: Sequence[Array]) -> tuple[list[Any], dict[int, Array]]:
-            inner = _Run.__new__(_Run)
-            inner.taps, inner.inside = self.taps, self.inside
-            inner.perturbations, inner.recorded = perturbations, {}
+        def region(inputs: list[Any], perturbations: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
+            inner = _Run(taps, perturbations)
             return inner.jaxpr(jaxpr, consts, inputs, path), inner.recorded
 
         policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-        outputs, recorded = jax.checkpoint(region, policy=policy, prevent_cse=prevent_cse)(inputs, self.perturbations)
+        outputs, recorded = jax.checkpoint(region, policy=policy, prevent_cse=prevent_cse)(inputs, perturbations)
         self.recorded.update(recorded)
         return outputs
+
+    def _scan(
+        self, eqn: Any, inputs: list[Any], path: Path, taps: dict[Path, Tap], perturbations: dict[int, Array]
+    ) -> list[Any]:
+        """A loop: slices of the perturbations are scanned over, and the activations are stacked."""
+        params = eqn.params
+        closed: ClosedJaxpr = params["jaxpr"]
+        constants, first, scanned = scan_parts(params, inputs)
+
+        def body(carry: list[Any], slices: tuple[list[Any], dict[int, Array]]) -> tuple[list[Any], Any]:
+            inner = _Run(taps, slices[1])
+            outputs = inner.jaxpr(closed.jaxpr, closed.consts, [*constants, *carry, *slices[0]], path)
+            return outputs[: len(carry)], (outputs[len(carry) :], inner.recorded)
+
+        carry, (stacked, recorded) = jax.lax.scan(
+            body,
+            first,
+            (scanned, perturbations),
+            **{name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params},
+        )
+        self.recorded.update(recorded)
+        return [*carry, *stacked]
 
 
 def _is_dynamic(leaf: Any) -> bool:

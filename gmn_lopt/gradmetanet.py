@@ -172,7 +172,7 @@ class Trunk(nn.Module):
 
     def _copies_mean(self, groups: Sequence[SetGroup], h: jax.Array) -> jax.Array | None:
         sites = self._split(groups, h)
-        means = mean_over_copies(self.structure, range(len(sites)), sites)
+        means = mean_over_copies(self.structure, range(len(sites)), sites, axis=0)
         if all(m is None for m in means):
             return None
         filled = [jnp.zeros_like(h) if m is None else m for h, m in zip(sites, means)]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from gmn_lopt import celo_features
 from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
+from gmn_lopt.factor_averages import factor_channels, init_factor_averages
 from gmn_lopt.features import (
     DECAYS,
     PARAMETER_CHANNELS,
@@ -25,7 +26,7 @@ from gmn_lopt.features import (
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
 from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
-from gmn_lopt.set_subset import subset, subset_size
+from gmn_lopt.set_subset import subset
 from gmn_lopt.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.update_rules import RULES, additive_step, normalized_step
 from gmn_lopt.whitening import WhitenedLayer, whitened_layers
@@ -59,7 +60,8 @@ class LearnedOptimizerState(NamedTuple):
         gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]`` (``celo``:
             ``[4, *shape]``); empty for ``sgdm``.
         factor_averages: moving averages of the activations and of the tangents (at per-element scale), slot by slot
-            of the set (or of the subset that is read): arrays ``[6, S, d]``; empty without GradMetaNet.
+            of the set (or of the subset that is read): arrays ``[6, S, d]``, None for token ids; empty without
+            GradMetaNet.
     """
 
     step: Int[Array, ""]
@@ -289,17 +291,11 @@ class LearnedOptimizer:
         assert self.gradmetanet is not None
         return GradMetaNet(self.structure, self.gradmetanet, channels=1 + len(DECAYS))
 
-    def _read(self, set_size: int) -> int:
-        assert self.gradmetanet is not None
-        return subset_size(set_size, self.gradmetanet.max_set_size)
-
     def _init_factor_averages(self) -> PyTree:
         if not self._reads_set:
             return ()
-        s = self.structure
-        shapes = [(self._read(size), d) for size, d in (*s.activation_shapes, *s.tangent_shapes)]
-        zeros = [jnp.zeros((len(DECAYS), *shape), jnp.float32) for shape in shapes]
-        return tuple(zeros[: len(s.activation_shapes)]), tuple(zeros[len(s.activation_shapes) :])
+        assert self.gradmetanet is not None
+        return init_factor_averages(self.structure, self.gradmetanet.max_set_size)
 
     def _update(
         self,
@@ -336,7 +332,9 @@ class LearnedOptimizer:
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
             if self._reads_set:
-                channels, factor_averages = self._factor_channels(state.factor_averages, factors, state.step)
+                assert self.gradmetanet is not None
+                read = subset(factors, self.gradmetanet.max_set_size, state.step)
+                channels, factor_averages = factor_channels(factor_averages, read)
                 extra = self._extra_features(phi, channels, indices, values)
             features = [self._features(*leaf, state.step) for leaf in zip(values, grads, averages)]
             if features:
@@ -374,18 +372,11 @@ class LearnedOptimizer:
     def _per_element(self, factors: Any) -> Factors:
         """The factors in float32, the tangents at per-element scale."""
         check_factors(self.structure, factors)
+        ids = self.structure.token_ids
         return Factors(
-            tuple(jnp.asarray(a, jnp.float32) for a in factors.activations),
+            tuple(a if i in ids else jnp.asarray(a, jnp.float32) for i, a in enumerate(factors.activations)),
             tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
         )
-
-    def _factor_channels(self, averages: PyTree, factors: Factors, step: jax.Array) -> tuple[Factors, PyTree]:
-        """The channels that GradMetaNet reads: current factors and their moving averages."""
-        assert self.gradmetanet is not None
-        read = subset(factors, self.gradmetanet.max_set_size, step)
-        current = (read.activations, read.tangents)
-        new = jax.tree.map(update_averages, averages, current)
-        return Factors(*jax.tree.map(lambda x, a: jnp.concatenate([x[None], a]), current, new)), new
 
     def _extra_features(
         self, phi: PyTree, channels: Factors, indices: Sequence[int], values: Sequence[jax.Array]

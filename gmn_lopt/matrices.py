@@ -11,19 +11,15 @@ from gmn_lopt.structure import Parameter
 
 def is_kernel(parameter: Parameter) -> bool:
     """Whether a parameter maps the neurons of one site to those of another, so that it is a matrix (or a stack)."""
-    if len(parameter.sites) != 2:
-        return False
-    read, write = (set(ref.dims) for ref in parameter.sites)
-    sizes = parameter.cut_shape
-    return not read & write and min(math.prod(sizes[d] for d in dims) for dims in (read, write)) > 1
+    return len(parameter.sites) == 2 and min(_layout(parameter)[1][1:]) > 1
 
 
 def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
     """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
 
     By the Newton-Schulz iteration of Muon (Jordan et al. 2024) in optax, whose factor for the width this is: the step
-    it gives then changes a layer's output by about the same, however wide it is. Axes that belong to neither site are
-    batch axes.
+    it gives then changes a layer's output by about the same, however wide it is. Axes that belong to neither site, or
+    to both (heads, stacked layers), are batch axes.
 
     Args:
         parameter: a kernel (:func:`is_kernel`).
@@ -52,7 +48,9 @@ def from_stack(parameter: Parameter, stack: Float[Array, "batch d_in d_out"]) ->
 def _layout(parameter: Parameter) -> tuple[tuple[int, ...], list[int]]:
     """The order of the dimensions of the cut shape in :func:`as_stack`, and the shape of the stack."""
     *reads, write = (ref.dims for ref in parameter.sites)
-    read = tuple(d for dims in reads for d in dims)
+    shared = {d for dims in reads for d in dims if d in write}
+    read = tuple(d for dims in reads for d in dims if d not in shared)
+    write = tuple(d for d in write if d not in shared)
     batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
     return (*batch, *read, *write), [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
 

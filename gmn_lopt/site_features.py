@@ -1,6 +1,7 @@
 """The features of the neurons of sites that share one set, and the means that GradMetaNet's layers take of them."""
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -41,28 +42,44 @@ def group_sites(structure: GradientStructure) -> tuple[SetGroup, ...]:
     )
 
 
+def group_copies(structure: GradientStructure, sites: Sequence[int]) -> list[list[int]]:
+    """The positions in ``sites`` of those that have the same neurons; those without copies are left out."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for position, site in enumerate(structure.sites[s] for s in sites):
+        same = tuple(space for i, space in enumerate(site.spaces) if i not in site.copies)
+        groups.setdefault(same, []).append(position)
+    return [g for g in groups.values() if len(g) > 1 or structure.sites[sites[g[0]]].copies]
+
+
 def mean_over_copies(
-    structure: GradientStructure, sites: Sequence[int], values: Sequence[Float[Array, "..."]]
+    structure: GradientStructure, sites: Sequence[int], values: Sequence[Float[Array, "..."]], axis: int
 ) -> list[Float[Array, "..."] | None]:
-    """For each site, the mean over all the sites whose neurons are the same; None for a site without copies.
+    """For each site, the mean over all copies of the same neurons; None for a site without copies.
+
+    Copies are the sites with the same neurons, and the repetitions along a site's own ``copies``; each counts once.
 
     Args:
         structure: the model's structure.
         sites: indices of the sites.
         values: an array for each site.
+        axis: the axis of these arrays that runs over neurons.
 
     Returns:
         An array of the same shape (or None) for each site.
     """
-    copies: dict[tuple[int, ...], list[int]] = {}
-    for position, site in enumerate(sites):
-        copies.setdefault(structure.sites[site].spaces, []).append(position)
     means: list[jax.Array | None] = [None] * len(sites)
-    for positions in copies.values():
-        if len(positions) > 1:
-            mean = jnp.stack([values[p] for p in positions]).mean(0)
-            for p in positions:
-                means[p] = mean
+    for positions in group_copies(structure, sites):
+        apart, repeated = {}, {}
+        for p in positions:
+            site, x = structure.sites[sites[p]], values[p]
+            sizes = [structure.spaces[space].size for space in site.spaces]
+            apart[p] = x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+            repeated[p] = tuple(axis + i for i in site.copies)
+        count = sum(math.prod(apart[p].shape[i] for i in repeated[p]) for p in positions)
+        mean = jnp.asarray(sum(apart[p].sum(repeated[p]) for p in positions)) / count
+        for p in positions:
+            again = jnp.broadcast_to(jnp.expand_dims(mean, repeated[p]), apart[p].shape)
+            means[p] = again.reshape(values[p].shape)
     return means
 
 
@@ -90,7 +107,7 @@ class NeuronFeatures:
         """The mean over the copies of each neuron times a matrix; None where no neuron has copies."""
         sizes = [self.structure.sites[s].size for s in self.group.sites]
         values = jnp.split(self.values, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=1)
-        means = mean_over_copies(self.structure, self.group.sites, values)
+        means = mean_over_copies(self.structure, self.group.sites, values, axis=1)
         return _side_by_side(self.structure, self.group, [None if m is None else m @ matrix for m in means])
 
     def after_layer(self, values: Float[Array, "S neurons g"]) -> "NeuronFeatures":
@@ -140,11 +157,11 @@ class FactorFeatures:
 
     def copies_product(self, matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"] | None:
         """The mean over the copies of each neuron times a matrix; None where no neuron has copies."""
-        spaces = [self.structure.sites[s].spaces for s in self.group.sites]
+        copied = {position for group in group_copies(self.structure, self.group.sites) for position in group}
         values = [
-            self._per_site(i, lambda x: x) if spaces.count(s) > 1 else jnp.zeros(()) for i, s in enumerate(spaces)
+            self._per_site(i, lambda x: x) if i in copied else jnp.zeros(()) for i in range(len(self.group.sites))
         ]
-        means = mean_over_copies(self.structure, self.group.sites, values)
+        means = mean_over_copies(self.structure, self.group.sites, values, axis=2)
         products = [None if m is None else jnp.einsum("csd,cg->sdg", m, matrix) for m in means]
         return _side_by_side(self.structure, self.group, products)
 

@@ -23,10 +23,13 @@ class Space:
         size: number of neurons.
         permutable: whether the loss is unchanged when the space's neurons are permuted in every parameter at once. A
             space that is not permutable is *fixed*: something in the model uses its neurons by their position.
+        stack: indices of the spaces at each of whose positions the neurons may be permuted by themselves: the scanned
+            axis, for the hidden neurons of layers that are stacked and scanned over. Empty for most spaces.
     """
 
     size: int
     permutable: bool
+    stack: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Site:
             element.
         activation: index into ``Factors.activations``, or None at a site that is only written.
         tangent: index into ``Factors.tangents``, or None at a site that is only read.
+        copies: positions in ``spaces`` of axes along which the same neurons are repeated: the scanned axis, at sites in
+            the residual stream of layers that are stacked and scanned over. Empty for most sites.
     """
 
     spaces: tuple[int, ...]
@@ -50,6 +55,7 @@ class Site:
     set_axes: tuple[int, ...]
     activation: int | None
     tangent: int | None
+    copies: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -107,7 +113,7 @@ class Parameter:
 
 @dataclass(frozen=True)
 class Layer:
-    """One linear map ``u = a W + b`` of the model.
+    """One linear map ``u = a W + b`` of the model; of layers that are stacked and scanned over, the whole stack.
 
     Attributes:
         kernel: index into ``GradientStructure.parameters``.
@@ -116,6 +122,8 @@ class Layer:
         tangent: index into ``Factors.tangents``.
         kernel_gradient: ``(activation, tangent, kernel) -> dense gradient``; not part of the comparison of structures.
         bias_gradient: ``(tangent, bias) -> dense gradient``, or None; likewise.
+        embedding: whether it looks up rows of its kernel; the activations are then indices (token ids) ``[S, 1]``, at
+            no site, in place of one-hot rows, which are never built.
     """
 
     kernel: int
@@ -124,6 +132,7 @@ class Layer:
     tangent: int
     kernel_gradient: Callable[..., Array] | None = field(default=None, compare=False, repr=False)
     bias_gradient: Callable[..., Array] | None = field(default=None, compare=False, repr=False)
+    embedding: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -135,7 +144,8 @@ class Factors:
     ``dL/dW = a^T g`` and ``dL/db = sum_s g_s`` (arXiv:2507.01649, section 3).
 
     Attributes:
-        activations: one array ``[S, d_in]`` for each distinct activation that a layer reads.
+        activations: one array ``[S, d_in]`` for each distinct activation that a layer reads; for an embedding, the
+            token ids, integers ``[S, 1]``.
         tangents: one array ``[S, d_out]`` for each distinct tangent at the output of a layer.
     """
 
@@ -166,6 +176,11 @@ class GradientStructure:
     treedef: jax.tree_util.PyTreeDef
     activation_shapes: tuple[tuple[int, int], ...]
     tangent_shapes: tuple[tuple[int, int], ...]
+
+    @property
+    def token_ids(self) -> frozenset[int]:
+        """Indices of the activations that are token ids, integers ``[S, 1]`` read by embeddings."""
+        return frozenset(layer.activation for layer in self.layers if layer.embedding)
 
     def reconstruct(self, factors: Factors) -> PyTree:
         """Dense gradients from factors: the sum of the outer products of each parameter's layers.

@@ -56,7 +56,8 @@ def whitened_layers(structure: GradientStructure, indices: Sequence[int]) -> tup
             or (bias is not None and bias not in position)
         ):
             continue
-        whole = is_kernel(kernel) and sum(len(ref.dims) for ref in kernel.sites) == len(kernel.cut_shape)
+        dims = sorted(d for ref in kernel.sites for d in ref.dims)
+        whole = is_kernel(kernel) and dims == list(range(len(kernel.cut_shape)))
         if whole and structure.sites[kernel.sites[0].site].activation == layer.activation:
             size = structure.sites[kernel.sites[0].site].size + (bias is not None)
             place = None if bias is None else position[bias]

@@ -7,9 +7,28 @@ from gmn_lopt import Factors
 
 
 def draw(structure, seed):
-    """One permutation of each space, the identity for fixed ones."""
+    """One permutation of each space (one for each position in its stack), the identity for fixed ones."""
     rng = np.random.default_rng(seed)
-    return [rng.permutation(s.size) if s.permutable else np.arange(s.size) for s in structure.spaces]
+    permutations = []
+    for space in structure.spaces:
+        stack = [structure.spaces[i].size for i in space.stack]
+        same = np.broadcast_to(np.arange(space.size), (*stack, space.size))
+        permutations.append(rng.permuted(same, axis=-1) if space.permutable else same)
+    return permutations
+
+
+def take(structure, permutations, array, spaces):
+    """Permute an array whose leading dimensions run over the given spaces."""
+    result = array
+    for dim, space in enumerate(spaces):
+        stack = structure.spaces[space].stack
+        dims = [*(spaces.index(i) for i in stack), dim]
+        index = np.asarray(permutations[space]).transpose(np.argsort(dims))
+        shape = [1] * array.ndim
+        for d in dims:
+            shape[d] = array.shape[d]
+        result = np.take_along_axis(result, index.reshape(shape), axis=dim)
+    return result
 
 
 def parameters(structure, permutations, tree):
@@ -18,9 +37,7 @@ def parameters(structure, permutations, tree):
     for parameter, leaf in zip(structure.parameters, jax.tree.leaves(tree), strict=True):
         array = np.asarray(leaf)
         array = array.reshape(parameter.cut_shape + array.shape[len(parameter.shape) :])
-        for dim, space in enumerate(parameter.spaces):
-            array = np.take(array, permutations[space], axis=dim)
-        leaves.append(array.reshape(np.shape(leaf)))
+        leaves.append(take(structure, permutations, array, parameter.spaces).reshape(np.shape(leaf)))
     return jax.tree.unflatten(jax.tree.structure(tree), leaves)
 
 
@@ -29,9 +46,7 @@ def factors(structure, permutations, values):
     activations, tangents = list(values.activations), list(values.tangents)
     for site in structure.sites:
         shape = [structure.spaces[i].size for i in site.spaces]
-        order = np.arange(site.size).reshape(shape)
-        for dim, space in enumerate(site.spaces):
-            order = np.take(order, permutations[space], axis=dim)
+        order = take(structure, permutations, np.arange(site.size).reshape(shape), site.spaces)
         if site.activation is not None:
             activations[site.activation] = activations[site.activation][:, order.ravel()]
         if site.tangent is not None:

@@ -9,11 +9,12 @@ from jax.extend.core import ClosedJaxpr
 
 from gmn_lopt.analysis.axes import Atom, Atoms, Axis, resolve
 from gmn_lopt.analysis.axis_rules import Axes, apply_rule
-from gmn_lopt.analysis.layers import LayerUse, Uses, find_layers, label, trace_view
+from gmn_lopt.analysis.layers import LayerUse, Uses, find_layers, id_column, label, trace_view
 from gmn_lopt.analysis.layout import Layout
 from gmn_lopt.analysis.program import Path, Program, Value, flatten
 from gmn_lopt.analysis.reconstruct import bias_gradient, kernel_gradient
 from gmn_lopt.analysis.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair
+from gmn_lopt.analysis.stacks import copies, independent_stacks
 from gmn_lopt.structure import GradientStructure, Layer, Parameter, Site, SiteRef, Space
 
 
@@ -23,11 +24,13 @@ class Tap:
 
     Attributes:
         side: which operand is the parameter.
+        column: of a lookup's index vectors, the component to record; None for products.
         activation: index of the activation to record here, or None if another layer records it.
         tangent: index of the perturbation to add to the output here, or None if another layer adds it.
     """
 
     side: int
+    column: int | None
     activation: int | None
     tangent: int | None
 
@@ -71,6 +74,7 @@ def assemble(
     write_of = {layer: write for write in writes for layer in write.layers}
 
     references = _references(program, axes, layers, found, read_of, write_of)
+    stacks = independent_stacks(program, axes)
     space, set_axis = _Numbering(), _Numbering()
     sites = tuple(
         Site(
@@ -80,6 +84,7 @@ def assemble(
             set_axes=tuple(map(set_axis, site.arranged.set_atoms)),
             activation=None if site.read is None else reads.index(site.read),
             tangent=None if site.write is None else writes.index(site.write),
+            copies=copies(site.arranged.neuron_atoms, program, axes, stacks),
         )
         for site in found
     )
@@ -100,7 +105,10 @@ def assemble(
             )
         )
     structure = GradientStructure(
-        spaces=tuple(Space(atom.size, not atom.fixed) for atom in space.atoms),
+        spaces=tuple(
+            Space(atom.size, not atom.fixed, tuple(space(s) for s in stacks.get(atom, ()) if s in space.atoms))
+            for atom in space.atoms
+        ),
         sites=sites,
         parameters=tuple(parameters),
         layers=tuple(
@@ -114,6 +122,7 @@ def assemble(
     taps = {
         layer.equation.path: Tap(
             layer.side,
+            id_column(layer.equation) if layer.embedding else None,
             reads.index(read_of[layer]) if read_of[layer].layers[0] is layer else None,
             writes.index(write_of[layer]) if write_of[layer].layers[0] is layer else None,
         )
@@ -153,12 +162,12 @@ def _references(
     for i, site in enumerate(found):
         site_of |= {part: i for part in (site.read, site.write) if part is not None}
     references: dict[int, tuple[SiteRef, ...]] = {}
-    for layer in layers:
-        reads_from, writes_to = site_of[read_of[layer]], site_of[write_of[layer]]
-        refs = (
-            SiteRef(reads_from, _dims(layer.batch + layer.inputs)),
-            SiteRef(writes_to, _dims(layer.batch + layer.outputs)),
-        )
+    # A table that is an output layer too is described by that: its lookups know nothing of the rows.
+    for layer in sorted(layers, key=lambda layer: layer.embedding):
+        writes_to = site_of[write_of[layer]]
+        refs: tuple[SiteRef, ...] = (SiteRef(writes_to, _dims(layer.batch + layer.outputs)),)
+        if not layer.embedding:
+            refs = (SiteRef(site_of[read_of[layer]], _dims(layer.batch + layer.inputs)), *refs)
         references.setdefault(layer.view.leaf, refs)
         if layer.bias is not None:
             leaf = layer.bias.view.leaf
@@ -214,5 +223,6 @@ def _layer(layer: LayerUse, axes: dict[Value, Axes], activation: int, read: Read
         activation=activation,
         tangent=tangent,
         kernel_gradient=kernel_gradient(layer, read.arranged.layout, output),
-        bias_gradient=None if layer.bias is None else bias_gradient(layer.bias, output),
+        bias_gradient=None if layer.bias is None else bias_gradient(layer, output),
+        embedding=layer.embedding,
     )

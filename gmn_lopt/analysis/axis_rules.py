@@ -132,7 +132,7 @@ def slice_(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
 def split(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     """Several slices along one dimension."""
     d, start, results = equation.params["axis"], 0, []
-    lengths = equation.params["sizes"]
+    lengths = [int(length) for length in equation.params["sizes"]]
     for length in lengths:
         axes = list(inputs[0])
         if len(set(lengths)) == 1:
@@ -191,6 +191,32 @@ def gather(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     return [tuple(next(remaining) if d in numbers.offset_dims else next(carried) for d in range(rank))]
 
 
+def scan_index(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """The iterations of a loop come in an order."""
+    return [atoms.new_axes(equation.outputs[0].shape, fixed=True)]
+
+
+def scan_enter(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """Every iteration's carry is like the first one."""
+    return inputs
+
+
+def scan_slice(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """The scanned axis is the counter's (where that is given), and is dropped."""
+    whole, *index = inputs
+    for (counter,) in index:
+        atoms.unify(counter, whole[0])
+    return [whole[1:]]
+
+
+def scan_exit(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """The carries that an iteration starts and ends with are alike; its other outputs are stacked."""
+    count = equation.params["carries"]
+    (index, *carries), results = inputs[: 1 + count], inputs[1 + count :]
+    last = [tuple(map(atoms.unify, before, after)) for before, after in zip(carries, results)]
+    return [*last, *((*index, *axes) for axes in results[count:])]
+
+
 def iota(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     """Positions themselves along one dimension, uniform along the others."""
     shape, dimension = equation.outputs[0].shape, equation.params["dimension"]
@@ -233,6 +259,10 @@ def _table() -> dict[str, Rule]:
         "random_bits": random_bits,
         "reshape": reshape,
         "rev": along("dimensions"),
+        "scan_enter": scan_enter,
+        "scan_exit": scan_exit,
+        "scan_index": scan_index,
+        "scan_slice": scan_slice,
         "slice": slice_,
         "split": split,
         "squeeze": squeeze,

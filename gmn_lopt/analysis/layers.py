@@ -1,16 +1,19 @@
-"""Linear layers of a program: products with a view of a parameter, their biases, and all other uses of parameters."""
+"""Linear layers of a program: products with a view of a parameter, lookups in one, their biases, and all other uses.
+
+An embedding lookup is the product with one-hot rows, which are never built: its activations are token ids.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gmn_lopt.analysis.axes import Atom, Atoms, Axis, resolve, sizes
 from gmn_lopt.analysis.axis_rules import Axes, apply_rule
-from gmn_lopt.analysis.program import Equation, Program, Value
+from gmn_lopt.analysis.program import Equation, Program, Scan, Value
 
-# Rearrangements of one array: a parameter seen through them is still that parameter.
-VIEWS = {"broadcast_in_dim", "convert_element_type", "copy", "copy_p", "reshape", "slice", "squeeze", "transpose"}
 # Rearrangements that leave every entry in place exactly once: a tangent is the same before and after them.
 REARRANGEMENTS = {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
+# Rearrangements of one array: a parameter seen through them is still that parameter.
+VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "scan_slice", "slice"}
 
 
 @dataclass(eq=False)
@@ -33,10 +36,12 @@ class BiasUse:
 
 @dataclass(eq=False)
 class LayerUse:
-    """One product of an activation with a view of a parameter.
+    """One product of an activation with a view of a parameter, or one lookup of rows of it.
 
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
-    which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set.
+    which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
+    ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
+    elements of the set).
     """
 
     index: int
@@ -48,10 +53,21 @@ class LayerUse:
     outputs: list[tuple[Atom, int]] = field(default_factory=list)
     batch: list[tuple[Atom, int]] = field(default_factory=list)
     set_batch: tuple[int, ...] = ()
+    stacked: tuple[Scan, ...] = ()
+
+    @property
+    def embedding(self) -> bool:
+        """Whether this is a lookup."""
+        return self.equation.name == "gather"
+
+    @property
+    def scans(self) -> tuple[Scan, ...]:
+        """The loops around the layer, outermost first."""
+        return self.equation.scans
 
     @property
     def activation(self) -> Value:
-        """The input of the layer."""
+        """The input of the layer; of a lookup, the indices."""
         return self.equation.inputs[1 - self.side]
 
     @property
@@ -100,11 +116,13 @@ def _visit(equation: Equation, uses: Uses) -> None:
         dependence.data |= of.data
         dependence.leaves |= of.leaves
         dependence.layers |= of.layers
+    for value in equation.params["also"] if equation.name == "scan_enter" else ():
+        dependence.data |= uses.dependence.get(value, dependence).data
 
     if equation.name in VIEWS and equation.inputs[0] in uses.views and equation.outputs[0].floating:
         view = uses.views[equation.inputs[0]]
         uses.views[equation.outputs[0]] = View(view.leaf, (*view.chain, equation))
-    elif (layer := _as_layer(equation, uses)) is not None:
+    elif (layer := _as_lookup(equation, uses) or _as_layer(equation, uses)) is not None:
         uses.layers.append(layer)
         dependence.layers |= 1 << layer.index
     elif equation.name != "stop_gradient" and any(value.floating for value in equation.outputs):
@@ -127,14 +145,52 @@ def _as_layer(equation: Equation, uses: Uses) -> LayerUse | None:
     return LayerUse(len(uses.layers), equation, uses.views[equation.inputs[sides[0]]], sides[0])
 
 
-def follow(value: Value, consumers: dict[Value, list[Equation]]) -> Iterator[Equation]:
-    """The equations after ``value`` through which its tangent passes unchanged: rearrangements and additions."""
+def _as_lookup(equation: Equation, uses: Uses) -> LayerUse | None:
+    if equation.name != "gather" or not equation.tappable or equation.inputs[0] not in uses.views:
+        return None
+    if equation.params["dimension_numbers"].operand_batching_dims or len(indexed := looked_up(equation)) != 1:
+        return None
+    if equation.params["slice_sizes"][indexed[0]] != 1:
+        return None
+    return LayerUse(len(uses.layers), equation, uses.views[equation.inputs[0]], 0)
+
+
+def looked_up(equation: Equation) -> list[int]:
+    """The dimensions of a gather's operand that are not taken whole."""
+    collapsed = equation.params["dimension_numbers"].collapsed_slice_dims
+    sizes_ = zip(equation.inputs[0].shape, equation.params["slice_sizes"])
+    return [d for d, (size, length) in enumerate(sizes_) if d in collapsed or size != length]
+
+
+def id_column(equation: Equation) -> int:
+    """Which component of a lookup's index vectors is the row to take; the others start whole slices."""
+    (indexed,) = looked_up(equation)
+    return equation.params["dimension_numbers"].start_index_map.index(indexed)
+
+
+def neuron_dims(layer: LayerUse) -> tuple[set[int], set[int]]:
+    """The dimensions of a layer's activation and of its output that are neurons; all others are the set."""
+    if layer.embedding:
+        rank = len(layer.activation.shape)
+        return {rank - 1}, set(layer.equation.params["dimension_numbers"].offset_dims)
+    contract, batch = layer.equation.params["dimension_numbers"]
+    shared = {i for i in range(len(batch[0])) if i not in layer.set_batch}
+    other = 1 - layer.side
+    free = [len(value.shape) - len(contract[i]) - len(batch[0]) for i, value in enumerate(layer.equation.inputs)]
+    start = len(batch[0]) + (free[0] if layer.side == 1 else 0)
+    read = set(contract[other]) | {batch[other][i] for i in shared}
+    return read, shared | set(range(start, start + free[layer.side]))
+
+
+def follow(layer: LayerUse, consumers: dict[Value, list[Equation]]) -> Iterator[Equation]:
+    """The equations after a layer through which its tangent passes unchanged: rearrangements and additions."""
+    value = layer.output
     while len(consumers.get(value, ())) == 1:
         (equation,) = consumers[value]
         same_shape_add = equation.name in ("add", "add_any") and value.shape == equation.outputs[0].shape
         if not equation.tappable or not (same_shape_add or equation.name in REARRANGEMENTS):
             return
-        if not equation.outputs[0].floating:
+        if not equation.outputs[0].floating or equation.scans != layer.scans:
             return
         yield equation
         value = equation.outputs[0]
@@ -146,16 +202,16 @@ def _claim_biases(program: Program, uses: Uses) -> None:
     for layer in uses.layers:
         chain: list[Equation] = []
         value = layer.output
-        for equation in follow(value, consumers):
+        for equation in follow(layer, consumers):
+            others = [other for other in equation.inputs if other is not value]
             if equation.name in REARRANGEMENTS:
                 chain.append(equation)
-                value = equation.outputs[0]
-                continue
-            others = [other for other in equation.inputs if other is not value]
-            if len(others) == 1 and others[0] in uses.views and equation not in claimed:
-                claimed.add(equation)
-                layer.bias = BiasUse(uses.views[others[0]], others[0], equation, tuple(chain))
-            break
+            elif len(others) == 1 and others[0] in uses.views:
+                if equation not in claimed:
+                    claimed.add(equation)
+                    layer.bias = BiasUse(uses.views[others[0]], others[0], equation, tuple(chain))
+                break
+            value = equation.outputs[0]
 
 
 def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUse]:
@@ -171,9 +227,18 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUs
             continue
         operand = axes[layer.equation.inputs[layer.side]]
         numbers = layer.equation.params["dimension_numbers"]
-        contract, batch = numbers[0][layer.side], numbers[1][layer.side]
+        batch: tuple[int, ...] = ()
+        if layer.embedding:
+            contract = tuple(looked_up(layer.equation))
+        else:
+            contract, batch = numbers[0][layer.side], numbers[1][layer.side]
         ok, set_batch = True, []
-        for d, (axis, dims) in enumerate(zip(operand, traced)):
+        for scan, sliced in traced.sliced.items():
+            counter = resolve(axes[scan.index][0])
+            ok &= len(counter) == len(sliced)
+            layer.batch.extend(zip(counter, sliced))
+        layer.stacked = tuple(traced.sliced)
+        for d, (axis, dims) in enumerate(zip(operand, traced.axes)):
             pairs = list(zip(resolve(axis), dims))
             if len(resolve(axis)) != len(dims):
                 ok = False
@@ -192,8 +257,21 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUs
     return kept
 
 
-def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> list[list[int | None]] | None:
-    """For each axis of a view, the dimension of the leaf's cut shape behind each of its atoms (None: broadcast)."""
+@dataclass
+class TracedView:
+    """The dimensions of a leaf's cut shape that are behind the axes of a view.
+
+    Attributes:
+        axes: for each axis of the view, the dimension behind each of its atoms (None: broadcast).
+        sliced: the same for the axis that each loop slices.
+    """
+
+    axes: list[list[int | None]]
+    sliced: dict[Scan, list[int]]
+
+
+def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView | None:
+    """Follow the dimensions of a leaf through a view; None where they cannot be told apart, or a loop broadcasts."""
     atoms = Atoms()
     cut = [sizes(resolve(axis)) for axis in axes[leaf]]
     dims: dict[Atom, int] = {}
@@ -204,8 +282,13 @@ def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> list[list[in
             dims[atom] = len(dims)
         leaf_axes.append(axis)
     current: Axes = tuple(leaf_axes)
+    slices: dict[Scan, Axis] = {}
     for equation in view.chain:
+        if equation.name == "scan_slice":
+            slices[equation.params["scan"]] = current[0]
         (current,) = apply_rule(atoms, equation, [current])
-    if any(atom.parts is not None for atom in dims):
+    sliced = {scan: [dims.get(atom) for atom in resolve(axis)] for scan, axis in slices.items()}
+    if any(atom.parts is not None for atom in dims) or any(None in found for found in sliced.values()):
         return None
-    return [[dims.get(atom) for atom in resolve(axis)] for axis in current]
+    found = [[dims.get(atom) for atom in resolve(axis)] for axis in current]
+    return TracedView(found, {scan: [d for d in part if d is not None] for scan, part in sliced.items()})

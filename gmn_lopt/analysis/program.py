@@ -1,7 +1,13 @@
-"""The loss as a flat list of equations: its jaxpr with every call entered and dead equations dropped."""
+"""The loss as a flat list of equations: its jaxpr with every call entered and dead equations dropped.
+
+The body of a ``scan`` is entered once, its values standing for one iteration; four equations of our own connect it with
+the outside: ``scan_index`` makes the iteration counter, whose axis is the scanned axis; ``scan_enter`` makes the carry
+that an iteration starts with, ``scan_slice`` takes the iteration's slice of a scanned array, and ``scan_exit`` returns
+the last carry and stacks the outputs.
+"""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -33,8 +39,28 @@ class Value:
 
 
 @dataclass(eq=False)
+class Scan:
+    """A loop whose body the program holds once.
+
+    Attributes:
+        index: the iteration counter ``[length]``; its axis is the scanned axis, fixed.
+        carries: what an iteration starts with.
+        next_carries: what it hands to the next one.
+    """
+
+    index: Value
+    carries: list[Value] = field(default_factory=list)
+    next_carries: list[Value] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Number of iterations."""
+        return self.index.shape[0]
+
+
+@dataclass(eq=False)
 class Equation:
-    """One primitive application; ``path`` locates it in the nested jaxprs.
+    """One primitive application; ``path`` locates it in the nested jaxprs, ``scans`` are the loops around it.
 
     ``tappable`` is false inside functions with custom derivatives, where a perturbation of an intermediate value would
     not get the derivative that the function defines.
@@ -46,6 +72,7 @@ class Equation:
     outputs: list[Value]
     path: Path
     tappable: bool
+    scans: tuple[Scan, ...] = ()
 
     @property
     def name(self) -> str:
@@ -99,15 +126,38 @@ CALLS: dict[str, Call] = {
 }
 
 
+SCAN_INDEX, SCAN_ENTER, SCAN_SLICE, SCAN_EXIT = (
+    Primitive(f"scan_{name}") for name in ("index", "enter", "slice", "exit")
+)
+
+
+def scan_parts(params: dict[str, Any], inputs: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
+    """The inputs of a scan equation: what is the same in every iteration, the first carry, and the scanned arrays."""
+    first, last = params["num_consts"], params["num_consts"] + params["num_carry"]
+    return list(inputs[:first]), list(inputs[first:last]), list(inputs[last:])
+
+
 def flatten(closed: ClosedJaxpr, num_parameters: int) -> Program:
     """Inline a closed jaxpr whose first inputs are the parameters and whose first output is the loss."""
     flat = _Flattener()
     invars = closed.jaxpr.invars
     parameters = [_value(var, "parameter") for var in invars[:num_parameters]]
     data = [_value(var, "data") for var in invars[num_parameters:]]
-    outputs = flat.inline(closed.jaxpr, flat.constants_of(closed.jaxpr), [*parameters, *data], (), True)
+    outputs = flat.inline(closed.jaxpr, flat.constants_of(closed.jaxpr), [*parameters, *data], _Place((), True, ()))
     equations = _live(flat.equations, outputs[0])
     return Program(parameters, data, equations, outputs[0], flat.constants)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a jaxpr stands: its path, whether it may be tapped, and the loops around it."""
+
+    path: Path
+    tappable: bool
+    scans: tuple[Scan, ...]
+
+    def enter(self, index: int, tappable: bool = True) -> "_Place":
+        return replace(self, path=(*self.path, index), tappable=self.tappable and tappable)
 
 
 class _Flattener:
@@ -120,9 +170,7 @@ class _Flattener:
         self.constants.extend(values)
         return values
 
-    def inline(
-        self, jaxpr: Jaxpr, constants: list[Value], arguments: list[Value], path: Path, tappable: bool
-    ) -> list[Value]:
+    def inline(self, jaxpr: Jaxpr, constants: list[Value], arguments: list[Value], place: _Place) -> list[Value]:
         environment: dict[Any, Value] = dict(zip(jaxpr.constvars, constants)) | dict(zip(jaxpr.invars, arguments))
 
         def read(atom: Any) -> Value:
@@ -138,15 +186,40 @@ class _Flattener:
             call = CALLS.get(eqn.primitive.name)
             if call is not None:
                 inner, _ = call.body(eqn.params)
-                outputs = self.inline(
-                    inner, self.constants_of(inner), inputs, (*path, index), tappable and call.tappable
-                )
+                outputs = self.inline(inner, self.constants_of(inner), inputs, place.enter(index, call.tappable))
+            elif eqn.primitive.name == "scan":
+                outputs = self.scan(eqn, inputs, place.enter(index))
             else:
                 outputs = [_value(var, "equation") for var in eqn.outvars]
-                equation = Equation(eqn.primitive, eqn.params, inputs, outputs, (*path, index), tappable)
-                self.equations.append(equation)
+                self.emit(eqn.primitive, eqn.params, inputs, outputs, place.enter(index))
             environment.update(zip(eqn.outvars, outputs))
         return [read(atom) for atom in jaxpr.outvars]
+
+    def emit(
+        self, primitive: Primitive, params: dict[str, Any], inputs: list[Value], outputs: list[Value], place: _Place
+    ) -> None:
+        self.equations.append(Equation(primitive, params, inputs, outputs, place.path, place.tappable, place.scans))
+
+    def scan(self, eqn: Any, inputs: list[Value], place: _Place) -> list[Value]:
+        body = eqn.params["jaxpr"].jaxpr
+        constants, first, scanned = scan_parts(eqn.params, inputs)
+        _, carry_vars, slice_vars = scan_parts(eqn.params, body.invars)
+        scan = Scan(Value((eqn.params["length"],), "equation", jnp.int32))
+        scan.carries = [_value(var, "equation") for var in carry_vars]
+        slices = [_value(var, "equation") for var in slice_vars]
+        inside = replace(place, scans=(*place.scans, scan))
+        self.emit(SCAN_INDEX, {}, [], [scan.index], place)
+        if first:
+            # Through the iterations before, a carry depends on everything that the loop reads.
+            self.emit(SCAN_ENTER, {"also": [*constants, *scanned]}, first, scan.carries, place)
+        for whole, part in zip(scanned, slices):
+            self.emit(SCAN_SLICE, {"scan": scan}, [whole, scan.index], [part], inside)
+        results = self.inline(body, self.constants_of(body), [*constants, *scan.carries, *slices], inside)
+        scan.next_carries, stacked = results[: len(first)], results[len(first) :]
+        outputs = [_value(var, "equation") for var in eqn.outvars]
+        used = [scan.index, *scan.carries, *scan.next_carries, *stacked]
+        self.emit(SCAN_EXIT, {"carries": len(first)}, used, outputs, place)
+        return outputs
 
 
 def _value(var: Any, origin: str) -> Value:
