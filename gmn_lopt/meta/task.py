@@ -28,6 +28,7 @@ class Task:
         init: draws the parameters from a key.
         loss: ``loss(params, batch)``, the mean loss over the batch, a scalar.
         sample: ``sample(key, split)`` draws a training batch from a split, augmentation included. Traceable.
+        test_subset: where ``data["test"]`` is a part of the data set's test split: which, in words, for reports.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Task:
     init: Callable[[jax.Array], PyTree]
     loss: Callable[[PyTree, PyTree], Float[Array, ""]]
     sample: Callable[[jax.Array, PyTree], PyTree]
+    test_subset: str = ""
 
 
 def task_structure(task: Task) -> GradientStructure:
