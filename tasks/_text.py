@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Int, UInt16
 
+from gmn_lopt.meta.task import evenly_spaced
 from tasks._cache import Arrays, DataError, cache_path, cached
 from tasks._tfds import explained, open_splits, resolved
 
@@ -73,7 +74,9 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> bytes:
         )
     except RuntimeError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"no vocabulary of {vocabulary} tokens for these {len(documents)} documents: {reason}") from None
+        raise ValueError(
+            f"no vocabulary of {vocabulary} tokens for these {len(documents)} documents: {reason}"
+        ) from None
     return model.getvalue()
 
 
@@ -107,12 +110,10 @@ def language_data(
     cut = len(sequences["input"]) * 4 // 5
     if not cut or not len(others["input"]):
         raise ValueError(f"too little text for sequences of {length} tokens: {len(training)} and {len(test)} tokens")
-    count = len(others["input"])
-    chosen = np.arange(min(count, test_sequences)) * count // min(count, test_sequences)
     return {
         "train": {key: array[:cut] for key, array in sequences.items()},
         "valid": {key: array[cut:] for key, array in sequences.items()},
-        "test": {key: array[chosen] for key, array in others.items()},
+        "test": evenly_spaced(others, test_sequences),
     }
 
 

@@ -98,10 +98,8 @@ def language_task(
         data: the splits, from :func:`tasks._text.language_data`.
         batch_size: sequences per batch.
         horizon: number of training steps.
-        test_subset: what the data's test split holds, in words.
+        test_subset: what the data's test split holds, in words; see :class:`gmn_lopt.meta.task.Task`.
     """
-    if min(batch_size, horizon) < 1:
-        raise ValueError("batch_size and horizon must be at least 1")
 
     def sample(key: jax.Array, split: PyTree) -> PyTree:
         index = jax.random.randint(key, (batch_size,), 0, len(split["input"]))

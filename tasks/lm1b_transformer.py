@@ -41,9 +41,11 @@ def make(
         test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
     """
     model = Transformer(vocabulary, length, width, heads, feed_forward, blocks)
-    if min(sentences, test_sequences) < 1 or vocabulary > 2**16:
-        raise ValueError("sentences and test_sequences must be at least 1, vocabulary at most 65536")
+    if min(batch_size, horizon, sentences, test_sequences) < 1:
+        raise ValueError("batch_size, horizon, sentences and test_sequences must be at least 1")
+    if vocabulary > 2**16:
+        raise ValueError(f"vocabulary must be at most 65536, is {vocabulary}: tokens are kept in two bytes")
     tokens = load_tokens("lm1b", vocabulary, sentences, data_dir)
     data = language_data(tokens["train"], tokens["test"], length, test_sequences)
-    subset = f"{len(data['test']['input'])} sequences of {length} tokens, evenly spaced over the test split"
+    subset = f"{len(data['test']['input'])} sequences of {length} tokens"
     return language_task("lm1b_transformer", model, data, batch_size, horizon, subset)

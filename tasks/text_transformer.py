@@ -45,14 +45,14 @@ def make(
     """
     del data_dir
     model = Transformer(VOCABULARY, length, width, heads, feed_forward, blocks)
-    if test_sequences < 1:
-        raise ValueError("test_sequences must be at least 1")
+    if min(batch_size, horizon, test_sequences) < 1:
+        raise ValueError("batch_size, horizon and test_sequences must be at least 1")
     documents = paragraphs()
     order = np.random.RandomState(0).permutation(len(documents))  # the generator whose stream NumPy has frozen
     cut = len(order) * 4 // 5
     training, test = (characters([documents[i] for i in part]) for part in (order[:cut], order[cut:]))
     data = language_data(training, test, length, test_sequences)
-    subset = f"{len(data['test']['input'])} sequences of {length} characters, evenly spaced over the test split"
+    subset = f"{len(data['test']['input'])} sequences of {length} characters"
     return language_task("text_transformer", model, data, batch_size, horizon, subset)
 
 
