@@ -1,7 +1,8 @@
 """A learned optimizer inside optax: python -m examples.optax_digits.
 
 It is a GradientTransformationExtraArgs like any other: here behind clipping, with weight decay and a schedule after it,
-and an average of two batches for each step. Only ``factors`` are new, an extra argument that ``optax.chain`` hands on.
+and one step for every two batches, with their mean gradient and the factors of the second. Only ``factors`` are new,
+an extra argument that optax hands on.
 """
 
 import jax

@@ -54,7 +54,7 @@ class Transformer:
         def table(rows: int) -> Float[Array, "rows width"]:
             return jax.random.normal(next(keys), (rows, self.width)) / math.sqrt(self.width)
 
-        params = {"token": table(self.vocabulary), "position": table(self.length)}
+        params: PyTree = {"token": table(self.vocabulary), "position": table(self.length)}
         for i in range(self.blocks):
             params[f"block_{i}"] = {
                 "norm_1": norm(),

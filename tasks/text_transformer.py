@@ -1,8 +1,8 @@
 """A very small transformer on the Python language reference, character by character: no download.
 
-The text is what ``help("if")`` prints: ``pydoc_data.topics``, which comes with Python, some 350,000 characters of English
-with a little grammar and code. Topics quote each other, so paragraphs are the documents and each is kept once. There
-is no official test split: paragraphs are shuffled once, always alike; 80 % are the training split.
+The text is what ``help("if")`` prints: ``pydoc_data.topics``, which comes with Python, some 350,000 characters of
+English with a little grammar and code. Topics quote each other, so paragraphs are the documents and each is kept once.
+There is no official test split: paragraphs are shuffled once, always alike; 80 % are the training split.
 
 The reference changes from one Python to the next, and so do numbers: compare those of one version only.
 """
