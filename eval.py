@@ -6,15 +6,17 @@ Every optimizer trains from the same initialisations on the same batches. The re
 than tuned Adam it takes to Adam's best test loss, and at what cost per step. Interrupt it at any time: the same command
 goes on where it stopped.
 
-Transfer is an evaluation on another task, or on one with other settings:
-python eval.py --task cifar10_mlp --task-setting hidden=64 --optimizer runs/width-32 --out report/width-32-to-64
+Transfer, to other tasks or to other settings of the same one, is measured in the same command:
+python eval.py --task cifar10_mlp --optimizer runs/c10 --transfer cifar100_mlp --transfer cifar10_mlp:hidden=64 ...
 """
 
 import ast
 import hashlib
 import importlib.metadata
+import inspect
 import json
 import platform
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -31,14 +33,14 @@ from gmn_lopt.command_line import parse
 from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation import plots, protocol
 from gmn_lopt.evaluation.candidate import Candidate
-from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table, task_title
+from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table, task_title, transfer_table
 from gmn_lopt.evaluation.results import Results, ResultsError
-from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, split_label
+from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, split_label, split_settings
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
 from gmn_lopt.files import write_atomically
 from gmn_lopt.hardware import describe_hardware
-from gmn_lopt.meta.task import Task, task_structure
+from gmn_lopt.meta.task import Task, evenly_spaced, task_structure
 from tasks import load_task
 
 
@@ -60,6 +62,9 @@ class Config:
             of it sets its name in the report.
         task_setting: A setting of the task as NAME=VALUE, such as hidden=64 or batch_size=64; repeat the flag for
             several. The settings are the arguments of make() in the task's file.
+        transfer: Another task on which to evaluate the same optimizers, as NAME or NAME:setting=value,setting=value;
+            repeat the flag for several. Each gets a report of its own in the directory transfer/ of the report, and
+            transfer.md puts them side by side.
         data_dir: Directory of data sets and their caches; default: the task's own.
         split: The split that stands for the test split: test, or valid, to choose between optimizers (with seeds of
             its own, --first-seed 100) without looking at what they are judged by.
@@ -78,6 +83,7 @@ class Config:
     out: Path
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     task_setting: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    transfer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     data_dir: str | None = None
     split: Literal["test", "valid"] = "test"
     seeds: int = 5
@@ -89,27 +95,83 @@ class Config:
     timing_rounds: int = 11
 
 
+@dataclass(frozen=True)
+class Problem:
+    """One task on which the optimizers are evaluated, checked and ready to go.
+
+    Attributes:
+        config: what is evaluated on it, and how.
+        task: the task, its horizon and its test split as the configuration wants them.
+        settings: what the results depend on beside the optimizers.
+        results: what has been computed so far.
+        candidates: the optimizers.
+    """
+
+    config: Config
+    task: Task
+    settings: dict[str, Any]
+    results: Results
+    candidates: list[Candidate]
+
+
 def main(config: Config) -> dict[str, Any]:
-    """Run the evaluation, write the report, print the table; returns the report.
+    """Run the evaluation, write the reports, print the tables; returns the report on ``--task``.
 
     Raises:
         UsageError, SourceError, ResultsError, ProtocolError: in one line, if it cannot be done.
     """
     _check_counts(config)
+    problems = [prepare(each) for each in (config, *transfers(config))]  # what is wrong shows before anything runs
+    reports = [evaluate(problem) for problem in problems]
+    if config.transfer:
+        summary = transfer_table(reports)
+        write_atomically(config.out / "transfer.md", f"# Transfer\n\n{summary}\n".encode())
+        print(f"{summary}\nwrote {config.out / 'transfer.md'}")
+    return reports[0]
+
+
+def transfers(config: Config) -> list[Config]:
+    """The evaluations that ``--transfer`` asks for, each with its own directory below ``--out``.
+
+    Raises:
+        UsageError: if one is not of the form ``NAME:setting=value,...``, or stands there twice.
+    """
+    found: dict[str, Config] = {}
+    for spec in config.transfer:
+        try:
+            name, settings = split_settings(spec, "--transfer")
+        except SourceError as error:
+            raise UsageError(str(error)) from None
+        key = name + "".join(f",{setting}={value}" for setting, value in settings.items()).replace(" ", "")
+        directory = re.sub(r"[^\w.,=+-]", "-", key)
+        if directory in found:
+            raise UsageError(f"--transfer {spec!r}: give each task once")
+        task_setting = tuple(f"{setting}={value!r}" for setting, value in settings.items())
+        out = config.out / "transfer" / directory
+        found[directory] = replace(config, task=name, task_setting=task_setting, transfer=(), out=out)
+    return list(found.values())
+
+
+def prepare(config: Config) -> Problem:
+    """Make the task, find the optimizers, and open what has been computed before.
+
+    Raises:
+        UsageError, SourceError, ResultsError: in one line, if it cannot be done.
+    """
     task_settings = parse_task_settings(config.task_setting)
     task = find_task(config.task, config.data_dir, **task_settings)
     task = replace(task, horizon=task.horizon if config.horizon is None else config.horizon)
-    task = replace(task, data={**task.data, "test": task.data[config.split]})
+    examples = len(jax.tree.leaves(task.data["test"])[0])
+    if config.split != "test":
+        split = task.data[config.split]
+        task = replace(task, data={**task.data, "test": evenly_spaced(split, examples) if task.test_subset else split})
     eval_every = protocol.default_eval_every(task.horizon) if config.eval_every is None else config.eval_every
     if task.horizon % eval_every:
         raise UsageError(f"--eval-every {eval_every} does not divide the horizon of {task.horizon} steps")
-    seeds = range(config.first_seed, config.first_seed + config.seeds)
-    weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
-    candidates = find_candidates(config.optimizer, task)
 
     settings: dict[str, Any] = {
         "task": task.name,
-        "seeds": list(seeds),
+        "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
         "horizon": task.horizon,
         "eval_every": eval_every,
         "smoothing": config.smoothing,
@@ -117,14 +179,28 @@ def main(config: Config) -> dict[str, Any]:
         "test_examples": len(jax.tree.leaves(task.data["test"])[0]),
         "loss_cap": task.loss_cap,
         "data": _digest(task.data),
-        "task_file": _file_digest(config.task),
+        "task_file": _file_digest(task),
         "device": jax.devices()[0].device_kind,
     }
     if config.split != "test":
         settings["split"] = config.split
     if task_settings:
         settings["task_settings"] = task_settings
-    results = Results(config.out / "results", settings)
+    if task.test_subset:
+        settings["test_subset"] = task.test_subset
+    candidates = find_candidates(config.optimizer, task)
+    return Problem(config, task, settings, Results(config.out / "results", settings), candidates)
+
+
+def evaluate(problem: Problem) -> dict[str, Any]:
+    """Evaluate the optimizers on one task, write the report, print the table; returns the report.
+
+    Raises:
+        ProtocolError: in one line, if it cannot be done.
+    """
+    config, task, settings, results = problem.config, problem.task, problem.settings, problem.results
+    seeds, eval_every, candidates = settings["seeds"], settings["eval_every"], problem.candidates
+    weights = sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
 
     # Training. One unit of work per part of Adam's grid and per optimizer; finished ones are read back.
     n = config.rates_at_once
@@ -168,14 +244,14 @@ def main(config: Config) -> dict[str, Any]:
         Outcome(candidate.name, candidate.source, c.test_loss, c.train_loss, seconds, c.weights, candidate.digest)
         for candidate, c, seconds in zip(everyone, curves, timed["seconds"])
     ]
-    report = build_report(settings, _environment(), list(seeds), grid.test_loss, outcomes)
+    report = build_report(settings, _environment(), seeds, grid.test_loss, outcomes)
     pictures = ["curves.png"]
     steps = protocol.evaluation_steps(task.horizon, eval_every)
     title = task_title(settings)
     plots.plot_curves(config.out / "curves.png", title, steps, config.smoothing, outcomes)
     if weights == 2:
         pictures.append("trajectories.png")
-        plots.plot_trajectories(config.out / "trajectories.png", title, _loss_at(task), list(seeds), outcomes)
+        plots.plot_trajectories(config.out / "trajectories.png", title, _loss_at(task), seeds, outcomes)
     write_atomically(config.out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
     write_atomically(config.out / "report.md", markdown(report, pictures).encode())
     print(table(report))
@@ -266,8 +342,12 @@ def _digest(data: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_digest(task: str) -> str:
-    return hashlib.sha256((Path(__file__).parent / "tasks" / f"{task}.py").read_bytes()).hexdigest()[:16]
+def _file_digest(task: Task) -> str:
+    """A digest of the task's file and of those that its functions come from."""
+    files = {str(inspect.getsourcefile(function)) for function in (task.init, task.loss, task.sample)}
+    own = str(Path(__file__).parent / "tasks" / f"{task.name}.py")
+    parts = [Path(file).read_bytes() for file in (own, *sorted(files - {own}))]
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
 def _environment() -> dict[str, str]:

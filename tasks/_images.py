@@ -1,13 +1,13 @@
 """Images for the tasks: read from TensorFlow Datasets, resized to 8x8, scaled to [0, 1], flattened, cached."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from tasks._cache import Arrays, DataError, cache_path, cached
+from tasks._cache import Arrays, cache_path, cached
+from tasks._tfds import explained, open_splits, resolved
 
 SIZE = 8
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
@@ -32,7 +32,7 @@ def load_images(name: str, features: int, classes: int, data_dir: str | None = N
     Raises:
         DataError: the data set is neither cached nor prepared, and could not be brought.
     """
-    source = None if data_dir is None else str(Path(data_dir).expanduser().resolve())
+    source = resolved(data_dir)
     arrays = cached(
         f"{name}-{SIZE}x{SIZE}",
         VERSION,
@@ -77,36 +77,10 @@ def _interpolation(length: int, size: int) -> Float[np.ndarray, "size length"]:
 def _build(name: str, data_dir: str | None) -> Arrays:
     """Read both splits from TensorFlow Datasets and downsize them."""
     arrays = {}
-    try:
-        for split, source in _open(name, data_dir).items():
+    with explained(name, data_dir, cache_path(f"{name}-{SIZE}x{SIZE}")):
+        for split, source in open_splits(name, data_dir).items():
             arrays[f"{split}_image"], arrays[f"{split}_label"] = read(source, f"{name} {split}")
-    except Exception as error:  # TensorFlow Datasets documents no base class for what goes wrong in it
-        where = data_dir or "the default directory of TensorFlow Datasets"
-        kept = cache_path(f"{name}-{SIZE}x{SIZE}")
-        place = f", data_dir={data_dir!r}" if data_dir else ""
-        prepare = f"tfds.builder({name!r}, file_format='array_record'{place}).download_and_prepare()"
-        raise DataError(
-            f"data set {name!r} has no usable cache {kept} and cannot be read from {where}: "
-            f"{' '.join(str(error).split()) or type(error).__name__}. To bring it: pip install 'gmn_lopt[datasets]' "
-            f'tensorflow; python -c "import tensorflow_datasets as tfds; {prepare}" (only this step needs TensorFlow '
-            "and a network); or pass --data-dir DIR where it is prepared already"
-        ) from error
     return arrays
-
-
-def _open(name: str, data_dir: str | None) -> dict[str, Any]:
-    """Random-access sources of the splits, preparing the data set first where that has not been done."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
-    if not builder.is_prepared():
-        try:
-            import tensorflow  # noqa: F401  # without it preparing fails, but only after the download
-        except ImportError as error:
-            raise DataError(f"it is not prepared there, and preparing it needs TensorFlow ({error})") from error
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-    return {split: builder.as_data_source(split) for split in ("train", "test")}
 
 
 def read(

@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import _cache, _images
+from tasks import _cache
 from tasks._cache import DataError, cache_dir, cached
 from tasks._images import load_images, read, resize
+from tasks._tfds import open_splits
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no prepared TensorFlow Datasets directory {REAL}")
@@ -335,7 +336,7 @@ def test_empty_data_directory(tmp_path):
 )
 def test_real_images(name, side, classes, sizes):
     pytest.importorskip("tensorflow_datasets", reason="reading real data needs the extra [datasets]")
-    sources = _images._open(name, str(REAL))
+    sources = open_splits(name, str(REAL))
     assert tuple(len(source) for source in sources.values()) == sizes
     some = Source(sources["test"].__getitems__(list(range(60))))
     images, labels = read(some, name, chunk=25)

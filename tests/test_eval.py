@@ -41,7 +41,7 @@ TASK = two_weights()  # made once: its functions are what compiled programs are 
 @pytest.fixture(autouse=True)
 def task(monkeypatch):
     monkeypatch.setattr(evaluation, "load_task", lambda name, data_dir: TASK)
-    monkeypatch.setattr(evaluation, "_file_digest", lambda name: "0")
+    monkeypatch.setattr(evaluation, "_file_digest", lambda task: "0")
 
 
 @pytest.fixture
@@ -187,6 +187,8 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
         ("--task-setting 3=4", "NAME=VALUE"),
         ("--task-setting hidden=6 --task-setting hidden=7", "each setting once"),
         ("--task-setting data_dir='x'", "use --data-dir"),
+        ("--transfer two_weights:a=", "--transfer 'two_weights:a=': write two_weights:key=value"),
+        ("--transfer two_weights --transfer two_weights", "give each task once"),
         ("--speed 3", "--speed"),
     ],
 )
@@ -229,6 +231,75 @@ def test_the_validation_split_may_stand_for_the_test_split(tmp_path):
         assert report["settings"].get("split", "test") == split
     assert losses["test"] != losses["valid"]
     assert "on the valid split" in (tmp_path / "valid" / "report.md").read_text().splitlines()[0]
+
+
+def test_transfer_is_one_command(tmp_path, monkeypatch, capsys):
+    """Each task with a report of its own, the same as if evaluated alone, and one table of all."""
+    steeper = replace(TASK, loss=lambda params, batch: TASK.loss(params, 2 * batch))
+    given = []
+
+    def load_task(name, data_dir, **settings):
+        given.append((name, settings))
+        return steeper if settings else TASK
+
+    monkeypatch.setattr(evaluation, "load_task", load_task)
+    monkeypatch.setattr(evaluation, "time_per_step", lambda task, everyone, **_: np.ones((len(everyone), 2)))
+    for name in ("plot_curves", "plot_trajectories"):
+        monkeypatch.setattr(evaluation.plots, name, lambda *_: None)
+    transfers = ("two_weights:scale=2, dims=(3, 4)", "two_weights:scale='a/b'")
+    report = evaluation.main(config(tmp_path / "out", LION, transfer=transfers))
+    assert given == [
+        ("two_weights", {}),
+        ("two_weights", {"scale": 2, "dims": (3, 4)}),
+        ("two_weights", {"scale": "a/b"}),
+    ]
+    places = sorted(path.name for path in (tmp_path / "out" / "transfer").iterdir())
+    assert places == ["two_weights,scale=2,dims=-3,4-", "two_weights,scale=a-b"]
+    assert report == json.loads((tmp_path / "out" / "report.json").read_text())
+    there = json.loads((tmp_path / "out" / "transfer" / places[0] / "report.json").read_text())
+    assert there["curves"]["test_loss"] != report["curves"]["test_loss"]
+    alone = evaluation.main(config(tmp_path / "alone", LION, task_setting=("scale=2", "dims=(3, 4)")))
+    assert alone == there
+
+    rows = (tmp_path / "out" / "transfer.md").read_text().splitlines()[4:]
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert [row[0] for row in cells] == ["two_weights", "two_weights (scale=2, dims=3x4)", "two_weights (scale=a/b)"]
+    for row, found in zip(cells, (report, there)):
+        assert row[1] == f"{found['baseline']['learning_rate']:g}"
+        assert row[2].startswith(f"{found['optimizers'][1]['step_reduction']['mean']:.2f} ± ")
+    assert "\n".join(rows) in capsys.readouterr().out
+
+
+def test_a_transfer_that_cannot_be_done_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.undo()
+    arguments = ["--task", "digits_mlp", "--out", str(tmp_path)]
+    for transfer, says in (("digits_mlp:depth=3", "no setting depth"), ("linear_regression", "does not divide")):
+        assert evaluation.cli([*arguments, "--transfer", transfer, "--eval-every", "20"]) == 2
+        assert says in capsys.readouterr().err
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_a_part_of_the_test_split_is_named_and_as_large_for_validation(tmp_path, monkeypatch):
+    part = replace(TASK, data={**TASK.data, "test": TASK.data["test"][:5]}, test_subset="5 pairs of numbers")
+    monkeypatch.setattr(evaluation, "load_task", lambda name, data_dir: part)
+    for split in ("test", "valid"):
+        problem = evaluation.prepare(config(tmp_path / split, split=split))
+        expected = TASK.data["test"][:5] if split == "test" else TASK.data["valid"][::3]
+        np.testing.assert_array_equal(problem.task.data["test"], expected)
+        evaluation.evaluate(problem)
+        said = (tmp_path / split / "report.md").read_text()
+        assert f"test loss on 5 pairs of numbers, a fixed part of the {split} split" in said
+
+
+def test_results_depend_on_the_files_that_a_task_is_made_of(monkeypatch, tmp_path):
+    monkeypatch.undo()
+    task = evaluation.find_task("text_transformer", None)
+    before = evaluation._file_digest(task)
+    assert before != evaluation._file_digest(evaluation.find_task("digits_mlp", None))
+    (tmp_path / "model.py").write_text("def loss(params, batch): ...")
+    names: dict = {}
+    exec(compile("def loss(params, batch): ...", str(tmp_path / "model.py"), "exec"), names)
+    assert evaluation._file_digest(replace(task, loss=names["loss"])) != before
 
 
 def test_settings_reach_the_task(monkeypatch):

@@ -64,7 +64,7 @@ def test_settings_of_a_learned_optimizer_are_no_label(tmp_path, monkeypatch):
     (tmp_path / "run:lr=1").mkdir()
     assert split_settings("run:lr=1") == ("run:lr=1", {})
     for bad in ("default:learning_rate=", "default:x=open('y')", "default:x=1,x=2", "default:x=1)+f(y=2"):
-        with pytest.raises(SourceError, match="PLACE:key=value"):
+        with pytest.raises(SourceError, match="write default:key=value"):
             split_settings(bad)
 
 

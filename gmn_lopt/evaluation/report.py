@@ -141,7 +141,7 @@ def table(report: Mapping[str, Any]) -> str:
     ]
     lines = []
     for row in report["optimizers"]:
-        misses = f" ({row['misses']} of {len(row['seeds'])} missed)" if row["misses"] else ""
+        misses = _misses(row)
         lines.append(
             [
                 row["name"],
@@ -188,8 +188,8 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "step / the optimizer's).",
         *(f"![{picture.rsplit('.', 1)[0]}]({picture})" for picture in pictures),
         "## Protocol",
-        f"- Horizon {settings['horizon']} steps; test loss on all {settings['test_examples']} examples of the test "
-        f"split after every {_steps(settings['eval_every'])}, so that steps in this report are multiples of "
+        f"- Horizon {settings['horizon']} steps; test loss on {_test_set(settings)} "
+        f"after every {_steps(settings['eval_every'])}, so that steps in this report are multiples of "
         f"{settings['eval_every']}.\n"
         + (
             "- Test losses are not smoothed.\n"
@@ -217,11 +217,29 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     return "\n\n".join(sections) + "\n"
 
 
+def transfer_table(reports: Sequence[Mapping[str, Any]]) -> str:
+    """The same optimizers on several tasks: the step reduction of each on each, in Markdown.
+
+    Args:
+        reports: one report per task, from :func:`build_report`, with the same optimizers in the same order.
+    """
+    lines = []
+    for report in reports:
+        cells = [spread(row["step_reduction"], 2) + _misses(row) for row in report["optimizers"][1:]]
+        lines.append([task_title(report["settings"]), f"{report['baseline']['learning_rate']:g}", *cells])
+    names = [row["name"] for row in reports[0]["optimizers"][1:]]
+    return _markdown(["step reduction on", "Adam's rate", *names], lines)
+
+
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]
     return "\n".join([lines[0], "|" + "|".join("-" * (width + 2) for width in widths) + "|", *lines[1:]])
+
+
+def _misses(row: Mapping[str, Any]) -> str:
+    return f" ({row['misses']} of {len(row['seeds'])} missed)" if row["misses"] else ""
 
 
 def _seed_cell(seed: Mapping[str, Any]) -> str:
@@ -240,6 +258,13 @@ def _number(value: float | None, digits: int) -> str:
 
 def _short(value: Any) -> str:
     return "x".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _test_set(settings: Mapping[str, Any]) -> str:
+    split = f"the {settings.get('split', 'test')} split"
+    if "test_subset" in settings:
+        return f"{settings['test_subset']}, a fixed part of {split} evenly spaced over it,"
+    return f"all {settings['test_examples']} examples of {split}"
 
 
 def _steps(count: int) -> str:

@@ -69,10 +69,14 @@ def split_label(spec: str) -> tuple[str | None, str]:
     return label.strip(), source.strip()
 
 
-def split_settings(source: str) -> tuple[str, dict[str, Any]]:
-    """Split the source of a learned optimizer, ``PLACE[:key=value,...]``, into the place and the settings.
+def split_settings(source: str, flag: str = "--optimizer") -> tuple[str, dict[str, Any]]:
+    """Split ``PLACE[:key=value,...]``, the source of a learned optimizer or a task, into the place and the settings.
 
     Values are Python literals. A path that exists as written is one, whatever it contains.
+
+    Args:
+        source: what to split.
+        flag: where it was given, for the message.
 
     Raises:
         SourceError: if what follows the colon is not of this form.
@@ -84,8 +88,7 @@ def split_settings(source: str) -> tuple[str, dict[str, Any]]:
         return found[1], _literals(found[2])
     except (SyntaxError, ValueError):
         raise SourceError(
-            f"--optimizer {source!r}: write PLACE:key=value,key=value with numbers, strings or other literals as "
-            f"values, for example {found[1]}:learning_rate=3e-3"
+            f"{flag} {source!r}: write {found[1]}:key=value,key=value with numbers, strings or other literals as values"
         ) from None
 
 

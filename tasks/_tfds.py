@@ -1,0 +1,51 @@
+"""Data sets of TensorFlow Datasets: opened without TensorFlow, and how to bring one that is not there."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from tasks._cache import DataError
+
+
+def resolved(data_dir: str | None) -> str | None:
+    """The data directory as it is kept beside cached arrays; None for the default one."""
+    return None if data_dir is None else str(Path(data_dir).expanduser().resolve())
+
+
+def open_splits(name: str, data_dir: str | None) -> dict[str, Any]:
+    """Random-access sources of ``"train"`` and ``"test"``, preparing the data set first where that was not done."""
+    import tensorflow_datasets as tfds
+
+    builder = tfds.builder(name, data_dir=data_dir)
+    if not builder.is_prepared():
+        try:
+            import tensorflow  # noqa: F401  # without it preparing fails, but only after the download
+        except ImportError as error:
+            raise DataError(f"it is not prepared there, and preparing it needs TensorFlow ({error})") from error
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder.download_and_prepare()
+    return {split: builder.as_data_source(split) for split in ("train", "test")}
+
+
+@contextlib.contextmanager
+def explained(name: str, data_dir: str | None, kept: Path) -> Iterator[None]:
+    """Turn whatever goes wrong while a data set is opened and read into a DataError that says how to bring it.
+
+    Args:
+        name: the data set's name in TensorFlow Datasets.
+        data_dir: where it is read from; None for the default directory.
+        kept: the cache file that would have made reading unnecessary.
+    """
+    try:
+        yield
+    except Exception as error:  # TensorFlow Datasets documents no base class for what goes wrong in it
+        where = data_dir or "the default directory of TensorFlow Datasets"
+        place = f", data_dir={data_dir!r}" if data_dir else ""
+        prepare = f"tfds.builder({name!r}, file_format='array_record'{place}).download_and_prepare()"
+        raise DataError(
+            f"data set {name!r} has no usable cache {kept} and cannot be read from {where}: "
+            f"{' '.join(str(error).split()) or type(error).__name__}. To bring it: pip install 'gmn_lopt[datasets]' "
+            f'tensorflow; python -c "import tensorflow_datasets as tfds; {prepare}" (only this step needs TensorFlow '
+            "and a network); or pass --data-dir DIR where it is prepared already"
+        ) from error

@@ -1,0 +1,52 @@
+"""A small transformer on sentences of the One Billion Word benchmark (LM1B), as subword tokens.
+
+The default vocabulary of 1,000 tokens fits a corpus of some ten thousand sentences: each token occurs 600 times on
+average, and a run of 5,000 steps takes less text than there is. The paper-sized one is ``--task-setting
+vocabulary=32000``, with the whole data set. An evaluation holds all logits of the test subset at once, 1 GB for each
+run with that vocabulary: with ``--rates-at-once 1``, as many GB as seeds.
+"""
+
+from gmn_lopt.meta.task import Task
+from tasks._text import language_data, load_tokens
+from tasks._transformer import Transformer, language_task
+
+
+def make(
+    data_dir: str | None = None,
+    *,
+    vocabulary: int = 1000,
+    length: int = 8,
+    width: int = 32,
+    heads: int = 4,
+    feed_forward: int = 128,
+    blocks: int = 2,
+    batch_size: int = 8,
+    horizon: int = 5000,
+    sentences: int = 200_000,
+    test_sequences: int = 1000,
+) -> Task:
+    """Two blocks of width 32, with untied output.
+
+    Args:
+        data_dir: TensorFlow Datasets directory that holds ``lm1b``; see :func:`tasks._text.load_tokens`.
+        vocabulary: number of subword tokens, trained on the training split.
+        length: tokens in a sequence.
+        width: size of the residual stream.
+        heads: attention heads of a block.
+        feed_forward: hidden units of a block.
+        blocks: number of blocks.
+        batch_size: sequences per batch, drawn with replacement.
+        horizon: number of training steps.
+        sentences: number of sentences taken of each split, from its beginning: the whole data set has 30 million, of
+            which these many steps see few.
+        test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
+    """
+    model = Transformer(vocabulary, length, width, heads, feed_forward, blocks)
+    if min(batch_size, horizon, sentences, test_sequences) < 1:
+        raise ValueError("batch_size, horizon, sentences and test_sequences must be at least 1")
+    if vocabulary > 2**16:
+        raise ValueError(f"vocabulary must be at most 65536, is {vocabulary}: tokens are kept in two bytes")
+    tokens = load_tokens("lm1b", vocabulary, sentences, data_dir)
+    data = language_data(tokens["train"], tokens["test"], length, test_sequences)
+    subset = f"{len(data['test']['input'])} sequences of {length} tokens"
+    return language_task("lm1b_transformer", model, data, batch_size, horizon, subset)

@@ -1,0 +1,71 @@
+"""A very small transformer on the Python language reference, character by character: no download.
+
+The text is what ``help("if")`` prints: ``pydoc_data.topics``, which comes with Python, some 350,000 characters of
+English with a little grammar and code. Topics quote each other, so paragraphs are the documents and each is kept once.
+There is no official test split: paragraphs are shuffled once, always alike; 80 % are the training split.
+
+The reference changes from one Python to the next, and so do numbers: compare those of one version only.
+"""
+
+import numpy as np
+from jaxtyping import UInt8
+
+from gmn_lopt.meta.task import Task
+from tasks._cache import DataError
+from tasks._text import language_data
+from tasks._transformer import Transformer, language_task
+
+VOCABULARY = 128  # ASCII, of which 0 ends a paragraph
+
+
+def make(
+    data_dir: str | None = None,
+    *,
+    length: int = 8,
+    width: int = 16,
+    heads: int = 2,
+    feed_forward: int = 64,
+    blocks: int = 2,
+    batch_size: int = 8,
+    horizon: int = 500,
+    test_sequences: int = 500,
+) -> Task:
+    """Two blocks of width 16, with untied output.
+
+    Args:
+        data_dir: not used, the text comes with Python.
+        length: characters in a sequence.
+        width: size of the residual stream.
+        heads: attention heads of a block.
+        feed_forward: hidden units of a block.
+        blocks: number of blocks.
+        batch_size: sequences per batch, drawn with replacement.
+        horizon: number of training steps.
+        test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
+    """
+    del data_dir
+    model = Transformer(VOCABULARY, length, width, heads, feed_forward, blocks)
+    if min(batch_size, horizon, test_sequences) < 1:
+        raise ValueError("batch_size, horizon and test_sequences must be at least 1")
+    documents = paragraphs()
+    order = np.random.RandomState(0).permutation(len(documents))  # the generator whose stream NumPy has frozen
+    cut = len(order) * 4 // 5
+    training, test = (characters([documents[i] for i in part]) for part in (order[:cut], order[cut:]))
+    data = language_data(training, test, length, test_sequences)
+    subset = f"{len(data['test']['input'])} sequences of {length} characters"
+    return language_task("text_transformer", model, data, batch_size, horizon, subset)
+
+
+def paragraphs() -> list[str]:
+    """The paragraphs of the language reference, each once and on one line, in order."""
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError("task 'text_transformer' needs the module pydoc_data, which this Python lacks") from error
+    lines = (" ".join(part.split()) for _, text in sorted(topics.items()) for part in text.split("\n\n"))
+    return list(dict.fromkeys(line for line in lines if line))
+
+
+def characters(documents: list[str]) -> UInt8[np.ndarray, "characters"]:
+    """The documents as ASCII codes, 0 behind each; other characters become question marks."""
+    return np.frombuffer("".join(f"{text}\0" for text in documents).encode("ascii", "replace"), np.uint8)

@@ -1,0 +1,22 @@
+"""Every example trains its model."""
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "examples").glob("[a-z]*.py"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_example(name, capsys):
+    if name.startswith("equinox"):
+        pytest.importorskip("equinox")
+    final = importlib.import_module(f"examples.{name}").main(steps=40)
+    assert final < 1.0  # guessing one of ten classes: 2.3
+    printed = capsys.readouterr().out
+    assert "after 40 steps" in printed and f"{final:.3f}" in printed
+
+
+def test_there_is_one_for_each_library():
+    assert NAMES == ["equinox_digits", "linen_digits", "nnx_digits", "optax_digits"]
