@@ -28,12 +28,10 @@ from gmn_lopt.structure import GradientStructure
 FORMAT = "gmn_lopt learned optimizer"
 VERSION = 1
 # Settings that came after the format, and what optimizers that were saved before are taken to have.
-ADDED: dict[str, Any] = {"decay": False}
+ADDED: dict[str, dict[str, Any]] = {"optimizer": {"decay": False}, "gradmetanet": {"attention_heads": 0}}
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
-# Entries of "gradmetanet" that files of this version may lack, since they were added later.
-ADDED = {"attention_heads": 0}
 
 
 class SerializationError(ValueError):
@@ -207,11 +205,11 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
     architecture: Any = config.get("optimizer")
     known = {f.name for f in fields(LearnedOptimizer)} - {"structure"}
     if isinstance(architecture, dict):
-        architecture = ADDED | architecture
+        architecture = ADDED["optimizer"] | architecture
     _check_keys(architecture, known, f'{file}: "optimizer"')
     gradmetanet = architecture["gradmetanet"]
     if gradmetanet is not None:
-        gradmetanet = ADDED | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
+        gradmetanet = ADDED["gradmetanet"] | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
         _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
     try:
         architecture["gradmetanet"] = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)

@@ -182,8 +182,10 @@ DAMAGE = {
 def test_what_was_saved_before_a_setting_came_still_loads(saved):
     before = load_learned(saved, STRUCTURE)[0]
     config = json.loads((saved / "config.json").read_text())
-    for name in serialization.ADDED:
-        del config["optimizer"][name]
+    places = {"optimizer": config["optimizer"], "gradmetanet": config["optimizer"]["gradmetanet"]}
+    for place, settings in serialization.ADDED.items():
+        for name in settings if places[place] else ():
+            del places[place][name]
     (saved / "config.json").write_text(json.dumps(config))
     assert load_learned(saved, STRUCTURE)[0] == before
 
