@@ -128,9 +128,9 @@ SHAPES = {
     gated: {"gate": (STREAM, FEED), "up": (STREAM, FEED), "down": (FEED, STREAM)},
 }
 
-for function in (alibi, ordered_values, ordered_stream):
-    SHAPES[function] = SHAPES[separate]
-SHAPES[ordered_hidden] = SHAPES[feed_forward]
+SHAPES[ordered_stream] = SHAPES[separate]
+SHAPES[alibi] = SHAPES[ordered_values] = {name: SHAPES[separate][name] for name in "qkvo"}
+SHAPES[ordered_hidden] = {name: SHAPES[feed_forward][name] for name in ("up", "down")}
 
 
 def plain(
