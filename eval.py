@@ -344,9 +344,9 @@ def _digest(data: Any) -> str:
 
 def _file_digest(task: Task) -> str:
     """A digest of the task's file and of those that its functions come from."""
-    files = {str(inspect.getsourcefile(function)) for function in (task.init, task.loss, task.sample)}
-    own = str(Path(__file__).parent / "tasks" / f"{task.name}.py")
-    parts = [Path(file).read_bytes() for file in (own, *sorted(files - {own}))]
+    files = {Path(str(inspect.getsourcefile(function))).resolve() for function in (task.init, task.loss, task.sample)}
+    own = (Path(__file__).parent / "tasks" / f"{task.name}.py").resolve()
+    parts = [file.read_bytes() for file in (own, *sorted(files - {own}))]
     return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
 
