@@ -6,6 +6,7 @@ concatenated to the features ``[S, N, 14]`` of all neurons, the product layer on
 call for each leaf. (The library's first version was none of that, so there is no commit to compare with.)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,7 +73,8 @@ class Straightforward:
             lopt.base, structure.parameters, phi, grads, state.direction, layers, activations
         )
         averages = jax.tree.map(_advance, state.gradient_averages, grads)
-        factor_averages, extra = state.factor_averages, [None] * len(structure.parameters)
+        factor_averages = state.factor_averages
+        extra: Sequence[Array | None] = [None] * len(structure.parameters)
         if lopt.gradmetanet is not None:
             read = subset(factors, lopt.gradmetanet.max_set_size, state.step)
             current = (read.activations, read.tangents)
@@ -103,7 +105,7 @@ class Straightforward:
         for site, encoding in zip(structure.sites, encode_sites(structure)):
             a = None if site.activation is None else activations[site.activation]
             g = None if site.tangent is None else tangents[site.tangent]
-            slots = [g if a is None else a, a if g is None else g]
+            slots: list[Any] = [g if a is None else a, a if g is None else g]
             x = _normalized(jnp.moveaxis(jnp.concatenate(slots), 0, -1), (0, 1))
             sites.append(jnp.concatenate([x, jnp.broadcast_to(encoding, (len(x), *encoding.shape))], axis=-1))
         x = jnp.concatenate(sites, axis=1)
