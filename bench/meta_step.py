@@ -124,7 +124,6 @@ def measure_training_steps(config: Config, task: Task, lopts: dict[str, LearnedO
 
 def main(config: Config) -> dict[str, Any]:
     """Measure, print the tables as the figures come, and return the figures."""
-    jax.config.update("jax_enable_compilation_cache", False)  # compile times are among the figures
     rate = matrix_product_rate(CLOCKS[config.clock], config.repeats)
     devices = f"{jax.local_device_count()} {jax.devices()[0].platform} device(s)"
     head = f"JAX {jax.__version__}, {describe_hardware()}, {devices}; networks: {config.size}, base: {config.base}"
@@ -160,4 +159,5 @@ def main(config: Config) -> dict[str, Any]:
 
 if __name__ == "__main__":
     use_all_cores()
+    jax.config.update("jax_enable_compilation_cache", False)  # compile times are among the figures
     main(parse(Config, __doc__))
