@@ -70,16 +70,18 @@ class DeepSets(nn.Module):
         first_extra = self.parameter_channels
         first_time = first_extra + self.extra_channels
         kernel = self.kernels[0]
-        # All leaves go through one chain of matrix products: most of them are small.
+        # All leaves go through one chain of matrix products: most of them are small. Entries lie along the last axis,
+        # as the channels come: on a processor that is faster than entries first.
         sizes = [f.shape[0] for f in features]
-        x = jnp.concatenate(features) @ kernel[:first_extra] + (time @ kernel[first_time:] + self.biases[0])
+        bias = time @ kernel[first_time:] + self.biases[0]
+        x = kernel[:first_extra].T @ jnp.concatenate([f.T for f in features], axis=1) + bias[:, None]
         if any(e is not None for e in extra):
             zeros = [jnp.zeros((size, self.extra_channels)) if e is None else e for size, e in zip(sizes, extra)]
-            x = x + jnp.concatenate(zeros) @ kernel[first_extra:first_time]
+            x = x + kernel[first_extra:first_time].T @ jnp.concatenate(zeros).T
         for kernel, bias in zip(self.kernels[1:], self.biases[1:]):
-            x = jax.nn.relu(x) @ kernel + bias
+            x = kernel.T @ jax.nn.relu(x) + bias[:, None]
         offsets = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-        return jnp.split(x, offsets)
+        return [outputs.T for outputs in jnp.split(x, offsets, axis=1)]
 
 
 class UniversalNeuralFunctional(nn.Module):

@@ -1,0 +1,76 @@
+"""The benchmark of the meta-step: its reference makes the library's updates, its table is filled."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from optimizing import analyzed, lively, mlp, play, record, relative_difference
+
+import meta_train
+from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
+
+sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
+
+import meta_step
+from meta_step_measure import matrix_flops
+from straightforward import Straightforward
+
+SMALL = GradMetaNetConfig(width=6, set_layers=2, product_width=5, max_set_size=7)
+MODEL = mlp(5, 7, 4)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"gradmetanet": None},
+        {"gradmetanet": GradMetaNetConfig(width=6, product_width=5, neuron_layers=2)},
+        {"gradmetanet": SMALL, "base": "whitened", "width": 8, "hidden_layers": 2, "gate": True},
+    ],
+)
+def test_straightforward_makes_the_same_updates(options):
+    lopt = LearnedOptimizer(analyzed(MODEL), **options)
+    phi, recorded = lively(lopt), record(MODEL)
+    tx, plain = lopt.optimizer(phi), Straightforward(lopt).optimizer(phi)
+    state = plain.init(recorded[0][0])
+    update = jax.jit(plain.update)
+    for expected, (params, grads, factors) in zip(play(lopt, phi, recorded), recorded):
+        step, state = update(grads, state, params, factors=factors)
+        assert relative_difference(step, expected) < 1e-4
+    assert jax.tree.structure(state) == jax.tree.structure(tx.init(recorded[0][0]))
+
+
+def test_straightforward_refuses_what_it_does_not_do():
+    with pytest.raises(ValueError, match="additive"):
+        Straightforward(LearnedOptimizer(analyzed(MODEL), rule="normalized"))
+
+
+def test_flops_count_every_turn_of_a_loop():
+    x, w = jnp.ones((3, 4)), jnp.ones((4, 4))
+    loop = lambda x, w: jax.lax.scan(lambda x, _: (jnp.tanh(x @ w), None), x, length=5)[0]  # noqa: E731
+    assert matrix_flops(loop, x, w) == 5 * 2 * 3 * 4 * 4
+    assert matrix_flops(jax.vmap(loop, in_axes=(0, None)), jnp.ones((7, 3, 4)), w) == 7 * 5 * 2 * 3 * 4 * 4
+    # Forward, and two products in each step backwards; recomputing each step is one more.
+    assert matrix_flops(jax.grad(lambda w: loop(x, w).sum()), w) == 3 * 5 * 2 * 3 * 4 * 4
+    assert matrix_flops(jnp.linalg.cholesky, jnp.eye(6)) == 6**3 / 3
+
+
+def test_tables(tmp_path, capsys):
+    config = meta_step.Config(("fashion_mnist_mlp",), ("truncated",), ("ds",), "small", baseline=True)
+    fast = {"pairs": 1, "truncation": 1, "repeats": 1, "out": tmp_path}
+    result = meta_step.main(replace(config, **fast))
+    assert json.loads((tmp_path / "meta_step.json").read_text()) == result
+    plain, library = result["meta_steps"]
+    assert (plain["form"], library["form"]) == ("straightforward", "library")
+    assert library["ratio"] == pytest.approx(library["inner_steps_per_s"] / plain["inner_steps_per_s"])
+    # What both multiply is the same but for the time features, and nearly all of it is the backbone's, three times.
+    entries, backbone = 64 * 32 + 32 + 32 * 10 + 10, 8 * 8 + 8 * 8 + 8 * 1
+    flops = library["flops_per_s"] * library["meta_step_s"][0]
+    assert 2 * entries * backbone < flops < 4 * 2 * entries * backbone + 6e6
+    adam, learned = result["training_steps"]
+    assert (adam["relative"], learned["relative"] < 1) == (1.0, True)
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| fashion_mnist_mlp")]
+    assert len(rows) == 4
