@@ -19,9 +19,10 @@ from gmn_lopt import LearnedOptimizer
 from gmn_lopt.base_direction import update_direction
 from gmn_lopt.encoding import encode_sites
 from gmn_lopt.features import DECAYS, EPSILON, time_features
-from gmn_lopt.learned_optimizer import GATE_SCALE, LearnedOptimizerState
+from gmn_lopt.learned_optimizer import LearnedOptimizerState
 from gmn_lopt.set_subset import subset
 from gmn_lopt.structure import Factors
+from gmn_lopt.update_rules import GATE_SCALE
 from gmn_lopt.whitening import whitened_layers
 
 
