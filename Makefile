@@ -14,7 +14,8 @@ demo: $(INSTALLED)
 	$(BIN)/python eval.py --task digits_mlp --out report/demo --smoothing 10 \
 		--optimizer "untrained=runs/demo/stages/0-start" \
 		--optimizer "after truncated=runs/demo/stages/1-truncated" \
-		--optimizer "after PES=runs/demo"
+		--optimizer "after PES=runs/demo" \
+		--optimizer default --optimizer default-pointwise
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15

@@ -260,7 +260,7 @@ def evaluate(problem: Problem) -> dict[str, Any]:
 
 
 def parse_task_settings(specs: Sequence[str]) -> dict[str, Any]:
-    """Parse ``NAME=VALUE`` settings, each value a Python literal; nothing is evaluated.
+    """Parse ``NAME=VALUE`` settings, each value a Python literal or a bare word; nothing is evaluated.
 
     Raises:
         UsageError: if one is not of this form, or a name is given twice.
@@ -271,7 +271,7 @@ def parse_task_settings(specs: Sequence[str]) -> dict[str, Any]:
         try:
             parsed = ast.literal_eval(value)
         except (SyntaxError, ValueError):
-            equals = ""
+            parsed, equals = value, equals if value.isidentifier() else ""
         if not equals or not name.isidentifier():
             raise UsageError(f"--task-setting {spec!r}: write NAME=VALUE, as in hidden=64 or augment=False")
         if name in settings or name == "data_dir":

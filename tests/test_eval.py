@@ -270,6 +270,13 @@ def test_transfer_is_one_command(tmp_path, monkeypatch, capsys):
     assert "\n".join(rows) in capsys.readouterr().out
 
 
+def test_a_setting_may_be_a_bare_word():
+    settings = evaluation.parse_task_settings(["data=wine", "other='a b'", "none=None", "flag=True"])
+    assert settings == {"data": "wine", "other": "a b", "none": None, "flag": True}
+    with pytest.raises(evaluation.UsageError, match="write NAME=VALUE"):
+        evaluation.parse_task_settings(["data=not a word"])
+
+
 def test_a_transfer_that_cannot_be_done_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     arguments = ["--task", "digits_mlp", "--out", str(tmp_path)]
