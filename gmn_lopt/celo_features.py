@@ -60,7 +60,7 @@ def celo_features(
     rows, columns = squares, squares
     if gradient.ndim >= 2:
         rows, columns = squares.mean(-1, keepdims=True), squares.mean(-2, keepdims=True)
-        factored = rows * columns / rows.mean(-2, keepdims=True)
+        factored = rows * (columns / rows.mean(-2, keepdims=True))  # the product of both would underflow
     else:
         factored = squares
     whiten, whiten_factored = jax.lax.rsqrt(squares), jax.lax.rsqrt(factored)

@@ -40,6 +40,15 @@ def test_normalized_steps_do_not_depend_on_the_scale_of_the_loss():
     assert relative_difference(play(lopt, phi, smaller)[-1], play(lopt, phi, RECORDED)[-1]) < 1e-3
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-18, 1e12])
+def test_scale_free_features_are_finite_at_any_scale(scale):
+    for shape in ((5, 4), (4,)):
+        gradient = scale * jax.random.normal(jax.random.key(0), shape)
+        averages = update_celo_averages(jnp.zeros((4, *shape)), gradient)
+        features = celo_features(jnp.zeros(shape), gradient, averages, jnp.int32(0))
+        assert jnp.isfinite(features).all() and jnp.abs(features).max() < 10
+
+
 def test_learning_rate_schedule_and_weight_decay_enter_as_in_adamw():
     lopt, phi = make(backbone="celo", rule="normalized", learning_rate=0.01)
     params, grads, _ = RECORDED[0]
