@@ -2,7 +2,7 @@
 
 python bench/meta_step.py [--tasks cifar10_mlp] [--estimators pes truncated] [--baseline] [--out DIR]
 
-Models and batches are those of the image tasks; the images are synthetic arrays of their shapes. An inner step is one
+Models and batches are those of the tasks; images and tokens are synthetic arrays of their shapes. An inner step is one
 training step of one unroll: a batch, the loss with its gradient (and factors), and the learned update. With
 ``--baseline`` each meta-step is timed in turn with the same one in its straightforward form (bench/straightforward.py,
 all unrolls in one vmap). GFLOP/s are those of matrix products (counted in the jaxpr), per cent those of the rate of a
@@ -43,7 +43,7 @@ CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process
 class Config:
     """What to measure. Defaults are the paper's setting."""
 
-    tasks: tuple[Literal["fashion_mnist_mlp", "cifar10_mlp", "cifar100_mlp"], ...] = (
+    tasks: tuple[Literal["fashion_mnist_mlp", "cifar10_mlp", "cifar100_mlp", "lm1b_transformer"], ...] = (
         "fashion_mnist_mlp",
         "cifar10_mlp",
         "cifar100_mlp",
@@ -51,8 +51,8 @@ class Config:
     """Tasks whose model and batch to take."""
     estimators: tuple[Literal["pes", "nres", "es", "truncated"], ...] = ("pes", "nres", "es", "truncated")
     """Estimators of the meta-gradient; none: training steps only."""
-    optimizers: tuple[Literal["ds", "ds+gmn"], ...] = ("ds", "ds+gmn")
-    """Learned optimizers."""
+    optimizers: tuple[Literal["ds", "ds+gmn", "unf", "unf+gmn"], ...] = ("ds", "ds+gmn")
+    """Learned optimizers; there is a straightforward form of ds and ds+gmn only."""
     size: Literal["paper", "small"] = "paper"
     """Their networks: the paper's (width 32), or those of the shipped optimizers (width 8, GradMetaNet of width 16 with
     one set layer on 32 elements of the set)."""
@@ -76,6 +76,8 @@ class Config:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise SystemExit(f"--{field.name} must be at least 1")
+        if self.baseline and any(name.startswith("unf") for name in self.optimizers):
+            raise SystemExit("--baseline measures --optimizers ds and ds+gmn only")
 
 
 def learned_optimizers(config: Config, task: Task) -> dict[str, LearnedOptimizer]:
@@ -83,7 +85,11 @@ def learned_optimizers(config: Config, task: Task) -> dict[str, LearnedOptimizer
     gradmetanet, plain = GradMetaNetConfig(), LearnedOptimizer(task_structure(task), gradmetanet=None, base=config.base)
     if config.size == "small":
         gradmetanet, plain = SMALL, replace(plain, width=8, hidden_layers=2)
-    return {name: replace(plain, gradmetanet=gradmetanet if name == "ds+gmn" else None) for name in config.optimizers}
+    parts = {name: name.partition("+") for name in config.optimizers}
+    return {
+        name: replace(plain, backbone=backbone, gradmetanet=gradmetanet if rest else None)
+        for name, (backbone, _, rest) in parts.items()
+    }
 
 
 def measure_meta_steps(

@@ -16,7 +16,7 @@ from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
 sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
 
 import meta_step
-from meta_step_measure import matrix_flops
+from meta_step_measure import matrix_flops, synthetic_task
 from straightforward import Straightforward
 
 SMALL = GradMetaNetConfig(width=6, set_layers=2, product_width=5, max_set_size=7)
@@ -56,6 +56,14 @@ def test_flops_count_every_turn_of_a_loop():
     # Forward, and two products in each step backwards; recomputing each step is one more.
     assert matrix_flops(jax.grad(lambda w: loop(x, w).sum()), w) == 3 * 5 * 2 * 3 * 4 * 4
     assert matrix_flops(jnp.linalg.cholesky, jnp.eye(6)) == 6**3 / 3
+
+
+def test_tasks_on_random_data_need_no_data_set():
+    for name, shape in (("cifar100_mlp", (128, 192)), ("lm1b_transformer", (8, 8))):
+        task = synthetic_task(name)
+        batch = task.sample(jax.random.key(0), task.data["train"])
+        assert jax.tree.leaves(batch)[0].shape == shape
+        assert jnp.isfinite(task.loss(task.init(jax.random.key(0)), batch))
 
 
 def test_tables(tmp_path, capsys):
