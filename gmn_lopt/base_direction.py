@@ -6,7 +6,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, Num, PyTree
 
 from gmn_lopt.matrices import is_kernel, orthogonalize
 from gmn_lopt.structure import Parameter
@@ -61,7 +61,7 @@ def update_direction(
     grads: PyTree,
     state: PyTree,
     layers: Sequence[WhitenedLayer] = (),
-    activations: Sequence[Float[Array, "_ _"]] = (),
+    activations: Sequence[Num[Array, "_ _"]] = (),
 ) -> tuple[PyTree, PyTree]:
     """Advance a base direction by one gradient.
 
@@ -78,7 +78,7 @@ def update_direction(
         grads: float32 gradients.
         state: the state.
         layers: the layers to whiten.
-        activations: the factors' activations, for ``layers``.
+        activations: the factors' activations, for ``layers``; token ids among them are not read.
 
     Returns:
         The direction, shaped like the gradients, and the new state.
