@@ -40,7 +40,7 @@ from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
 from gmn_lopt.files import write_atomically
 from gmn_lopt.hardware import describe_hardware
-from gmn_lopt.meta.task import Task, evenly_spaced, task_structure
+from gmn_lopt.meta.task import Task, measured_on, task_structure
 from tasks import load_task
 
 
@@ -161,10 +161,7 @@ def prepare(config: Config) -> Problem:
     task_settings = parse_task_settings(config.task_setting)
     task = find_task(config.task, config.data_dir, **task_settings)
     task = replace(task, horizon=task.horizon if config.horizon is None else config.horizon)
-    examples = len(jax.tree.leaves(task.data["test"])[0])
-    if config.split != "test":
-        split = task.data[config.split]
-        task = replace(task, data={**task.data, "test": evenly_spaced(split, examples) if task.test_subset else split})
+    task = measured_on(task, config.split)
     eval_every = protocol.default_eval_every(task.horizon) if config.eval_every is None else config.eval_every
     if task.horizon % eval_every:
         raise UsageError(f"--eval-every {eval_every} does not divide the horizon of {task.horizon} steps")

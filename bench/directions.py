@@ -10,13 +10,14 @@ so that settings may be chosen by it.
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, which is not part of the package
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from estimator_runs import MakeLearned
 from jaxtyping import PyTree
 
 from gmn_lopt.command_line import parse
@@ -27,7 +28,7 @@ from gmn_lopt.evaluation.report import spread
 from gmn_lopt.evaluation.sources import adam
 from gmn_lopt.evaluation.training import training_curves
 from gmn_lopt.learned_optimizer import LearnedOptimizer
-from gmn_lopt.meta.task import task_structure
+from gmn_lopt.meta.task import measured_on, task_structure
 from gmn_lopt.structure import GradientStructure
 from tasks import load_task
 
@@ -54,16 +55,6 @@ class Config:
     """The first seed; the others follow it."""
     horizon: int | None = None
     """Training steps; default: the task's own."""
-
-
-@dataclass(frozen=True)
-class _Make:
-    """Makes the optimizer of coefficients; equal ones share compiled programs."""
-
-    lopt: LearnedOptimizer
-
-    def __call__(self, phi: PyTree) -> Any:
-        return self.lopt.optimizer(phi)
 
 
 class UsageError(ValueError):
@@ -101,7 +92,7 @@ def main(config: Config) -> str:
         task = load_task(config.task, config.data_dir)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error
-    task = replace(task, data={**task.data, "test": task.data[config.split]}, horizon=config.horizon or task.horizon)
+    task = measured_on(replace(task, horizon=config.horizon or task.horizon), config.split)
     structure, every = task_structure(task), protocol.default_eval_every(task.horizon)
     parsed = [direction(text, structure) for text in config.directions]
     seeds = range(config.first_seed, config.first_seed + config.seeds)
@@ -117,7 +108,7 @@ def main(config: Config) -> str:
     row(*HEAD)
     row(*["---"] * len(HEAD))
     for name, curves in [(f"Adam, {config.adam[best]:g}", jax.tree.map(lambda x: x[best], grid))] + [
-        (text, training_curves(task, Candidate(text, "", "", _Make(lopt), phi, lopt.needs_factors), seeds, every))
+        (text, training_curves(task, Candidate(text, "", "", MakeLearned(lopt), phi, lopt.needs_factors), seeds, every))
         for text, (lopt, phi) in zip(config.directions, parsed)
     ]:
         factors = protocol.step_reduction(curves.test_loss, steps, goal)

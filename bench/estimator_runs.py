@@ -57,12 +57,13 @@ class Run:
 
 
 @dataclass(frozen=True)
-class _Make:
+class MakeLearned:
     """Makes the optimizer of meta-parameters; equal architectures are equal, and so share compiled programs."""
 
     lopt: LearnedOptimizer
 
     def __call__(self, phi: PyTree) -> Any:
+        """The optax transformation."""
         return self.lopt.optimizer(phi)
 
 
@@ -145,7 +146,7 @@ def meta_train(
 def evaluate(task: Task, lopt: LearnedOptimizer, phis: Sequence[PyTree], seeds: int) -> dict[str, np.ndarray]:
     """Train the task with several meta-parameters: ``test_loss`` and ``train_loss``, ``[phis, seeds, evaluations]``."""
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *phis)
-    candidate = Candidate("learned", "", "", _Make(lopt), stacked, lopt.needs_factors)
+    candidate = Candidate("learned", "", "", MakeLearned(lopt), stacked, lopt.needs_factors)
     curves = training_curves(task, candidate, range(seeds), protocol.default_eval_every(task.horizon), grid=True)
     return {"test_loss": curves.test_loss, "train_loss": curves.train_loss}
 

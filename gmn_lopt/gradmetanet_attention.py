@@ -117,9 +117,7 @@ class AttentionTrunk(nn.Module):
             x = read.after_layer(read.product(self.m_own) + (encoding @ self.m_encoding + self.bias))
             for block in self.blocks:
                 x = block(x)
-            sizes = [self.structure.sites[s].size for s in group.sites]
-            pieces = jnp.split(normalize(x.values), [sum(sizes[:i]) for i in range(1, len(sizes))], axis=1)
-            sites.update(zip(group.sites, pieces))
+            sites.update(zip(group.sites, x.after_layer(normalize(x.values)).per_site()))
         return tuple(sites[s] for s in range(len(self.structure.sites)))
 
 

@@ -103,11 +103,14 @@ class NeuronFeatures:
         flat = self.values.reshape(-1, self.values.shape[-1]) @ matrix
         return flat.reshape(*self.values.shape[:-1], -1)
 
+    def per_site(self) -> list[Float[Array, "S _ f"]]:
+        """The features cut into the sites of the group."""
+        sizes = [self.structure.sites[s].size for s in self.group.sites]
+        return jnp.split(self.values, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=1)
+
     def copies_product(self, matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"] | None:
         """The mean over the copies of each neuron times a matrix; None where no neuron has copies."""
-        sizes = [self.structure.sites[s].size for s in self.group.sites]
-        values = jnp.split(self.values, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=1)
-        means = mean_over_copies(self.structure, self.group.sites, values, axis=1)
+        means = mean_over_copies(self.structure, self.group.sites, self.per_site(), axis=1)
         return _side_by_side(self.structure, self.group, [None if m is None else m @ matrix for m in means])
 
     def after_layer(self, values: Float[Array, "S neurons g"]) -> "NeuronFeatures":

@@ -118,18 +118,24 @@ def random_factors(structure, seed=0):
     return Factors(draw(structure.activation_shapes), draw(structure.tangent_shapes))
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_agrees_with_a_literal_transcription(name):
-    structure, parameters = analyzed(MODELS[name]), jax.tree.leaves(MODELS[name][1])
-    module = GradMetaNet(structure, CONFIG, CHANNELS)
+def check_agrees(model, config, transcription, rtol, atol):
+    """Check all features of a model against a transcription; return what it was done with."""
+    structure, parameters = analyzed(model), jax.tree.leaves(model[1])
+    module = GradMetaNet(structure, config, CHANNELS)
     weights, factors = lively_weights(module), random_factors(structure)
     outputs = jax.jit(module.apply)({"params": weights}, factors, parameters)
-    reference = Reference(structure, weights, CONFIG)
+    reference = transcription(structure, weights, config)
     hs = reference.neurons(factors)
     for parameter, value, output in zip(structure.parameters, parameters, outputs, strict=True):
         expected = reference.parameter(parameter, value, hs)
-        assert output.shape == (*parameter.shape, CONFIG.out_features)
-        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())
+        assert output.shape == (*parameter.shape, config.out_features)
+        np.testing.assert_allclose(output, expected, rtol=rtol, atol=atol * np.abs(expected).max())
+    return structure, weights, factors, hs
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_agrees_with_a_literal_transcription(name):
+    structure, weights, factors, hs = check_agrees(MODELS[name], CONFIG, Reference, rtol=1e-4, atol=1e-5)
 
     invariant = InvariantGradMetaNet(structure, CONFIG, CHANNELS)
     invariant_weights = {**lively_weights(invariant), "trunk": weights["trunk"]}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from optimizing import analyzed, mlp, residual
-from test_gradmetanet import CHANNELS, Reference, lively_weights, random_factors, relu
+from test_gradmetanet import CHANNELS, Reference, check_agrees, lively_weights, random_factors, relu
 
 from gmn_lopt import Factors
 from gmn_lopt.attention import attention
@@ -96,16 +96,7 @@ class AttentionReference(Reference):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_agrees_with_a_literal_transcription(name):
-    structure, parameters = analyzed(MODELS[name]), jax.tree.leaves(MODELS[name][1])
-    module = GradMetaNet(structure, CONFIG, CHANNELS)
-    weights, factors = lively_weights(module), random_factors(structure)
-    outputs = jax.jit(module.apply)({"params": weights}, factors, parameters)
-    reference = AttentionReference(structure, weights, CONFIG)
-    hs = reference.neurons(factors)
-    for parameter, value, output in zip(structure.parameters, parameters, outputs, strict=True):
-        expected = reference.parameter(parameter, value, hs)
-        assert output.shape == (*parameter.shape, CONFIG.out_features)
-        np.testing.assert_allclose(output, expected, rtol=1e-3, atol=1e-4 * np.abs(expected).max())
+    check_agrees(MODELS[name], CONFIG, AttentionReference, rtol=1e-3, atol=1e-4)
 
 
 def test_it_reads_as_many_set_elements_as_it_is_given():
