@@ -32,11 +32,13 @@ class Budget:
 
     Attributes:
         inner_steps: training steps, over all unrolls and stages.
-        seconds: wall-clock time, without compilation.
+        seconds: time, without compilation.
+        clock: the time is its, in seconds.
     """
 
     inner_steps: int
     seconds: float
+    clock: Callable[[], float] = time.perf_counter
 
 
 @dataclass(frozen=True)
@@ -67,21 +69,21 @@ class MakeLearned:
         return self.lopt.optimizer(phi)
 
 
-def make_run(task: Task, optimizer: str, overrides: Mapping[str, Any], rate: float, inner_steps: int) -> Run:
-    """Make a run of the overrides in a table of ``estimator_variants.py``.
+def make_run(task: Task, settings: Mapping[str, Any], rate: float, pairs: int, inner_steps: int) -> Run:
+    """Make a run of settings such as those in a table of ``estimator_variants.py``.
 
     Raises:
         ValueError: an override has a value that is not possible on this task.
         TypeError: an override is not known.
     """
-    settings = dict(overrides)
+    settings = dict(settings)
     text, meta_clip = settings.pop("stages", "pes"), settings.pop("meta_clip", 1.0)
     initial = settings.pop("initial", {})
-    backbone, _, rest = optimizer.partition("+")
+    backbone, _, rest = settings.pop("optimizer").partition("+")
     settings = {"backbone": backbone, "gradmetanet": GradMetaNetConfig() if rest else None} | settings
     lopt = LearnedOptimizer(task_structure(task), **settings)
     problem = TrainingProblem(task, lopt)
-    stages = parse_stages(text, Stage(learning_rate=rate))
+    stages = parse_stages(text, Stage(learning_rate=rate, pairs=pairs))
     built = []
     for stage in stages:
         estimator = stage.build(problem)
@@ -117,15 +119,15 @@ def meta_train(
         init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
         data, step_key = meta_step.place((problem.splits(), step_key))
         state = meta_step.init(phi, data, init_key)
-        begin = time.perf_counter()
+        begin = budget.clock()
         compiled = meta_step.compile(state, data, step_key)
-        compilation += time.perf_counter() - begin
+        compilation += budget.clock() - begin
         number = 0
         while number < stage.meta_steps or (last and stage.schedule == "constant" and at_time is None):
-            begin = time.perf_counter()
+            begin = budget.clock()
             state, metrics = compiled(state, data, step_key, np.uint32(number))
             loss = float(metrics["loss"])  # waits for the device
-            seconds += time.perf_counter() - begin
+            seconds += budget.clock() - begin
             inner_steps += estimator.inner_steps
             number += 1
             rows.append((inner_steps, seconds, loss))

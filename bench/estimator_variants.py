@@ -2,7 +2,7 @@
 
 ``stages`` is a sequence of stages as in ``meta_train.py --stages``, without meta-steps: they follow from the budget, of
 which every stage gets an equal part. ``meta_clip`` is the largest norm of the meta-gradient, ``initial`` sets
-coefficients such as ``{"alpha": 2.0}``; every other key is a keyword argument of ``gmn_lopt.LearnedOptimizer``.
+coefficients such as ``{"alpha": 2.0}``, ``optimizer`` is one such as ``"ds+gmn"``; every other key is a keyword argument of ``gmn_lopt.LearnedOptimizer``.
 """
 
 from typing import Any

@@ -10,6 +10,7 @@ each run. Interrupt it at any time: a finished run is a file, and the same comma
 import fnmatch
 import json
 import sys
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ from meta_train import use_all_cores
 from tasks import load_task
 
 VARIANTS = ESTIMATORS | ABLATIONS
+CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Config:
     """Names of variants, or patterns such as 'truncated-*' or '*'; default: the estimators, without the ablations."""
     optimizer: Literal["sgdm", "ds", "ds+gmn"] = "ds"
     """The learned optimizer that is meta-trained, where a variant does not say otherwise."""
+    width: int = 32
+    """Width of its backbone, where a variant does not say otherwise."""
+    pairs: int = 16
+    """Pairs (of ``truncated`` unrolls) of a meta-step, where a variant does not say otherwise."""
     meta_learning_rates: tuple[float, ...] = (1e-3,)
     """Every variant is run with each; estimators differ in the rate that suits them."""
     seeds: int = 3
@@ -58,6 +64,8 @@ class Config:
     """Inner steps of a run, over all unrolls; decides the number of meta-steps."""
     minutes: float = 5.0
     """Time of a run, without compilation. A run goes on until both budgets are used up, and is measured at both."""
+    clock: Literal["wall", "processor"] = "wall"
+    """Seconds of the wall clock; or of processor time, summed over cores, for a machine that other work runs on."""
     horizon: int | None = None
     """Inner steps of one inner problem; default: the task's."""
 
@@ -72,7 +80,7 @@ def main(config: Config) -> str:
     Raises:
         UsageError, ResultsError: in one line, what cannot be done.
     """
-    for field in ("seeds", "eval_seeds", "inner_steps", "minutes", "horizon"):
+    for field in ("width", "pairs", "seeds", "eval_seeds", "inner_steps", "minutes", "horizon"):
         value = getattr(config, field)
         if value is not None and not value > 0:
             raise UsageError(f"--{field.replace('_', '-')} is {value}; it must be positive")
@@ -90,7 +98,7 @@ def main(config: Config) -> str:
     ]
     for task, name, rate, _ in jobs[: len(jobs) // config.seeds]:  # refuse what is impossible before the first run
         try:
-            make_run(tasks[task], config.optimizer, VARIANTS[name], rate, config.inner_steps)
+            make_run(tasks[task], learned(config, name), rate, config.pairs, config.inner_steps)
         except (ValueError, TypeError) as error:
             raise UsageError(f"variant {name} on {task}: {first_line(error)}; leave it out with --only") from None
     for task in tasks:
@@ -118,21 +126,30 @@ def open_results(config: Config, task: Task) -> Results:
     """The finished runs on a task."""
     settings = {
         "optimizer": config.optimizer,
+        "width": config.width,
+        "pairs": config.pairs,
         "horizon": task.horizon,
         "batch_size": task.batch_size,
         "eval_seeds": config.eval_seeds,
         "inner_steps": config.inner_steps,
         "minutes": config.minutes,
+        "clock": config.clock,
         "device": f"{jax.local_device_count()} {jax.devices()[0].device_kind}",
     }
     return Results(config.out / task.name, settings)
 
 
+def learned(config: Config, name: str) -> dict[str, Any]:
+    """The settings of a variant: those of its table over the command's."""
+    return {"optimizer": config.optimizer, "width": config.width} | VARIANTS[name]
+
+
 def one_run(config: Config, task: Task, results: Results, name: str, rate: float, seed: int, label: str) -> None:
     """Meta-train, evaluate, save."""
-    run = make_run(task, config.optimizer, VARIANTS[name], rate, config.inner_steps)
+    run = make_run(task, learned(config, name), rate, config.pairs, config.inner_steps)
+    budget = Budget(config.inner_steps, 60 * config.minutes, CLOCKS[config.clock])
     with tqdm(total=config.inner_steps, desc=label, unit=" inner steps", unit_scale=True, mininterval=5) as bar:
-        record, phis = meta_train(task, run, seed, Budget(config.inner_steps, 60 * config.minutes), bar.update)
+        record, phis = meta_train(task, run, seed, budget, bar.update)
     curves = evaluate(task, run.lopt, phis, config.eval_seeds)
     arrays = record | curves | {"phi": np.stack([ravel_pytree(phi)[0] for phi in phis])}
     results.save(f"{name} {rate:g} {seed}", fingerprint(name), arrays)
@@ -162,8 +179,8 @@ def report(config: Config, tasks: dict[str, Task], results: dict[str, Results], 
         found[task] = (tasks[task].horizon, results[task].load("adam", ""), variants)
     rates = ", ".join(f"{rate:g}" for rate in config.meta_learning_rates)
     about = (
-        f"`{config.optimizer}`, meta-learning rate {rates}; budgets: {config.inner_steps:,} inner steps and "
-        f"{config.minutes:g} minutes per run, on {jax.local_device_count()} {jax.devices()[0].device_kind} device(s); "
+        f"`{config.optimizer}` of width {config.width}, meta-learning rate {rates}, {config.pairs} pairs; budgets: {config.inner_steps:,} inner steps and "
+        f"{config.minutes:g} minutes ({config.clock} clock) per run, on {jax.local_device_count()} {jax.devices()[0].device_kind} device(s); "
         f"{config.eval_seeds} evaluation seeds."
     )
     return write_report(config.out, about, found)

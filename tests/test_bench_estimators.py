@@ -63,8 +63,8 @@ def test_record_and_snapshots(finished):
 
 
 def test_a_stage_gets_an_equal_part_of_the_budget_and_the_rest_goes_to_the_optimizer():
-    overrides = {"stages": "truncated:K=25,pes:ema=0.5", "meta_clip": 0.5, "initial": {"alpha": 2.0}, "width": 8}
-    run = make_run(load_task("digits_mlp"), "ds", overrides, 0.01, 10_000)
+    settings = {"stages": "truncated:K=25,pes:n=16:ema=0.5", "meta_clip": 0.5, "initial": {"alpha": 2.0}, "width": 8}
+    run = make_run(load_task("digits_mlp"), settings | {"optimizer": "ds"}, 0.01, 8, 10_000)
     assert [stage.meta_steps for stage, _ in run.stages] == [13, 4]  # of 400 and of 1600 inner steps
     assert [stage.learning_rate for stage, _ in run.stages] == [0.01, 0.01]
     assert (run.lopt.width, run.lopt.backbone, run.lopt.gradmetanet) == (8, "ds", None)
@@ -74,7 +74,7 @@ def test_a_stage_gets_an_equal_part_of_the_budget_and_the_rest_goes_to_the_optim
 def test_every_variant_can_be_made():
     task = load_task("digits_mlp")
     for overrides in VARIANTS.values():
-        make_run(task, "ds", overrides, 1e-3, 1_000_000)
+        make_run(task, {"optimizer": "ds"} | overrides, 1e-3, 16, 1_000_000)
 
 
 @pytest.mark.parametrize(
