@@ -18,18 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from estimator_runs import MakeLearned
-from jaxtyping import PyTree
 
 from gmn_lopt.command_line import parse
+from gmn_lopt.direction import parse_direction
 from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.report import spread
 from gmn_lopt.evaluation.sources import adam
 from gmn_lopt.evaluation.training import training_curves
-from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import measured_on, task_structure
-from gmn_lopt.structure import GradientStructure
 from tasks import load_task
 
 HEAD = ("direction", "step reduction", "missed seeds", "best loss", "mean training loss")
@@ -61,24 +59,6 @@ class UsageError(ValueError):
     """Something asked for cannot be done. The message is one line."""
 
 
-def direction(text: str, structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
-    """Parse a direction; return it as an optimizer without a network, and its coefficients.
-
-    Raises:
-        UsageError: it is not understood.
-    """
-    base, *numbers = text.split(":")
-    try:
-        values = dict(zip(("alpha", "tau", "power"), map(float, numbers)))
-        if len(numbers) not in (1, 3) or min(values.values()) <= 0:
-            raise ValueError("write BASE:ALPHA or BASE:ALPHA:TAU:POWER, all numbers positive")
-        lopt = LearnedOptimizer(structure, "sgdm", base=base, decay=len(values) == 3)
-    except ValueError as error:
-        raise UsageError(f"--directions {text}: {first_line(error)}") from None
-    phi = lopt.init(jax.random.key(0))
-    return lopt, phi | {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in values.items()}
-
-
 def main(config: Config) -> str:
     """Measure; print a row as soon as it is there.
 
@@ -94,7 +74,10 @@ def main(config: Config) -> str:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error
     task = measured_on(replace(task, horizon=config.horizon or task.horizon), config.split)
     structure, every = task_structure(task), protocol.default_eval_every(task.horizon)
-    parsed = [direction(text, structure) for text in config.directions]
+    try:
+        parsed = [parse_direction(text, structure) for text in config.directions]
+    except ValueError as error:
+        raise UsageError(f"--directions: {first_line(error)}") from None
     seeds = range(config.first_seed, config.first_seed + config.seeds)
     grid = training_curves(task, Candidate("adam", "", "", adam, jnp.array(config.adam)), seeds, every, grid=True)
     best, steps = protocol.best_setting(grid.test_loss), protocol.evaluation_steps(task.horizon, every)

@@ -2,10 +2,18 @@
 
 ``stages`` is a sequence of stages as in ``meta_train.py --stages``, without meta-steps: they follow from the budget, of
 which every stage gets an equal part. ``meta_clip`` is the largest norm of the meta-gradient, ``initial`` sets
-coefficients such as ``{"alpha": 2.0}``, ``optimizer`` is one such as ``"ds+gmn"``; every other key is a keyword argument of ``gmn_lopt.LearnedOptimizer``.
+coefficients such as ``{"alpha": 2.0}``, ``optimizer`` is one such as ``"ds+gmn"``; every other key is a keyword
+argument of ``gmn_lopt.LearnedOptimizer``.
 """
 
 from typing import Any
+
+from gmn_lopt import GradMetaNetConfig
+
+SMALL = GradMetaNetConfig(width=8, set_layers=1, neuron_layers=1, product_width=8, out_features=4)
+IMITATE = "truncated:K=25:imitation=1"
+# The weight of imitation fades out: each stage gets a part of the budget.
+GUIDED = f"{IMITATE},truncated:K=25:imitation=0.1,truncated:K=25"
 
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "pes": {},
@@ -36,6 +44,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "cosine": {"stages": "pes:schedule=cosine"},
     "final": {"stages": "pes:objective=final"},
     "ema-0.98": {"stages": "pes:ema=0.98"},
+    # Guidance by an expert, and what the set of gradients adds to it.
+    "imitate": {"stages": IMITATE},
+    "imitate-gmn": {"stages": IMITATE, "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    "imitate-truncated-25": {"stages": GUIDED},
+    "imitate-truncated-25-gmn": {"stages": GUIDED, "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    "truncated-25-gmn": {"stages": "truncated:K=25", "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "base-adam": {"base": "adam"},
     "alpha-2": {"initial": {"alpha": 2.0, "beta": 2e-4}},
     "width-8": {"width": 8},

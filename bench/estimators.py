@@ -179,8 +179,9 @@ def report(config: Config, tasks: dict[str, Task], results: dict[str, Results], 
         found[task] = (tasks[task].horizon, results[task].load("adam", ""), variants)
     rates = ", ".join(f"{rate:g}" for rate in config.meta_learning_rates)
     about = (
-        f"`{config.optimizer}` of width {config.width}, meta-learning rate {rates}, {config.pairs} pairs; budgets: {config.inner_steps:,} inner steps and "
-        f"{config.minutes:g} minutes ({config.clock} clock) per run, on {jax.local_device_count()} {jax.devices()[0].device_kind} device(s); "
+        f"`{config.optimizer}` of width {config.width}, meta-learning rate {rates}, {config.pairs} pairs; budgets: "
+        f"{config.inner_steps:,} inner steps and {config.minutes:g} minutes ({config.clock} clock) per run, on "
+        f"{jax.local_device_count()} {jax.devices()[0].device_kind} device(s); "
         f"{config.eval_seeds} evaluation seeds."
     )
     return write_report(config.out, about, found)

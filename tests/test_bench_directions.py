@@ -22,7 +22,7 @@ def test_table():
 
 @pytest.mark.parametrize("wrong", ["muon", "muon:0.1:3", "muon:-1", "lion:0.1", "muon:a"])
 def test_what_is_not_understood_is_refused_in_one_line(wrong):
-    with pytest.raises(UsageError, match=f"--directions {wrong}: [^\\n]+$"):
+    with pytest.raises(UsageError, match=f"--directions: direction '{wrong}': [^\\n]+$"):
         main(Config("digits_mlp", (wrong,), horizon=10))
     with pytest.raises(UsageError, match="--task nothing: unknown task"):
         main(Config("nothing", ("muon:1",)))

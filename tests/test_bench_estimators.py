@@ -65,7 +65,7 @@ def test_record_and_snapshots(finished):
 def test_a_stage_gets_an_equal_part_of_the_budget_and_the_rest_goes_to_the_optimizer():
     settings = {"stages": "truncated:K=25,pes:n=16:ema=0.5", "meta_clip": 0.5, "initial": {"alpha": 2.0}, "width": 8}
     run = make_run(load_task("digits_mlp"), settings | {"optimizer": "ds"}, 0.01, 8, 10_000)
-    assert [stage.meta_steps for stage, _ in run.stages] == [13, 4]  # of 400 and of 1600 inner steps
+    assert [stage.meta_steps for stage, _ in run.stages] == [25, 4]  # of 200 and of 1600 inner steps
     assert [stage.learning_rate for stage, _ in run.stages] == [0.01, 0.01]
     assert (run.lopt.width, run.lopt.backbone, run.lopt.gradmetanet) == (8, "ds", None)
     assert (run.meta_clip, run.initial) == (0.5, {"alpha": 2.0})

@@ -11,12 +11,14 @@ import optax
 from gmn_lopt.meta.averaging import average_of_parameters
 from gmn_lopt.meta.coefficients import is_coefficient, is_weight
 from gmn_lopt.meta.estimator import Estimator
+from gmn_lopt.meta.imitation import ImitationProblem
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.shaping import SHAPINGS
 from gmn_lopt.meta.sharding import usable_devices
+from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.window import OBJECTIVES
 
@@ -49,6 +51,9 @@ class Stage:
         coefficient_rate: multiple of the learning rate that the scalar coefficients are learned with; 0 keeps them.
         ema: decay, per meta-step, of the moving average of the meta-parameters that is the stage's result
             (:func:`gmn_lopt.meta.averaging.averaged`); 0: the meta-parameters of the last meta-step are.
+        imitation: weight of the distance from an expert's updates that is added to the loss
+            (:class:`gmn_lopt.meta.imitation.ImitationProblem`); 0: none. Stages of falling weight fade it out.
+        expert: the base direction that is imitated, with slashes for colons.
 
     Raises:
         ValueError: in one line, a value that no stage can have.
@@ -70,6 +75,8 @@ class Stage:
     weight_decay: float = 0.0
     coefficient_rate: float = 1.0
     ema: float = 0.0
+    imitation: float = 0.0
+    expert: str = "whitened/0.06/30/0.9"
 
     def __post_init__(self) -> None:
         names = {"estimator": ESTIMATORS, "schedule": SCHEDULES, "objective": OBJECTIVES, "shaping": SHAPINGS}
@@ -80,7 +87,7 @@ class Stage:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must be positive")
-        for name in ("coefficient_sigma", "warmup", "weight_decay", "coefficient_rate"):
+        for name in ("coefficient_sigma", "warmup", "weight_decay", "coefficient_rate", "imitation"):
             value = getattr(self, name)
             if not (value >= 0 and math.isfinite(value)):
                 raise ValueError(f"{name} is {value}; it must not be negative")
@@ -103,8 +110,13 @@ class Stage:
         """The stage's estimator of the meta-gradient of ``problem``.
 
         Raises:
-            ValueError: the estimator cannot be used on it, see :func:`gmn_lopt.meta.window.check_window`.
+            ValueError: the estimator cannot be used on it, see :func:`gmn_lopt.meta.window.check_window`, or the
+                expert cannot be imitated.
         """
+        if self.imitation:
+            if not isinstance(problem, TrainingProblem):
+                raise ValueError("imitation needs a training problem without augmentation")
+            problem = ImitationProblem(problem, self.expert, self.imitation)
         estimator: Estimator = ESTIMATORS[self.estimator](self, problem)
         return estimator
 
