@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import gmn_lopt
-from gmn_lopt.serialization import SerializationError, digest, load_learned
+from gmn_lopt.serialization import CONFIG_FILE, SerializationError, digest, load_learned
 from gmn_lopt.shipped import CARD_FILE
 
 FORMAT = "gmn_lopt model card"
@@ -92,7 +92,7 @@ def directory_problems(directory: Path) -> list[str]:
             problems.append(f"{what} has {sum(sizes)} bytes, more than {limit}")
     try:
         card = json.loads((directory / CARD_FILE).read_text())
-        _, phi = load_learned(directory, small_structure())
+        _, phi = load_learned(directory, some_structure(directory))
     except (ValueError, SerializationError) as error:
         return [f"{directory.name}: {error}"]
     problems += card_problems(card)
@@ -101,9 +101,25 @@ def directory_problems(directory: Path) -> list[str]:
     return [f"{directory.name}: {problem}" for problem in problems]
 
 
-def small_structure() -> gmn_lopt.GradientStructure:
-    """A structure to load an optimizer with where any will do: meta-parameters do not depend on it."""
-    return gmn_lopt.analyze(lambda p, x: jnp.mean((x @ p) ** 2), jnp.ones((3, 2)), jnp.ones((4, 3)))
+def some_structure(directory: Path) -> gmn_lopt.GradientStructure:
+    """A structure to load a saved optimizer with: any will do, but for an ``unf``, which says what leaves it is for."""
+    try:
+        leaves = [tuple(leaf["spaces"]) for leaf in json.loads((directory / CONFIG_FILE).read_text())["leaves"]]
+    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged, which loading reports
+        return gmn_lopt.analyze(lambda p, x: jnp.mean((x @ p) ** 2), jnp.ones((3, 2)), jnp.ones((4, 3)))
+    shapes = [(2,) * len(spaces) for spaces in leaves]
+    return gmn_lopt.GradientStructure(
+        spaces=tuple(gmn_lopt.Space(2, True) for _ in {space for spaces in leaves for space in spaces}),
+        sites=(),
+        parameters=tuple(
+            gmn_lopt.Parameter(f"[{i}]", shape, "float32", shape, spaces, (), "unfactored")
+            for i, (shape, spaces) in enumerate(zip(shapes, leaves))
+        ),
+        layers=(),
+        treedef=jax.tree.structure([0] * len(leaves)),
+        activation_shapes=(),
+        tangent_shapes=(),
+    )
 
 
 def count(phi: Any) -> int:

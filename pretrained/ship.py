@@ -28,7 +28,7 @@ from gmn_lopt.serialization import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, Serializa
 from gmn_lopt.shipped import CARD_FILE
 from meta_train import UsageError
 from pretrained import tables
-from pretrained.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, small_structure
+from pretrained.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
 from pretrained.measured import ShipError, measured
 from pretrained.training import training_facts
 
@@ -73,7 +73,7 @@ def main(config: Config, root: Path = ROOT) -> Path:
         raise ShipError(f"--name {config.name!r}: use letters, digits and _ . + - only")
     tables.generated(root)  # fails before anything is changed, if it fails
     source = config.run / "optimizer" if (config.run / "optimizer").is_dir() else config.run
-    lopt, phi = load_learned(source, small_structure())
+    lopt, phi = load_learned(source, some_structure(source))
     training = _training(config)
     places = {config.run.resolve(), source.resolve()}
     evaluations = [measured(file, config.name, digest(phi), places, config.label) for file in config.report]

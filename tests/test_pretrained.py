@@ -18,6 +18,7 @@ import eval as evaluation
 import gmn_lopt
 import meta_train
 from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.task import task_structure
 from gmn_lopt.serialization import SerializationError, load_learned, save, shipped_names
 from pretrained import cards, commands, ship, tables
 from pretrained.measured import ShipError
@@ -123,7 +124,7 @@ def test_shipping(trained, root, monkeypatch):
     expected = replace(RUN, stages="pes:2:1e-4:K=5:n=3", initial_alpha=None, start=NAME)
     assert meta_train.to_json(on) == meta_train.to_json(replace(expected, out=Path(f"runs/{NAME}-continued")))
     phi = meta_train.initial_phi(on, meta_train.make_problem(on)[0], jax.random.key(5))
-    np.testing.assert_array_equal(phi["log_alpha"], load_learned(trained[0] / "optimizer", structure())[1]["log_alpha"])
+    np.testing.assert_array_equal(phi["log_alpha"], load(trained[0] / "optimizer")[1]["log_alpha"])
     found = evaluation.parse(evaluation.Config, None, shlex.split(row["command"])[2:])
     assert (found.task, found.optimizer, found.task_setting) == ("digits_mlp", (NAME,), ("hidden=8",))
     assert (found.seeds, found.horizon, found.eval_every, found.timing_rounds) == (2, 6, 1, 2)
@@ -150,12 +151,22 @@ def test_shipping(trained, root, monkeypatch):
     assert [path.name for path in target.parent.iterdir()] == [NAME]
 
 
-def structure():
-    return cards.small_structure()
+def load(path):
+    return load_learned(path, cards.some_structure(path))
+
+
+@pytest.mark.parametrize("gradmetanet", [None, gmn_lopt.GradMetaNetConfig(width=4)])
+def test_an_optimizer_that_belongs_to_one_model_can_be_shipped(gradmetanet, tmp_path):
+    lopt = LearnedOptimizer(task_structure(load_task("digits_mlp")), "unf", gradmetanet, width=4)
+    phi = lopt.init(jax.random.key(0))
+    save(tmp_path / "unf", lopt, phi)
+    loaded, found = load(tmp_path / "unf")
+    assert replace(loaded, structure=lopt.structure) == lopt
+    assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), found, phi))
 
 
 def test_weights_that_the_report_did_not_measure_are_refused(trained, root, tmp_path):
-    lopt, phi = load_learned(trained[0] / "optimizer", structure())
+    lopt, phi = load(trained[0] / "optimizer")
     run = tmp_path / "further"
     shutil.copytree(trained[0], run)
     save(run / "optimizer", lopt, jax.tree.map(lambda x: x + 1e-3, phi))
