@@ -12,6 +12,8 @@ from jaxtyping import Array, Float, Int, PyTree
 from gmn_lopt.meta.task import Task
 from tasks._text import Split
 
+LOGITS_AT_ONCE = 2**20  # in evaluation, of each run
+
 
 @dataclass(frozen=True)
 class Transformer:
@@ -106,7 +108,8 @@ def language_task(
         return jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), split)
 
     cap = 1.5 * math.log(model.vocabulary)
-    return Task(name, horizon, batch_size, cap, data, model.init, model.loss, sample, test_subset)
+    at_once = max(1, LOGITS_AT_ONCE // (model.length * model.vocabulary))
+    return Task(name, horizon, batch_size, cap, data, model.init, model.loss, sample, test_subset, at_once)
 
 
 def _dense(layer: PyTree, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:

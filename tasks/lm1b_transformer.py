@@ -2,8 +2,7 @@
 
 The default vocabulary of 1,000 tokens fits a corpus of some ten thousand sentences: each token occurs 600 times on
 average, and a run of 5,000 steps takes less text than there is. The paper-sized one is ``--task-setting
-vocabulary=32000``, with the whole data set. An evaluation holds all logits of the test subset at once, 1 GB for each
-run with that vocabulary: with ``--rates-at-once 1``, as many GB as seeds.
+vocabulary=32000``, with the whole data set.
 """
 
 from gmn_lopt.meta.task import Task

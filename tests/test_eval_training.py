@@ -9,7 +9,7 @@ import pytest
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.sources import adam
 from gmn_lopt.evaluation.timing import time_per_step
-from gmn_lopt.evaluation.training import run_keys, training_curves
+from gmn_lopt.evaluation.training import mean_loss, run_keys, training_curves
 from gmn_lopt.meta.task import Task
 
 SEEDS = [0, 5]
@@ -145,6 +145,25 @@ def slow(rate):
         return jax.tree.map(lambda u: u + 0 * jnp.nan_to_num(wait), updates), state
 
     return optax.chain(optax.adam(rate), optax.GradientTransformation(lambda params: optax.EmptyState(), update))
+
+
+@pytest.mark.parametrize("at_once", [None, 1, 3, 7, 10, 11])
+def test_loss_on_parts_of_the_split_is_that_on_the_whole(at_once):
+    split = {"x": jax.random.normal(jax.random.key(0), (10, 3)), "y": jnp.arange(10.0)}
+    loss = lambda w, examples: jnp.mean((examples["x"] @ w - examples["y"]) ** 2)  # noqa: E731
+    w = jnp.array([1.0, -2.0, 0.5])
+    assert mean_loss(loss, w, split, at_once) == pytest.approx(float(loss(w, split)), rel=1e-6)
+
+
+def test_loss_on_parts_needs_the_memory_of_one_part():
+    split, w = jnp.ones((1000, 4)), jnp.ones((4, 500))
+    loss = lambda w, x: jnp.mean(jax.nn.logsumexp(jnp.sort(x @ w), axis=1))  # noqa: E731  (a sort is not fused away)
+
+    def memory(at_once):
+        compiled = jax.jit(lambda w, split: mean_loss(loss, w, split, at_once)).lower(w, split).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert memory(50) < memory(None) / 5
 
 
 def test_timing_tells_slow_from_fast():

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.evaluation.candidate import Candidate, train_step
 from gmn_lopt.meta.task import Task
@@ -94,6 +94,7 @@ def training_curves(
             windows=windows,
             grid=grid,
             record_weights=record_weights,
+            at_once=task.at_once,
         )
         pieces.append(jax.device_get(piece))
         progress(runs * windows * eval_every)
@@ -136,6 +137,7 @@ def _start(hyper, keys, *, init, make, grid):
         "windows",
         "grid",
         "record_weights",
+        "at_once",
     ),
     donate_argnames="state",
 )
@@ -156,6 +158,7 @@ def _advance(
     windows,
     grid,
     record_weights,
+    at_once,
 ):
     """``windows`` times: ``eval_every`` steps, then one evaluation. The splits are arguments, not constants."""
 
@@ -170,11 +173,34 @@ def _advance(
         def window(carry, first):
             carry, values = jax.lax.scan(step, carry, first + jnp.arange(eval_every))
             weights = _vector(carry[0]) if record_weights else jnp.zeros(0)
-            return carry, (loss(carry[0], test), values.mean(), weights)
+            return carry, (mean_loss(loss, carry[0], test, at_once), values.mean(), weights)
 
         return jax.lax.scan(window, state, start + eval_every * jnp.arange(windows))
 
     return _over_runs(run, grid)(state, hyper, keys)
+
+
+def mean_loss(
+    loss: Callable[[PyTree, PyTree], Float[Array, ""]], params: PyTree, split: PyTree, at_once: int | None
+) -> Float[Array, ""]:
+    """The loss on a split, which is a mean over its examples, taken on some of them after the other.
+
+    Args:
+        loss: ``loss(params, examples)``.
+        params: the model's parameters.
+        split: each leaf ``[examples, ...]``.
+        at_once: how many examples at a time, None for all.
+    """
+    examples = len(jax.tree.leaves(split)[0])
+    if at_once is None or at_once >= examples:
+        return loss(params, split)
+    parts, rest = divmod(examples, at_once)
+    whole = examples - rest
+    stacked = jax.tree.map(lambda x: x[:whole].reshape(parts, at_once, *x.shape[1:]), split)
+    total = at_once * jax.lax.map(lambda part: loss(params, part), stacked).sum()
+    if rest:
+        total += rest * loss(params, jax.tree.map(lambda x: x[whole:], split))
+    return total / examples
 
 
 def _vector(params: PyTree) -> jax.Array:

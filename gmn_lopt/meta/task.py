@@ -31,6 +31,7 @@ class Task:
         sample: ``sample(key, split)`` draws a training batch from a split, augmentation included. Traceable.
         test_subset: where ``data["test"]`` is a part of the data set's test split, evenly spaced over it so that
             evaluation stays cheap: what it holds, in words, for reports. Empty where it is the whole.
+        at_once: how many test examples the loss is taken on together, where all would take too much memory; None: all.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Task:
     loss: Callable[[PyTree, PyTree], Float[Array, ""]]
     sample: Callable[[jax.Array, PyTree], PyTree]
     test_subset: str = ""
+    at_once: int | None = None
 
 
 def evenly_spaced(split: PyTree, count: int) -> PyTree:
