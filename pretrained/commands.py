@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import meta_train
+from gmn_lopt.meta.config import INITIAL_COEFFICIENTS, Config, to_json
 
 # What says where a run was and what it was told about its machine, not what was trained.
 OF_THE_MACHINE = ("out", "data_dir", "resume")
@@ -18,7 +18,7 @@ def train_command(settings: Mapping[str, Any], out: str) -> str:
         settings: those of a run's ``config.json``.
         out: the run directory that the command writes.
     """
-    defaults = meta_train.to_json(meta_train.Config(task="", out=Path()))
+    defaults = to_json(Config(task="", out=Path()))
     del defaults["optimizer"]
     chosen = {name: value for name, value in settings.items() if name not in OF_THE_MACHINE}
     chosen.pop("preset", None)
@@ -28,7 +28,7 @@ def train_command(settings: Mapping[str, Any], out: str) -> str:
 
 def continue_command(settings: Mapping[str, Any], name: str) -> str:
     """The command that trains the shipped optimizer further, with the settings of the last stage."""
-    initial = dict.fromkeys(meta_train.INITIAL_COEFFICIENTS)
+    initial = dict.fromkeys(INITIAL_COEFFICIENTS)
     last = {"stages": settings["stages"].split(",")[-1].strip(), **initial}
     return train_command({**settings, **last, "start": name}, f"runs/{name}-continued")
 

@@ -8,10 +8,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import meta_train
 from gmn_lopt.errors import first_line
 from gmn_lopt.hardware import describe_hardware
+from gmn_lopt.meta.config import from_json, make_stages, to_json
 from gmn_lopt.meta.run_directory import RunError, read_settings
+from meta_train import make_problem
 from pretrained.commands import OF_THE_MACHINE, continue_command, train_command
 
 
@@ -27,11 +28,11 @@ def training_facts(run: Path, name: str, hardware: str | None = None) -> dict[st
         The entry ``training`` of a card, JSON values. ``seconds`` is None where the run was too short to tell.
 
     Raises:
-        RunError, meta_train.UsageError: in one line, what is missing or not readable.
+        RunError, UsageError: in one line, what is missing or not readable.
     """
     settings = read_settings(run)
-    config = meta_train.from_json(settings)
-    settings = meta_train.to_json(config)  # with the defaults of settings that came later
+    config = from_json(settings)
+    settings = to_json(config)  # with the defaults of settings that came later
     try:
         versions = dict(json.loads((run / "config.json").read_text())["versions"])
         rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -44,8 +45,8 @@ def training_facts(run: Path, name: str, hardware: str | None = None) -> dict[st
     rows = [row for row in rows if row["meta_step"] <= done]
     recorded = versions.pop("hardware", None)
 
-    stages = meta_train.make_stages(config)
-    _, problem = meta_train.make_problem(config)
+    stages = make_stages(config)
+    _, problem = make_problem(config)
     inner_steps = [stage.meta_step(problem, config.meta_clip).inner_steps for stage in stages]
     ends = [sum(stage.meta_steps for stage in stages[: i + 1]) for i in range(len(stages))]
     left = [max(0, min(stage.meta_steps, done - end + stage.meta_steps)) for stage, end in zip(stages, ends)]

@@ -16,9 +16,9 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import gmn_lopt
 import meta_train
+from gmn_lopt.meta.config import PRESETS, Config, UsageError, from_command_line, from_json, make_stages, to_json
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
 from gmn_lopt.serialization import load_learned
-from meta_train import Config, UsageError
 from tasks import load_task
 
 ROOT = Path(meta_train.__file__).parent
@@ -201,9 +201,9 @@ def test_unf_is_not_trained_on_models_of_several_structures(tmp_path, monkeypatc
 
 
 def test_settings_that_came_later_do_not_keep_a_run_from_being_resumed(tmp_path):
-    settings = meta_train.to_json(config(tmp_path, optimizer="ds+gmn"))
+    settings = to_json(config(tmp_path, optimizer="ds+gmn"))
     assert "attention_heads" not in settings["gmn"]
-    assert meta_train.to_json(meta_train.from_json(settings)) == settings
+    assert to_json(from_json(settings)) == settings
 
 
 @pytest.mark.parametrize(
@@ -242,8 +242,10 @@ def test_wrong_input_ends_in_one_line(tmp_path, monkeypatch, capsys, changes, me
 
 
 def test_wrong_input_of_the_function():
+    wrong = config(Path("never-made"))
+    object.__setattr__(wrong, "optimizer", "rnn")  # the tests check types where users' programs do not
     with pytest.raises(UsageError, match="unknown --optimizer 'rnn'; choose one of sgdm, ds, ds\\+gmn"):
-        meta_train.main(config(Path("never-made"), optimizer="rnn"))
+        meta_train.main(wrong)
     assert not Path("never-made").exists()
 
 
@@ -262,12 +264,12 @@ def test_a_run_starts_from_a_saved_optimizer(finished, tmp_path):
 
 
 def test_presets():
-    best = meta_train.from_command_line(["--task", "digits_mlp", "--out", "x"])
-    assert best == Config("digits_mlp", Path("x"), preset="best", **meta_train.PRESETS["best"])
-    paper = meta_train.from_command_line(["--preset=paper", "--task", "digits_mlp", "--out", "x", "--seed", "3"])
+    best = from_command_line(None, ["--task", "digits_mlp", "--out", "x"])
+    assert best == Config("digits_mlp", Path("x"), preset="best", **PRESETS["best"])
+    paper = from_command_line(None, ["--preset=paper", "--task", "digits_mlp", "--out", "x", "--seed", "3"])
     assert paper == Config("digits_mlp", Path("x"), seed=3)
     with pytest.raises(SystemExit):
-        meta_train.from_command_line(["--preset", "worst", "--task", "digits_mlp", "--out", "x"])
+        from_command_line(None, ["--preset", "worst", "--task", "digits_mlp", "--out", "x"])
     for settings in (best, paper):
-        assert meta_train.from_json(json.loads(json.dumps(meta_train.to_json(settings)))) == settings
-        assert meta_train.make_stages(settings)
+        assert from_json(json.loads(json.dumps(to_json(settings)))) == settings
+        assert make_stages(settings)

@@ -18,6 +18,7 @@ import eval as evaluation
 import gmn_lopt
 import meta_train
 from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta import config as training_config
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.serialization import SerializationError, load_learned, save, shipped_names
 from pretrained import cards, commands, ship, tables
@@ -27,7 +28,7 @@ from tasks import load_task
 
 ROOT = Path(ship.__file__).parent.parent
 NAME = "digits_mlp-sgdm"
-RUN = meta_train.Config(
+RUN = training_config.Config(
     task="digits_mlp",
     out=Path("runs/any"),
     optimizer="sgdm",
@@ -118,11 +119,11 @@ def test_shipping(trained, root, monkeypatch):
         "python meta_train.py --preset paper --task digits_mlp --optimizer sgdm "
     )
     # The commands make the same settings, and the same evaluation.
-    again = meta_train.from_command_line(shlex.split(training["commands"]["train"])[2:])
-    assert meta_train.to_json(again) == meta_train.to_json(replace(RUN, out=Path(f"runs/{NAME}")))
-    on = meta_train.from_command_line(shlex.split(training["commands"]["continue"])[2:])
+    again = training_config.from_command_line(None, shlex.split(training["commands"]["train"])[2:])
+    assert training_config.to_json(again) == training_config.to_json(replace(RUN, out=Path(f"runs/{NAME}")))
+    on = training_config.from_command_line(None, shlex.split(training["commands"]["continue"])[2:])
     expected = replace(RUN, stages="pes:2:1e-4:K=5:n=3", initial_alpha=None, start=NAME)
-    assert meta_train.to_json(on) == meta_train.to_json(replace(expected, out=Path(f"runs/{NAME}-continued")))
+    assert training_config.to_json(on) == training_config.to_json(replace(expected, out=Path(f"runs/{NAME}-continued")))
     phi = meta_train.initial_phi(on, meta_train.make_problem(on)[0], jax.random.key(5))
     np.testing.assert_array_equal(phi["log_alpha"], load(trained[0] / "optimizer")[1]["log_alpha"])
     found = evaluation.parse(evaluation.Config, None, shlex.split(row["command"])[2:])
