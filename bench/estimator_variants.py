@@ -49,6 +49,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "imitate-gmn": {"stages": IMITATE, "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "imitate-truncated-25": {"stages": GUIDED},
     "imitate-truncated-25-gmn": {"stages": GUIDED, "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    "nres-gmn": {"stages": "nres", "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "truncated-25-gmn": {"stages": "truncated:K=25", "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "base-adam": {"base": "adam"},
     "alpha-2": {"initial": {"alpha": 2.0, "beta": 2e-4}},
