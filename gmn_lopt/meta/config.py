@@ -57,7 +57,9 @@ class Config:
     clip, schedule and objective; what a stage does not say of these is taken from the flags below. Of a stage only:
     coefficient_sigma (sigma of the scalar coefficients), shaping (of the loss differences: none, ranks or clip),
     warmup (meta-steps), weight_decay (AdamW), coefficient_rate (times the meta-learning rate, for the scalar
-    coefficients), ema (decay of an average of the meta-parameters, which is then what the stage saves and hands on)."""
+    coefficients), ema (decay of an average of the meta-parameters, which is then what the stage saves and hands on),
+    imitation (weight of the distance from an expert's updates, added to the loss) and expert (a base direction such as
+    adam/0.004)."""
     meta_steps: int = 50_000
     """Meta-steps of a stage."""
     meta_learning_rate: float = 1e-4
