@@ -51,11 +51,17 @@ class Config:
     """Tasks whose model and batch to take."""
     estimators: tuple[Literal["pes", "nres", "es", "truncated"], ...] = ("pes", "nres", "es", "truncated")
     """Estimators of the meta-gradient; none: training steps only."""
-    optimizers: tuple[Literal["ds", "ds+gmn", "unf", "unf+gmn"], ...] = ("ds", "ds+gmn")
-    """Learned optimizers; there is a straightforward form of ds and ds+gmn only."""
+    optimizers: tuple[Literal["sgdm", "ds", "ds+gmn", "unf", "unf+gmn"], ...] = ("ds", "ds+gmn")
+    """Learned optimizers, sgdm is the base by itself; there is a straightforward form of ds and ds+gmn only."""
     size: Literal["paper", "small"] = "paper"
     """Their networks: the paper's (width 32), or those of the shipped optimizers (width 8, GradMetaNet of width 16 with
     one set layer on 32 elements of the set)."""
+    width: int | None = None
+    """Width of the per-parameter network, in place of the size's."""
+    gmn_width: int | None = None
+    """Width of GradMetaNet, in place of the size's."""
+    set_size: int | None = None
+    """Elements of the set that GradMetaNet reads, in place of the size's."""
     base: Literal["momentum", "adam", "muon", "whitened"] = "momentum"
     """Their base direction."""
     baseline: bool = False
@@ -76,7 +82,7 @@ class Config:
             value = getattr(self, field.name)
             if isinstance(value, int) and not isinstance(value, bool) and value < 1:
                 raise SystemExit(f"--{field.name} must be at least 1")
-        if self.baseline and any(name.startswith("unf") for name in self.optimizers):
+        if self.baseline and not {*self.optimizers} <= {"ds", "ds+gmn"}:
             raise SystemExit("--baseline measures --optimizers ds and ds+gmn only")
 
 
@@ -85,6 +91,10 @@ def learned_optimizers(config: Config, task: Task) -> dict[str, LearnedOptimizer
     gradmetanet, plain = GradMetaNetConfig(), LearnedOptimizer(task_structure(task), gradmetanet=None, base=config.base)
     if config.size == "small":
         gradmetanet, plain = SMALL, replace(plain, width=8, hidden_layers=2)
+    if config.gmn_width is not None:
+        gradmetanet = replace(gradmetanet, width=config.gmn_width, product_width=config.gmn_width)
+    gradmetanet = replace(gradmetanet, max_set_size=config.set_size or gradmetanet.max_set_size)
+    plain = replace(plain, width=config.width or plain.width)
     parts = {name: name.partition("+") for name in config.optimizers}
     return {
         name: replace(plain, backbone=backbone, gradmetanet=gradmetanet if rest else None)
@@ -132,7 +142,11 @@ def main(config: Config) -> dict[str, Any]:
     """Measure, print the tables as the figures come, and return the figures."""
     rate = matrix_product_rate(CLOCKS[config.clock], config.repeats)
     devices = f"{jax.local_device_count()} {jax.devices()[0].platform} device(s)"
-    head = f"JAX {jax.__version__}, {describe_hardware()}, {devices}; networks: {config.size}, base: {config.base}"
+    changed = [
+        f"{name} {getattr(config, name)}" for name in ("width", "gmn_width", "set_size") if getattr(config, name)
+    ]
+    networks = ", ".join([f"networks: {config.size}", *changed])
+    head = f"JAX {jax.__version__}, {describe_hardware()}, {devices}; {networks}, base: {config.base}"
     setting = f"{config.pairs} pairs or unrolls, windows of {config.truncation} steps, {config.clock} seconds"
     print(f"{head}; {setting}; large float32 matrix product: {rate / 1e9:,.0f} GFLOP/s\n")
     print("| task | optimizer | estimator | form | inner steps/s | ratio | GFLOP/s | % | memory (MB) | compile (s) |")

@@ -82,3 +82,13 @@ def test_tables(tmp_path, capsys):
     assert (adam["relative"], learned["relative"] < 1) == (1.0, True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| fashion_mnist_mlp")]
     assert len(rows) == 4
+
+
+def test_networks_of_other_sizes():
+    config = meta_step.Config(optimizers=("sgdm", "ds+gmn"), size="small", width=4, gmn_width=6, set_size=5)
+    direction, both = meta_step.learned_optimizers(config, synthetic_task("fashion_mnist_mlp")).values()
+    assert (direction.backbone, direction.gradmetanet) == ("sgdm", None)
+    gmn = both.gradmetanet
+    assert (both.width, gmn.width, gmn.product_width, gmn.max_set_size, gmn.set_layers) == (4, 6, 6, 5, 1)
+    with pytest.raises(SystemExit, match="--baseline measures"):
+        replace(config, baseline=True)
