@@ -1,5 +1,7 @@
 """Base directions, orthogonalisation and whitening, against NumPy's decompositions and optax's Muon."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ from optimizing import analyzed, mlp, play, record, residual
 import gmn_lopt
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.matrices import is_kernel, orthogonalize
-from gmn_lopt.whitening import DAMPING, DECAY, whitened_layers
+from gmn_lopt.whitening import DAMPING, DECAY, whitened_layers, whitened_steps
 
 MODEL = mlp(6, 9, 4)
 STRUCTURE = analyzed(MODEL)
@@ -121,3 +123,58 @@ def test_units_that_are_all_dead_do_not_break_the_step():
         _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *args)
         updates, _ = tx.update(grads, tx.init(params), params, factors=factors)
         assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(updates))
+
+
+def literal_whitened_step(momentum, covariance):
+    """``L^-T NewtonSchulz(L^-1 M)``, scaled to change the outputs by a root mean square of one; in float64."""
+    damped = covariance + DAMPING * np.trace(covariance) / len(covariance) * np.eye(len(covariance))
+    root = np.linalg.cholesky(damped)
+    x = np.linalg.solve(root, momentum)
+    x = x / np.linalg.norm(x)
+    for _ in range(5):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    step = np.linalg.solve(root.T, x)
+    return step / np.sqrt(np.sum(step * (covariance @ step)) / step.shape[1])
+
+
+@pytest.mark.parametrize("inputs, outputs", [(12, 5), (5, 12), (8, 7)])
+@pytest.mark.parametrize("size", [1.0, 1e-15])
+def test_whitened_step_is_the_iteration_on_the_whitened_momentum(inputs, outputs, size):
+    parameters, layer = whitened_layer(inputs, outputs)
+    random = np.random.default_rng(0)
+    activations = random.normal(size=(40, inputs + 1)) * np.exp(random.normal(size=inputs + 1))
+    covariance = activations.T @ activations / 40
+    momentum = random.normal(size=(inputs + 1, outputs))
+
+    def step(momentum):
+        parts = dict(whitened_steps(layer, parameters, [momentum[:-1], momentum[-1]], jnp.float32(covariance)))
+        return jnp.concatenate([parts[0], parts[1][None]])
+
+    given = jnp.float32(momentum)
+    np.testing.assert_allclose(step(size * given), literal_whitened_step(momentum, covariance), rtol=2e-3, atol=2e-4)
+    # Its derivative, too, in a random direction; and for several models at once.
+    towards, weights = random.normal(size=(2, *momentum.shape))
+    ends = [literal_whitened_step(momentum + h * towards, covariance) for h in (1e-5, -1e-5)]
+    slope = np.sum(weights * (ends[0] - ends[1])) / 2e-5
+    gradient = jax.grad(lambda m: jnp.sum(weights * step(m)))(given)
+    assert np.sum(gradient * towards) == pytest.approx(slope, rel=1e-2, abs=1e-2)
+    many = jnp.stack([given, jnp.float32(towards)])
+    np.testing.assert_allclose(jax.vmap(step)(many)[1], step(many[1]), rtol=1e-5, atol=1e-6)
+
+
+def test_whitened_step_of_no_momentum_is_none():
+    parameters, layer = whitened_layer(3, 4)
+    steps = whitened_steps(layer, parameters, [jnp.zeros((3, 4)), jnp.zeros(4)], jnp.zeros((4, 4)))
+    assert all((step == 0).all() for _, step in steps)
+
+
+def whitened_layer(inputs, outputs):
+    def loss(params, x):
+        return jnp.mean(jnp.tanh(jnp.tanh(x) @ params["w"] + params["b"]) ** 2)
+
+    params = {"w": jnp.ones((inputs, outputs)), "b": jnp.ones(outputs)}
+    structure = gmn_lopt.analyze(loss, params, jnp.ones((6, inputs)))
+    (layer,) = whitened_layers(structure, range(2))
+    kernel_first = [structure.parameters[i] for i in (layer.kernel, layer.bias)]
+    return kernel_first, replace(layer, kernel=0, bias=1)
