@@ -17,7 +17,7 @@ from gmn_lopt.shipped import CARD_FILE
 FORMAT = "gmn_lopt model card"
 VERSION = 1
 DIGITS = 5
-LARGEST_CARD = 60_000  # bytes
+LARGEST_CARD = 100_000  # bytes
 LARGEST = 1_000_000  # bytes, of everything that one optimizer ships
 FILES = {"config.json", "phi.safetensors", CARD_FILE}
 
