@@ -1,7 +1,6 @@
 """One run of bench/estimators.py: meta-train within a budget, then measure the optimizers that resulted."""
 
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clocks import CLOCKS, Clock
 from jaxtyping import PyTree
 
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
@@ -38,7 +38,7 @@ class Budget:
 
     inner_steps: int
     seconds: float
-    clock: Callable[[], float] = time.perf_counter
+    clock: Clock = CLOCKS["wall"]
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ def make_run(task: Task, settings: Mapping[str, Any], rate: float, pairs: int, i
     """Make a run of settings such as those in a table of ``estimator_variants.py``.
 
     Raises:
-        ValueError: an override has a value that is not possible on this task.
-        TypeError: an override is not known.
+        ValueError: a setting has a value that is not possible on this task.
+        TypeError: a setting is not known.
     """
     settings = dict(settings)
     text, meta_clip = settings.pop("stages", "pes"), settings.pop("meta_clip", 1.0)

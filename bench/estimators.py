@@ -10,7 +10,6 @@ each run. Interrupt it at any time: a finished run is a file, and the same comma
 import fnmatch
 import json
 import sys
-import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, w
 
 import jax
 import numpy as np
+from clocks import CLOCKS
 from estimator_report import write_report
 from estimator_runs import Budget, evaluate, evaluate_adam, make_run, meta_train
 from estimator_variants import ABLATIONS, ESTIMATORS
@@ -33,7 +33,6 @@ from meta_train import use_all_cores
 from tasks import load_task
 
 VARIANTS = ESTIMATORS | ABLATIONS
-CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)

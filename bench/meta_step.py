@@ -12,7 +12,6 @@ large float32 product in the same run. Prints a table of meta-steps and one of t
 import json
 import statistics
 import sys
-import time
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, w
 import jax
 import numpy as np
 import optax
-from meta_step_measure import Clock, matrix_product_rate, prepare, synthetic_task, time_in_turn
+from clocks import CLOCKS
+from meta_step_measure import matrix_product_rate, prepare, synthetic_task, time_in_turn
 from straightforward import Straightforward
 
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
@@ -30,13 +30,11 @@ from gmn_lopt.command_line import parse
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.hardware import describe_hardware
+from gmn_lopt.meta.config import PRESETS
 from gmn_lopt.meta.stages import Stage
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from meta_train import use_all_cores
-
-SMALL = GradMetaNetConfig(width=16, set_layers=1, product_width=16, max_set_size=32)
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 @dataclass(frozen=True)
@@ -54,8 +52,8 @@ class Config:
     optimizers: tuple[Literal["sgdm", "ds", "ds+gmn", "unf", "unf+gmn"], ...] = ("ds", "ds+gmn")
     """Learned optimizers, sgdm is the base by itself; there is a straightforward form of ds and ds+gmn only."""
     size: Literal["paper", "small"] = "paper"
-    """Their networks: the paper's (width 32), or those of the shipped optimizers (width 8, GradMetaNet of width 16 with
-    one set layer on 32 elements of the set)."""
+    """Their networks: the paper's (width 32), or those of ``meta_train.py --preset best`` (width 8, GradMetaNet of
+    width 16 with one set layer on 32 elements of the set)."""
     width: int | None = None
     """Width of the per-parameter network, in place of the size's."""
     gmn_width: int | None = None
@@ -90,7 +88,8 @@ def learned_optimizers(config: Config, task: Task) -> dict[str, LearnedOptimizer
     """The learned optimizers to measure, by name."""
     gradmetanet, plain = GradMetaNetConfig(), LearnedOptimizer(task_structure(task), gradmetanet=None, base=config.base)
     if config.size == "small":
-        gradmetanet, plain = SMALL, replace(plain, width=8, hidden_layers=2)
+        best = PRESETS["best"]
+        gradmetanet, plain = best["gmn"], replace(plain, width=best["width"], hidden_layers=best["hidden_layers"])
     if config.gmn_width is not None:
         gradmetanet = replace(gradmetanet, width=config.gmn_width, product_width=config.gmn_width)
     gradmetanet = replace(gradmetanet, max_set_size=config.set_size or gradmetanet.max_set_size)

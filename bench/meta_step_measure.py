@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from clocks import Clock
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
 from gmn_lopt.meta.estimator import Estimator
@@ -18,7 +19,6 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.task import Task
 
 IMAGES = 10_000
-Clock = Callable[[], float]
 
 
 def synthetic_task(name: str) -> Task:

@@ -92,7 +92,8 @@ class Config:
     gate: bool = False
     """Whether the network also scales the step, entry by entry: a learned schedule."""
     decay: bool = False
-    """Whether alpha falls as alpha (1 + step / tau)^-power, with learned tau and power, in the additive rule."""
+    """Whether alpha falls as alpha (1 + step / tau)^-power, with learned tau and power; in the normalized
+    rule, whether the learning rate does so where the user gives none."""
     bound: float | None = None
     """Largest size of the learned part relative to the direction, in the additive rule; default: none."""
     learning_rate: float = 1e-3
@@ -100,7 +101,7 @@ class Config:
     output_scale: float = 1.0
     """What the last layer of the per-parameter network is multiplied by at the start; 0: the direction by itself."""
     initial_alpha: float | None = None
-    """What alpha, the learning rate of the whole update, starts at; default: by base, 0.1, 0.001 or 0.03."""
+    """What alpha, the learning rate of the whole update, starts at; default: by base, 0.1, 0.001, 0.03 or 0.02."""
     initial_beta: float | None = None
     """What beta, the weight of the network's part, starts at; default: by base, 0.001, 0.1 or 0.01; normalized, 0.1."""
     initial_tau: float | None = None
