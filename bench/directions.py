@@ -1,6 +1,6 @@
 """What the directions that a learned optimizer adds to are worth by themselves, without any meta-training.
 
-python bench/directions.py --task cifar10_mlp --directions muon:0.03 whitened:0.02 whitened:0.06:30:0.9
+python bench/directions.py --task cifar10_mlp --directions muon:0.03 denoised:0.02 denoised:0.06:30:0.9
 
 A direction is BASE:ALPHA for a constant step size, BASE:ALPHA:TAU:POWER for ALPHA (1 + step / TAU)^-POWER. Each is
 measured against Adam at the best of a few learning rates as in eval.py; on the validation split, with seeds of its own,
@@ -40,7 +40,7 @@ class Config:
     task: str
     """Name of a file in tasks/, without .py."""
     directions: tuple[str, ...]
-    """BASE:ALPHA or BASE:ALPHA:TAU:POWER each, BASE one of momentum, adam, muon and whitened."""
+    """BASE:ALPHA or BASE:ALPHA:TAU:POWER each, BASE one of momentum, adam, muon and denoised."""
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
     split: Literal["valid", "test"] = "valid"

@@ -60,7 +60,7 @@ class Config:
     """Width of GradMetaNet, in place of the size's."""
     set_size: int | None = None
     """Elements of the set that GradMetaNet reads, in place of the size's."""
-    base: Literal["momentum", "adam", "muon", "whitened"] = "momentum"
+    base: Literal["momentum", "adam", "muon", "denoised"] = "momentum"
     """Their base direction."""
     baseline: bool = False
     """Whether to measure the straightforward form as well."""

@@ -17,13 +17,13 @@ from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt import LearnedOptimizer
 from gmn_lopt.base_direction import update_direction
+from gmn_lopt.denoising import denoised_layers
 from gmn_lopt.encoding import encode_sites
 from gmn_lopt.features import DECAYS, EPSILON, time_features
 from gmn_lopt.learned_optimizer import LearnedOptimizerState
 from gmn_lopt.set_subset import subset
 from gmn_lopt.structure import Factors
 from gmn_lopt.update_rules import GATE_SCALE
-from gmn_lopt.whitening import whitened_layers
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,9 @@ class Straightforward:
         lopt, structure = self.lopt, self.lopt.structure
         if factors is not None:
             factors = Factors(factors.activations, tuple(len(g) * g for g in factors.tangents))
-        layers = whitened_layers(structure, range(len(structure.parameters))) if lopt.base == "whitened" else ()
-        activations = factors.activations if layers else ()
+        layers = denoised_layers(structure, range(len(structure.parameters))) if lopt.base == "denoised" else ()
         direction, direction_state = update_direction(
-            lopt.base, structure.parameters, phi, grads, state.direction, layers, activations
+            lopt.base, structure.parameters, phi, grads, state.direction, layers, factors
         )
         averages = jax.tree.map(_advance, state.gradient_averages, grads)
         factor_averages = state.factor_averages

@@ -1,4 +1,4 @@
-"""The directions that the learned part of an update is added to: momentum, Adam's, Muon's, or Muon's whitened."""
+"""The directions that the learned part of an update is added to: momentum, Adam's, Muon's, or a denoised one."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,35 +6,43 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int, Num, PyTree
+from jaxtyping import Array, Int, PyTree
 
+from gmn_lopt.denoising import (
+    MOMENTUM_DECAY,
+    DenoisedLayer,
+    Preconditioner,
+    as_matrix,
+    denoised_step,
+    from_matrix,
+    init_preconditioner,
+    update_preconditioner,
+)
 from gmn_lopt.matrices import is_kernel, orthogonalize
-from gmn_lopt.structure import Parameter
-from gmn_lopt.whitening import DECAY as WHITENING_DECAY
-from gmn_lopt.whitening import WhitenedLayer, update_covariance, whitened_steps
+from gmn_lopt.structure import Factors, Parameter
 
-BASES = ("momentum", "adam", "muon", "whitened")
-MUON_DECAY, WHITENED_DECAY, ADAM_DECAY, EPSILON = 0.95, 0.9, 0.999, 1e-8
+BASES = ("momentum", "adam", "muon", "denoised")
+MUON_DECAY, ADAM_DECAY, EPSILON = 0.95, 0.999, 1e-8
 
 
 class MuonState(NamedTuple):
-    """State of Muon's direction.
+    """State of Muon's direction and of the denoised one.
 
     Attributes:
         step: number of steps taken.
         momentum: shaped like the parameters.
-        squares: average squared gradient, of parameters that are no kernels; zeros ``[]`` for kernels.
-        covariances: of the activations of each whitened layer, ``[d, d]``; empty for Muon itself.
+        squares: average squared gradient of parameters that take Adam's direction; zeros ``[]`` for others.
+        preconditioners: of each denoised layer; empty for Muon itself.
     """
 
     step: Int[Array, ""]
     momentum: PyTree
     squares: PyTree
-    covariances: tuple[Float[Array, "_ _"], ...]
+    preconditioners: tuple[Preconditioner, ...]
 
 
 def init_direction(
-    base: str, parameters: Sequence[Parameter], zeros: PyTree, layers: Sequence[WhitenedLayer] = ()
+    base: str, parameters: Sequence[Parameter], zeros: PyTree, layers: Sequence[DenoisedLayer] = ()
 ) -> PyTree:
     """The state of a base direction.
 
@@ -42,16 +50,23 @@ def init_direction(
         base: one of ``BASES``.
         parameters: what the structure says of the leaves, in their order.
         zeros: float32 zeros like the parameters.
-        layers: the layers to whiten.
+        layers: the layers to denoise.
     """
     if base == "momentum":
         return zeros
     if base == "adam":
         return optax.scale_by_adam().init(zeros)
     leaves, treedef = jax.tree.flatten(zeros)
-    squares = [jnp.zeros(()) if is_kernel(p) else leaf for p, leaf in zip(parameters, leaves)]
-    covariances = tuple(jnp.zeros((layer.size, layer.size)) for layer in layers)
-    return MuonState(jnp.zeros((), jnp.int32), zeros, jax.tree.unflatten(treedef, squares), covariances)
+    elsewhere = _other_rules(parameters, layers)
+    squares = [jnp.zeros(()) if i in elsewhere else leaf for i, leaf in enumerate(leaves)]
+    preconditioners = tuple(map(init_preconditioner, layers))
+    return MuonState(jnp.zeros((), jnp.int32), zeros, jax.tree.unflatten(treedef, squares), preconditioners)
+
+
+def _other_rules(parameters: Sequence[Parameter], layers: Sequence[DenoisedLayer]) -> set[int]:
+    """The parameters that do not take Adam's direction: kernels, and those of denoised layers."""
+    denoised = {place for layer in layers for place in (layer.kernel, layer.bias)}
+    return {i for i, p in enumerate(parameters) if i in denoised or is_kernel(p)}
 
 
 def update_direction(
@@ -60,16 +75,16 @@ def update_direction(
     phi: PyTree,
     grads: PyTree,
     state: PyTree,
-    layers: Sequence[WhitenedLayer] = (),
-    activations: Sequence[Num[Array, "_ _"]] = (),
+    layers: Sequence[DenoisedLayer] = (),
+    factors: Factors | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Advance a base direction by one gradient.
 
     ``"momentum"``: ``v <- mu v + (1 - mu) grad`` with the learned ``mu``. ``"adam"``: optax's Adam, bias-corrected,
     with decays 0.9 and 0.999. ``"muon"`` (Jordan et al. 2024): Nesterov momentum of decay 0.95, orthogonalised for
     kernels; other parameters take Adam's direction from it, times the learned ``gamma``.
-    ``"whitened"``: momentum of decay 0.9, and layers take the step of
-    :mod:`gmn_lopt.whitening`; what is left is treated as in Muon.
+    ``"denoised"``: momentum of decay 0.8, and layers take the step of
+    :mod:`gmn_lopt.denoising`; what is left is treated as in Muon.
 
     Args:
         base: one of ``BASES``.
@@ -77,8 +92,8 @@ def update_direction(
         phi: meta-parameters, of which the coefficients are read.
         grads: float32 gradients.
         state: the state.
-        layers: the layers to whiten.
-        activations: the factors' activations, for ``layers``; token ids among them are not read.
+        layers: the layers to denoise.
+        factors: for ``layers``; float32, the tangents at per-element scale.
 
     Returns:
         The direction, shaped like the gradients, and the new state.
@@ -91,7 +106,7 @@ def update_direction(
         return optax.scale_by_adam().update(grads, state)
     count = optax.safe_increment(state.step)
     steps_taken = count.astype(jnp.float32)
-    decay = WHITENED_DECAY if base == "whitened" else MUON_DECAY
+    decay = MOMENTUM_DECAY if base == "denoised" else MUON_DECAY
     momentum = optax.tree.update_moment(grads, state.momentum, decay, 1)
     ahead, terms = momentum, steps_taken
     if base == "muon":
@@ -99,21 +114,23 @@ def update_direction(
     # Bias-corrected by all the weight that momentum (and look-ahead) gives the gradients so far.
     corrected = optax.tree.scale(1.0 / (1.0 - decay**terms), ahead)
     momenta = jax.tree.leaves(corrected)
-    whitened: dict[int, Array] = {}
-    covariances = []
-    for layer, covariance in zip(layers, state.covariances):
-        covariances.append(update_covariance(covariance, layer, activations[layer.activation]))
-        unbiased = covariances[-1] / (1.0 - WHITENING_DECAY**steps_taken)
-        whitened |= dict(whitened_steps(layer, parameters, momenta, unbiased))
-    squares, steps, gamma = [], [], jnp.exp(phi["log_gamma"])
+    preconditioners: list[Preconditioner] = []
+    denoised: dict[int, Array] = {}
+    for layer, old in zip(layers, state.preconditioners):
+        assert factors is not None
+        m = as_matrix(layer, parameters, momenta)
+        preconditioners.append(update_preconditioner(old, layer, factors, m, state.step))
+        denoised |= from_matrix(layer, parameters, denoised_step(layer, preconditioners[-1], m))
+    elsewhere, gamma = _other_rules(parameters, layers), jnp.exp(phi["log_gamma"])
+    squares, steps = [], []
     for i, (p, g, m, s) in enumerate(zip(parameters, jax.tree.leaves(grads), momenta, jax.tree.leaves(state.squares))):
-        if i in whitened or is_kernel(p):
-            steps.append(whitened[i] if i in whitened else orthogonalize(p, m))
+        if i in elsewhere:
+            steps.append(denoised[i] if i in denoised else orthogonalize(p, m))
             squares.append(s)
         else:
             squares.append(ADAM_DECAY * s + (1 - ADAM_DECAY) * g**2)
             root = jnp.sqrt(squares[-1] / (1.0 - ADAM_DECAY**steps_taken))
             steps.append(gamma * m / (root + EPSILON))
     treedef = jax.tree.structure(grads)
-    new_state = MuonState(count, momentum, jax.tree.unflatten(treedef, squares), tuple(covariances))
+    new_state = MuonState(count, momentum, jax.tree.unflatten(treedef, squares), tuple(preconditioners))
     return jax.tree.unflatten(treedef, steps), new_state

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from gmn_lopt import celo_features
 from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
+from gmn_lopt.denoising import DenoisedLayer, denoised_layers
 from gmn_lopt.factor_averages import factor_channels, init_factor_averages
 from gmn_lopt.features import (
     DECAYS,
@@ -29,7 +30,6 @@ from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
 from gmn_lopt.set_subset import subset
 from gmn_lopt.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.update_rules import RULES, additive_step, normalized_step
-from gmn_lopt.whitening import WhitenedLayer, whitened_layers
 
 BACKBONES = ("ds", "unf", "celo", "sgdm")
 DEFAULT_GRADMETANET = GradMetaNetConfig()
@@ -39,13 +39,13 @@ INITIAL = {
     "momentum": {"alpha": 0.1, "beta": 1e-3, "one_minus_mu": 0.1},
     "adam": {"alpha": 1e-3, "beta": 0.1},
     "muon": {"alpha": 0.03, "beta": 0.01, "gamma": 0.3},
-    "whitened": {"alpha": 0.02, "beta": 0.01, "gamma": 0.3},
+    "denoised": {"alpha": 0.02, "beta": 0.01, "gamma": 0.3},
 }
 NORMALIZED_BETA = 0.1
 DECAY = {"tau": 30.0, "power": 1.0}
 COEFFICIENTS = ("alpha", "beta", "gamma", "tau", "power", "one_minus_mu")
 # Base directions whose size does not follow the gradient's.
-SIZED = ("muon", "whitened")
+SIZED = ("muon", "denoised")
 
 LearningRate = float | Callable[[Array], Any]
 
@@ -78,7 +78,7 @@ class LearnedOptimizer:
     (arXiv:2507.01649, section 6; Harrison et al. 2022). The normalised rule is
     ``theta' = theta - lr N(v / rms(v) + beta F)`` with ``N(D) = D / rms(D)``, all per tensor, and
     ``F = direction x exp(0.001 magnitude)`` of two outputs of the backbone: the rule of Celo2 (arXiv:2602.19142) with a
-    base direction, from which it starts. Where the base direction has a size of its own (``"muon"``, ``"whitened"``),
+    base direction, from which it starts. Where the base direction has a size of its own (``"muon"``, ``"denoised"``),
     the step keeps it: ``N(D) = rms(v) D / rms(D)``. The coefficients (``alpha``, ``beta``, those of the base) are
     meta-learned with the networks' weights.
 
@@ -90,7 +90,7 @@ class LearnedOptimizer:
             :mod:`gmn_lopt.celo_features`), or ``"sgdm"`` for no network at all: then
             GradMetaNet is left out whatever ``gradmetanet`` says, and the rule is the base with learned coefficients.
         gradmetanet: architecture of the GradMetaNet whose output joins the features; None: without.
-        base: ``"momentum"``, ``"adam"``, ``"muon"`` or ``"whitened"``, see
+        base: ``"momentum"``, ``"adam"``, ``"muon"`` or ``"denoised"``, see
             :func:`gmn_lopt.base_direction.update_direction`.
         width: width of the backbone's hidden layers.
         hidden_layers: number of the backbone's hidden layers, all of them per parameter.
@@ -146,8 +146,8 @@ class LearnedOptimizer:
 
     @property
     def needs_factors(self) -> bool:
-        """Whether ``update`` has to be given ``factors``: with GradMetaNet or the whitened base, if there are any."""
-        return self._reads_set or (self.base == "whitened" and bool(self.structure.layers))
+        """Whether ``update`` has to be given ``factors``: with GradMetaNet or the denoised base, if there are any."""
+        return self._reads_set or (self.base == "denoised" and bool(self.structure.layers))
 
     @property
     def _reads_set(self) -> bool:
@@ -244,7 +244,7 @@ class LearnedOptimizer:
             indices = match_leaves(self.structure, params, "parameter")
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
             parameters = [self.structure.parameters[i] for i in indices]
-            direction = init_direction(self.base, parameters, zeros, self._whitened(indices))
+            direction = init_direction(self.base, parameters, zeros, self._denoised(indices))
             averages: PyTree = ()
             if self.backbone != "sgdm":
                 count = celo_features.AVERAGES if self.backbone == "celo" else len(DECAYS)
@@ -321,7 +321,7 @@ class LearnedOptimizer:
             factors = self._per_element(factors)
         direction, direction_state = update_direction(
             *(self.base, parameters, phi, gradient_tree, state.direction),
-            *(self._whitened(indices), factors.activations if self.needs_factors else ()),
+            *(self._denoised(indices), factors if self.needs_factors else None),
         )
         base = jax.tree.leaves(direction)
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
@@ -366,8 +366,8 @@ class LearnedOptimizer:
             return celo_features.celo_features(value, grad, averages, step)
         return parameter_features(value, grad, averages)
 
-    def _whitened(self, indices: Sequence[int]) -> tuple[WhitenedLayer, ...]:
-        return whitened_layers(self.structure, indices) if self.base == "whitened" else ()
+    def _denoised(self, indices: Sequence[int]) -> tuple[DenoisedLayer, ...]:
+        return denoised_layers(self.structure, indices) if self.base == "denoised" else ()
 
     def _per_element(self, factors: Any) -> Factors:
         """The factors in float32, the tangents at per-element scale."""

@@ -28,7 +28,7 @@ MODEL = mlp(5, 7, 4)
     [
         {"gradmetanet": None},
         {"gradmetanet": GradMetaNetConfig(width=6, product_width=5, neuron_layers=2)},
-        {"gradmetanet": SMALL, "base": "whitened", "width": 8, "hidden_layers": 2, "gate": True},
+        {"gradmetanet": SMALL, "base": "denoised", "width": 8, "hidden_layers": 2, "gate": True},
     ],
 )
 def test_straightforward_makes_the_same_updates(options):

@@ -30,7 +30,7 @@ RULES = {
     "ds+gmn, values": {"gradmetanet": dataclasses.replace(SMALL, use_parameter=True)},
     "ds+gmn, Adam": {"gradmetanet": SMALL, "base": "adam"},
     "muon, gate": {"gradmetanet": None, "base": "muon", "gate": True},
-    "ds+gmn, whitened, subset": {"gradmetanet": dataclasses.replace(SMALL, max_set_size=5), "base": "whitened"},
+    "ds+gmn, denoised, subset": {"gradmetanet": dataclasses.replace(SMALL, max_set_size=5), "base": "denoised"},
     "celo, orthogonalized": {"backbone": "celo", "gradmetanet": None, "rule": "normalized", "orthogonalize": True},
 }
 

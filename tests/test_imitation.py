@@ -53,9 +53,9 @@ def test_a_step_trains_and_adds_the_distance_from_what_the_expert_would_have_don
     phi, key = lopt.init(jax.random.key(1)), jax.random.key(2)
     problem = TrainingProblem(TASK, lopt)
     data = problem.splits()
-    guided = ImitationProblem(problem, "whitened:0.06:30:0.9", 0.5)
+    guided = ImitationProblem(problem, "denoised:0.06:30:0.9", 0.5)
     state, plain = guided.init(phi, data, key), problem.init(phi, data, key)
-    expert, coefficients = parse_direction("whitened:0.06:30:0.9", STRUCTURE)
+    expert, coefficients = parse_direction("denoised:0.06:30:0.9", STRUCTURE)
     tx = expert.optimizer(coefficients)
     expert_state = tx.init(plain.params)
     for step_key in jax.random.split(key, 3):
@@ -90,7 +90,7 @@ def test_what_cannot_be_imitated_is_refused():
     with pytest.raises(ValueError, match="without augmentation"):
         Stage(imitation=1.0).build(Smooth(horizon=50))
     with pytest.raises(ValueError, match="BASE:ALPHA"):
-        Stage(imitation=1.0, expert="whitened").build(TrainingProblem(TASK, lopt))
+        Stage(imitation=1.0, expert="denoised").build(TrainingProblem(TASK, lopt))
     with pytest.raises(ValueError, match="weight of imitation"):
         ImitationProblem(TrainingProblem(TASK, lopt), "adam:0.01", 0)
     with pytest.raises(ValueError, match="imitation is -1"):

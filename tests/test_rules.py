@@ -111,7 +111,7 @@ def test_alpha_falls_with_the_steps_taken():
         assert relative_difference(update(lopt, phi, count), expected) < 1e-5
 
 
-@pytest.mark.parametrize("base", ["muon", "whitened"])
+@pytest.mark.parametrize("base", ["muon", "denoised"])
 def test_the_normalized_rule_keeps_the_size_of_a_direction_that_has_one(base):
     direction = LearnedOptimizer(STRUCTURE, "sgdm", base=base)
     lopt, phi = make(backbone="celo", base=base, rule="normalized", learning_rate=0.01)

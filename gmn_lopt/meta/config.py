@@ -83,7 +83,7 @@ class Config:
     horizon: int | None = None
     """Inner steps T of one inner problem; default: the task's."""
 
-    base: Literal["momentum", "adam", "muon", "whitened"] = "momentum"
+    base: Literal["momentum", "adam", "muon", "denoised"] = "momentum"
     """Direction that the learned part is added to."""
     rule: Literal["additive", "normalized"] = "additive"
     """How direction and learned part make a step; normalized: of a size that only the learning rate sets."""
@@ -141,15 +141,15 @@ FREE = ("out", "data_dir", "resume", "log_every", "checkpoint_every", "keep", "k
 
 PRESETS: dict[str, dict[str, Any]] = {
     "best": {
-        "base": "whitened",
+        "base": "denoised",
         "decay": True,
         "width": 8,
         "hidden_layers": 2,
         "output_scale": 0.0,
-        "initial_alpha": 0.06,
+        "initial_alpha": 0.045,
         "initial_beta": 0.01,
-        "initial_tau": 30.0,
-        "initial_power": 0.9,
+        "initial_tau": 50.0,
+        "initial_power": 0.8,
         "gmn": GradMetaNetConfig(width=16, set_layers=1, product_width=16, max_set_size=32),
         "stages": "truncated:40:3e-3:K=100:n=4:schedule=cosine:clip=0.1:coefficient_rate=0",
         "checkpoint_every": 10,

@@ -41,7 +41,7 @@ class ImitationProblem:
 
     Attributes:
         problem: the training problem; its ``lopt`` is a :class:`LearnedOptimizer`.
-        expert: a base direction, such as ``"whitened:0.06:30:0.9"``, see :func:`gmn_lopt.direction.parse_direction`.
+        expert: a base direction, such as ``"denoised:0.06:30:0.9"``, see :func:`gmn_lopt.direction.parse_direction`.
         weight: what the distance is multiplied by.
 
     Raises:

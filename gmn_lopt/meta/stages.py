@@ -76,7 +76,7 @@ class Stage:
     coefficient_rate: float = 1.0
     ema: float = 0.0
     imitation: float = 0.0
-    expert: str = "whitened/0.06/30/0.9"
+    expert: str = "denoised/0.045/50/0.8"
 
     def __post_init__(self) -> None:
         names = {"estimator": ESTIMATORS, "schedule": SCHEDULES, "objective": OBJECTIVES, "shaping": SHAPINGS}
