@@ -234,6 +234,7 @@ def _when_due(layer: DenoisedLayer, *args: Any) -> Preconditioner:
     return new
 
 
+# No argument has a derivative: not old, activation, tangent, momentum or step.
 _constant = jax.custom_vjp(_when_due, nondiff_argnums=(0,))
 _constant.defvjp(lambda layer, *args: (_when_due(layer, *args), None), lambda layer, saved, tangent: (None,) * 5)
 
