@@ -1,5 +1,7 @@
 """The channels that GradMetaNet reads in a learned optimizer: the current factors and their moving averages."""
 
+from collections.abc import Sequence
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -8,32 +10,32 @@ from gmn_lopt.features import DECAYS, update_averages
 from gmn_lopt.set_subset import subset_size
 from gmn_lopt.structure import Factors, GradientStructure
 
-# For each activation, and each tangent, ``[6, S, d]``; None for token ids, of which there are no averages.
+# For each activation, and each tangent, ``[6, S, d]``; None for those at no site, such as token ids.
 Averages = tuple[tuple[Float[Array, "_ _ _"] | None, ...], tuple[Float[Array, "_ _ _"] | None, ...]]
 
 
 def init_factor_averages(structure: GradientStructure, max_set_size: int | None) -> Averages:
-    """Zeros for every factor but token ids.
+    """Zeros for every factor that some site reads.
 
     Args:
-        structure: the structure of the model.
+        structure: the structure of the model, with the sites that are read.
         max_set_size: the largest number of set elements that are read.
     """
 
-    def zeros(shape: tuple[int, int]) -> jax.Array:
-        return jnp.zeros((len(DECAYS), subset_size(shape[0], max_set_size), shape[1]), jnp.float32)
+    def zeros(shapes: Sequence[tuple[int, int]], read: set[int | None]) -> tuple[jax.Array | None, ...]:
+        sizes = [(len(DECAYS), subset_size(set_size, max_set_size), d) for set_size, d in shapes]
+        return tuple(jnp.zeros(size, jnp.float32) if i in read else None for i, size in enumerate(sizes))
 
-    ids = structure.token_ids
-    activations = tuple(None if i in ids else zeros(shape) for i, shape in enumerate(structure.activation_shapes))
-    return activations, tuple(map(zeros, structure.tangent_shapes))
+    activations = zeros(structure.activation_shapes, {site.activation for site in structure.sites})
+    return activations, zeros(structure.tangent_shapes, {site.tangent for site in structure.sites})
 
 
 def factor_channels(averages: Averages, factors: Factors) -> tuple[Factors, Averages]:
     """Advance the averages by the current factors.
 
     Returns:
-        The channels, factors ``[7, S, d]`` of which the first is the current one (token ids, which no site reads, stay
-        as they are), and the new averages.
+        The channels, factors ``[7, S, d]`` of which the first is the current one (those that no site reads stay as
+        they are), and the new averages.
     """
     current = (factors.activations, factors.tangents)
     new = tuple(

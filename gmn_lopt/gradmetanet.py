@@ -28,6 +28,8 @@ class GradMetaNetConfig:
         use_parameter: whether the product layer also reads the value of each parameter entry.
         max_set_size: in a learned optimizer, the largest number of set elements that are read, a random subset at each
             step (:mod:`gmn_lopt.set_subset`); None: all.
+        max_output_size: in a learned optimizer, the largest output (logits) that is read; a larger one is left out
+            (:mod:`gmn_lopt.output_sites`), and no moving averages are kept of it; None: all are read.
         attention_heads: number of heads of GradMetaNet++, which attends over the set and the neurons in place of taking
             means (:mod:`gmn_lopt.gradmetanet_attention`; without neuron layers); 0: GradMetaNet.
     """
@@ -39,6 +41,7 @@ class GradMetaNetConfig:
     out_features: int = 14
     use_parameter: bool = False
     max_set_size: int | None = None
+    max_output_size: int | None = 512
     attention_heads: int = 0
 
     def __post_init__(self) -> None:
@@ -46,7 +49,7 @@ class GradMetaNetConfig:
             raise ValueError(f"GradMetaNetConfig.use_parameter must be True or False, not {self.use_parameter!r}")
         for name in [f.name for f in fields(self) if f.name != "use_parameter"]:
             value, least = getattr(self, name), 0 if name in ("neuron_layers", "attention_heads") else 1
-            if name == "max_set_size" and value is None:
+            if name in ("max_set_size", "max_output_size") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"GradMetaNetConfig.{name} must be a whole number of at least {least}, not {value!r}")

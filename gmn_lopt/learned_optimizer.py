@@ -27,6 +27,7 @@ from gmn_lopt.features import (
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
 from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
+from gmn_lopt.output_sites import without_large_outputs
 from gmn_lopt.set_subset import subset
 from gmn_lopt.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.update_rules import RULES, additive_step, normalized_step
@@ -60,8 +61,8 @@ class LearnedOptimizerState(NamedTuple):
         gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]`` (``celo``:
             ``[4, *shape]``); empty for ``sgdm``.
         factor_averages: moving averages of the activations and of the tangents (at per-element scale), slot by slot
-            of the set (or of the subset that is read): arrays ``[6, S, d]``, None for token ids; empty without
-            GradMetaNet.
+            of the set (or of the subset that is read): arrays ``[6, S, d]``, None for those that GradMetaNet does not
+            read (token ids, large outputs); empty without GradMetaNet.
     """
 
     step: Int[Array, ""]
@@ -151,7 +152,13 @@ class LearnedOptimizer:
 
     @property
     def _reads_set(self) -> bool:
-        return self.gradmetanet is not None and any(p.sites for p in self.structure.parameters)
+        return self.gradmetanet is not None and any(p.sites for p in self._read.parameters)
+
+    @property
+    def _read(self) -> GradientStructure:
+        """The structure with the sites that GradMetaNet reads."""
+        assert self.gradmetanet is not None
+        return without_large_outputs(self.structure, self.gradmetanet.max_output_size)
 
     def init(self, key: jax.Array) -> PyTree:
         """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``unf``).
@@ -289,13 +296,13 @@ class LearnedOptimizer:
     @property
     def _gradmetanet(self) -> GradMetaNet:
         assert self.gradmetanet is not None
-        return GradMetaNet(self.structure, self.gradmetanet, channels=1 + len(DECAYS))
+        return GradMetaNet(self._read, self.gradmetanet, channels=1 + len(DECAYS))
 
     def _init_factor_averages(self) -> PyTree:
         if not self._reads_set:
             return ()
         assert self.gradmetanet is not None
-        return init_factor_averages(self.structure, self.gradmetanet.max_set_size)
+        return init_factor_averages(self._read, self.gradmetanet.max_set_size)
 
     def _update(
         self,

@@ -11,6 +11,7 @@ from gmn_lopt import analyze, value_grad_and_factors
 from gmn_lopt.factor_averages import init_factor_averages
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.output_sites import without_large_outputs
 
 LIBRARIES = {"haiku": "haiku", "equinox": "equinox"}
 
@@ -92,7 +93,7 @@ def test_permuting_neurons_permutes_the_update(scan):
     assert relative_difference(move_values(reference), reference) > 1e-2
 
 
-def test_nothing_of_the_size_of_the_vocabulary_but_parameters_and_logits():
+def test_nothing_of_the_size_of_the_vocabulary_but_parameters_and_the_logits_themselves():
     loss, params, args = transformers.plain(tied=True, blocks=1)
     structure = analyze(loss, params, *args)
     (ids,) = structure.token_ids
@@ -102,6 +103,8 @@ def test_nothing_of_the_size_of_the_vocabulary_but_parameters_and_logits():
     assert all(shape[1] != transformers.VOCABULARY for shape in structure.activation_shapes)
     averages, _ = init_factor_averages(structure, None)
     assert [i for i, average in enumerate(averages) if average is None] == [ids]
+    averages = init_factor_averages(without_large_outputs(structure, transformers.VOCABULARY - 1), None)
+    assert all(x.shape[-1] != transformers.VOCABULARY for x in jax.tree.leaves(averages))
 
 
 def test_a_transformer_prints_on_a_screen():

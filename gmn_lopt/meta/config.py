@@ -14,6 +14,7 @@ from gmn_lopt.errors import first_line
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.meta.run_directory import read_settings
 from gmn_lopt.meta.stages import Stage, parse_stages
+from gmn_lopt.serialization import ADDED
 
 BACKBONES = ("ds", "unf", "celo")
 OPTIMIZERS = ("sgdm", *(f"{backbone}{rest}" for backbone in BACKBONES for rest in ("", "+gmn", "+gmn++")))
@@ -192,8 +193,9 @@ def make_stages(config: Config) -> tuple[Stage, ...]:
 def to_json(config: Config) -> dict[str, Any]:
     """The configuration as JSON values."""
     values = dataclasses.asdict(config) | {"out": str(config.out)}
-    if not config.gmn.attention_heads:  # runs that were begun before there was this setting can be resumed
-        del values["gmn"]["attention_heads"]
+    for name, value in ADDED["gradmetanet"].items():  # runs that were begun before there was a setting can be resumed
+        if values["gmn"][name] == value:
+            del values["gmn"][name]
     return {name: value for name, value in values.items() if name not in SPREAD}
 
 
