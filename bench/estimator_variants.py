@@ -6,11 +6,21 @@ coefficients such as ``{"alpha": 2.0}``, ``optimizer`` is one such as ``"ds+gmn"
 argument of ``gmn_lopt.LearnedOptimizer``.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from gmn_lopt import GradMetaNetConfig
 
 SMALL = GradMetaNetConfig(width=8, set_layers=1, neuron_layers=1, product_width=8, out_features=4)
+GMN_CHANGES: dict[str, dict[str, Any]] = {
+    "width-4": {"width": 4, "product_width": 4},
+    "width-16": {"width": 16, "product_width": 16},
+    "set-layers-2": {"set_layers": 2},
+    "neuron-layers-0": {"neuron_layers": 0},
+    "set-16": {"max_set_size": 16},
+    "with-parameter": {"use_parameter": True},
+}
+FALLING = "truncated:K=25:schedule=cosine"
 IMITATE = "truncated:K=25:imitation=1"
 # The weight of imitation fades out: each stage gets a part of the budget.
 GUIDED = f"{IMITATE},truncated:K=25:imitation=0.1,truncated:K=25"
@@ -26,33 +36,55 @@ ESTIMATORS: dict[str, dict[str, Any]] = {
     "truncated-25-pes": {"stages": "truncated:K=25,pes"},
 }
 
+# Each changes one thing of "nres", the estimator that came out best.
 ABLATIONS: dict[str, dict[str, Any]] = {
-    # The same inner steps in one meta-step, spent on pairs or on the window.
-    "pairs-80": {"stages": "pes:n=80"},
-    "window-250": {"stages": "pes:K=250"},
-    "pairs-4": {"stages": "pes:n=4"},
-    "sigma-0.003": {"stages": "pes:sigma=0.003"},
-    "sigma-0.03": {"stages": "pes:sigma=0.03"},
-    "coefficient-sigma-0.001": {"stages": "pes:coefficient_sigma=0.001"},
-    "coefficient-sigma-0.1": {"stages": "pes:coefficient_sigma=0.1"},
-    "coefficient-rate-10": {"stages": "pes:coefficient_rate=10"},
-    "shaping-ranks": {"stages": "pes:shaping=ranks"},
-    "shaping-clip": {"stages": "pes:shaping=clip"},
-    "meta-clip-0.1": {"meta_clip": 0.1},
-    "meta-clip-none": {"meta_clip": 1e9},
-    "adamw": {"stages": "pes:weight_decay=0.01"},
-    "cosine": {"stages": "pes:schedule=cosine"},
-    "final": {"stages": "pes:objective=final"},
-    "ema-0.98": {"stages": "pes:ema=0.98"},
+    "pairs-2": {"stages": "nres:n=2"},
+    "pairs-32": {"stages": "nres:n=32"},
+    "window-10": {"stages": "nres:K=10"},
+    "window-250": {"stages": "nres:K=250"},
+    "sigma-0.003": {"stages": "nres:sigma=0.003"},
+    "sigma-0.03": {"stages": "nres:sigma=0.03"},
+    "sigma-0.1": {"stages": "nres:sigma=0.1"},
+    "coefficient-sigma-0.1": {"stages": "nres:coefficient_sigma=0.1"},
+    "coefficient-rate-0": {"stages": "nres:coefficient_rate=0"},
+    "coefficient-rate-10": {"stages": "nres:coefficient_rate=10"},
+    "shaping-ranks": {"stages": "nres:shaping=ranks"},
+    "shaping-clip": {"stages": "nres:shaping=clip"},
+    "meta-clip-0.1": {"stages": "nres", "meta_clip": 0.1},
+    "meta-clip-none": {"stages": "nres", "meta_clip": 1e9},
+    "adamw": {"stages": "nres:weight_decay=0.01"},
+    "cosine": {"stages": "nres:schedule=cosine"},
+    "final": {"stages": "nres:objective=final"},
+    "ema-0.98": {"stages": "nres:ema=0.98"},
+    # The optimizer.
+    "base-adam": {"stages": "nres", "base": "adam"},
+    "alpha-2": {"stages": "nres", "initial": {"alpha": 2.0, "beta": 2e-4}},
+    "beta-1e-2": {"stages": "nres", "initial": {"beta": 1e-2}},
+    "beta-1e-4": {"stages": "nres", "initial": {"beta": 1e-4}},
+    "last-layer-0": {"stages": "nres", "output_scale": 0.0},
+    "bound-1": {"stages": "nres", "bound": 1.0},
+    "gate": {"stages": "nres", "gate": True},
+    "decay": {"stages": "nres", "decay": True},
+    "celo-normalized": {"stages": "nres", "optimizer": "celo", "rule": "normalized", "learning_rate": 0.01},
+    "width-4": {"stages": "nres", "width": 4},
+    "width-16": {"stages": "nres", "width": 16},
+    "width-32": {"stages": "nres", "width": 32},
+    "depth-1": {"stages": "nres", "hidden_layers": 1},
+    "depth-2": {"stages": "nres", "hidden_layers": 2},
     # Guidance by an expert, and what the set of gradients adds to it.
     "imitate": {"stages": IMITATE},
     "imitate-gmn": {"stages": IMITATE, "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "imitate-truncated-25": {"stages": GUIDED},
     "imitate-truncated-25-gmn": {"stages": GUIDED, "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    # GradMetaNet's size, and how much of the set it reads.
     "nres-gmn": {"stages": "nres", "optimizer": "ds+gmn", "gradmetanet": SMALL},
-    "truncated-25-gmn": {"stages": "truncated:K=25", "optimizer": "ds+gmn", "gradmetanet": SMALL},
-    "base-adam": {"base": "adam"},
-    "alpha-2": {"initial": {"alpha": 2.0, "beta": 2e-4}},
-    "width-8": {"width": 8},
-    "width-16": {"width": 16},
+    "truncated-25-gmn": {"stages": FALLING, "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    **{
+        f"truncated-25-gmn-{name}": {
+            "stages": FALLING,
+            "optimizer": "ds+gmn",
+            "gradmetanet": replace(SMALL, **change),
+        }
+        for name, change in GMN_CHANGES.items()
+    },
 }
