@@ -70,6 +70,7 @@ ARCHITECTURE = [
     "orthogonalize",
     "gate",
     "decay",
+    "adapt",
     "bound",
     "learning_rate",
     "output_scale",

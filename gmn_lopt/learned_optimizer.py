@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, PyTree
 from gmn_lopt import celo_features
 from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
+from gmn_lopt.coefficients import COEFFICIENTS, initial_coefficients
 from gmn_lopt.denoising import DenoisedLayer, denoised_layers
 from gmn_lopt.factor_averages import factor_channels, init_factor_averages
 from gmn_lopt.features import (
@@ -29,22 +30,12 @@ from gmn_lopt.initialization import init_weights
 from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
 from gmn_lopt.output_sites import without_large_outputs
 from gmn_lopt.set_subset import subset
+from gmn_lopt.step_size import StepSizeState, adapt_step_size, init_step_size, power_law
 from gmn_lopt.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.update_rules import RULES, additive_step, normalized_step
 
 BACKBONES = ("ds", "unf", "celo", "sgdm")
 DEFAULT_GRADMETANET = GradMetaNetConfig()
-# What the coefficients start at. Adam's direction has entries of about one where a gradient's are small, so its own
-# learning rate is small; beta is larger by as much, so that the network's part has the same step size in both.
-INITIAL = {
-    "momentum": {"alpha": 0.1, "beta": 1e-3, "one_minus_mu": 0.1},
-    "adam": {"alpha": 1e-3, "beta": 0.1},
-    "muon": {"alpha": 0.03, "beta": 0.01, "gamma": 0.3},
-    "denoised": {"alpha": 0.02, "beta": 0.01, "gamma": 0.3},
-}
-NORMALIZED_BETA = 0.1
-DECAY = {"tau": 30.0, "power": 1.0}
-COEFFICIENTS = ("alpha", "beta", "gamma", "tau", "power", "one_minus_mu")
 # Base directions whose size does not follow the gradient's.
 SIZED = ("muon", "denoised")
 
@@ -63,12 +54,14 @@ class LearnedOptimizerState(NamedTuple):
         factor_averages: moving averages of the activations and of the tangents (at per-element scale), slot by slot
             of the set (or of the subset that is read): arrays ``[6, S, d]``, None for those that GradMetaNet does not
             read (token ids, large outputs); empty without GradMetaNet.
+        step_size: with ``adapt`` a :class:`gmn_lopt.step_size.StepSizeState`; empty without.
     """
 
     step: Int[Array, ""]
     direction: PyTree
     gradient_averages: PyTree
     factor_averages: PyTree
+    step_size: PyTree = ()
 
 
 @dataclass(frozen=True)
@@ -104,6 +97,8 @@ class LearnedOptimizer:
             schedule.
         decay: whether ``alpha``, or the normalised rule's ``lr`` where the user gives none, falls with the number ``t``
             of steps taken, as ``(1 + t / tau)^-power`` with learned ``tau`` and ``power``. It needs no horizon.
+        adapt: whether the same step size is adapted while training, by whether gradients agree with the steps before
+            them (:mod:`gmn_lopt.step_size`), with learned ``gain`` and ``target``.
         bound: in the additive rule, the largest ``beta rms(F) / rms(v)``, per tensor; beyond, ``F`` is scaled down.
             None: no bound.
         learning_rate: ``lr`` of the normalised rule where the user gives none.
@@ -121,6 +116,7 @@ class LearnedOptimizer:
     orthogonalize: bool = False
     gate: bool = False
     decay: bool = False
+    adapt: bool = False
     bound: float | None = None
     learning_rate: float = 1e-3
     output_scale: float = 1.0
@@ -167,20 +163,18 @@ class LearnedOptimizer:
             key: a random key.
 
         Returns:
-            A dictionary with those that the architecture has of ``log_alpha``, ``log_beta``, ``log_gamma``,
-            ``log_tau``, ``log_power``, ``log_one_minus_mu``, ``backbone`` and ``gradmetanet``.
+            A dictionary with ``backbone`` and ``gradmetanet``, and ``log_NAME`` for every coefficient (see
+            :mod:`gmn_lopt.coefficients`), as far as the architecture has them.
         """
         key_backbone, key_gmn = jax.random.split(key)
-        start = dict(INITIAL[self.base])
-        if self.rule == "normalized":
-            del start["alpha"]
-            start["beta"] = NORMALIZED_BETA
-            if self.orthogonalize:
-                start["gamma"] = INITIAL["muon"]["gamma"]
-        if self.decay:
-            start |= DECAY
-        if self.backbone == "sgdm":
-            del start["beta"]
+        start = initial_coefficients(
+            self.base,
+            normalized=self.rule == "normalized",
+            orthogonalize=self.orthogonalize,
+            decay=self.decay,
+            adapt=self.adapt,
+            network=self.backbone != "sgdm",
+        )
         phi: dict[str, Any] = {f"log_{name}": jnp.log(jnp.float32(value)) for name, value in start.items()}
         if self.backbone != "sgdm":
             module, one = self._backbone(range(len(self.structure.parameters))), jax.ShapeDtypeStruct
@@ -200,10 +194,12 @@ class LearnedOptimizer:
 
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
         """The rule's coefficients, for monitoring: those that it has of ``alpha``, ``beta``, ``gamma``, ``tau``,
-        ``power`` and ``mu``."""
+        ``power``, ``gain``, ``target`` and ``mu``."""
         values = {n: jnp.exp(phi[f"log_{n}"]) for n in COEFFICIENTS if f"log_{n}" in phi}
         if "one_minus_mu" in values:
             values["mu"] = 1.0 - values.pop("one_minus_mu")
+        if "one_plus_target" in values:
+            values["target"] = values.pop("one_plus_target") - 1.0
         return values
 
     def optimizer(
@@ -242,9 +238,6 @@ class LearnedOptimizer:
                 "this optimizer has learned its own learning rate and takes neither learning_rate nor weight_decay; "
                 "chain it with optax.scale or optax.add_decayed_weights, or use one with rule='normalized'"
             )
-        rate: LearningRate = self.learning_rate if learning_rate is None else learning_rate
-        if learning_rate is None and self.decay:
-            rate = lambda step: self.learning_rate * _decay(phi, step)  # noqa: E731
         check_meta_parameters(phi, self.template())
 
         def init(params: PyTree) -> LearnedOptimizerState:
@@ -256,7 +249,9 @@ class LearnedOptimizer:
             if self.backbone != "sgdm":
                 count = celo_features.AVERAGES if self.backbone == "celo" else len(DECAYS)
                 averages = jax.tree.map(lambda p: jnp.zeros((count, *p.shape), jnp.float32), params)
-            return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, averages, self._init_factor_averages())
+            step_size = init_step_size(zeros) if self.adapt and learning_rate is None else ()
+            step = jnp.zeros((), jnp.int32)
+            return LearnedOptimizerState(step, direction, averages, self._init_factor_averages(), step_size)
 
         def update(
             updates: PyTree,
@@ -271,8 +266,8 @@ class LearnedOptimizer:
                     "You are using a transformation that requires the current value of parameters, but you are not "
                     "passing `params` when calling `update`."
                 )
-            lr = rate(state.step) if callable(rate) else rate
-            return self._update(phi, updates, state, params, factors, lr, weight_decay)
+            rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+            return self._update(phi, updates, state, params, factors, rate, weight_decay)
 
         return optax.GradientTransformationExtraArgs(init, update)
 
@@ -311,7 +306,7 @@ class LearnedOptimizer:
         state: LearnedOptimizerState,
         params: PyTree,
         factors: Any,
-        learning_rate: Any,
+        learning_rate: float | Array | None,
         weight_decay: Any,
     ) -> tuple[PyTree, LearnedOptimizerState]:
         indices = match_leaves(self.structure, params, "parameter")
@@ -347,25 +342,34 @@ class LearnedOptimizer:
             if features:
                 time = jnp.zeros(0) if self.backbone == "celo" else time_features(state.step)
                 outputs = self._backbone(indices).apply({"params": phi["backbone"]}, features, extra, time)
+        adapted = state.step_size
+        if isinstance(adapted, StepSizeState):
+            adapted = adapt_step_size(phi, adapted, gradient_tree, state.step)
+        step_size: Any = learning_rate
+        if step_size is None:
+            step_size = jnp.exp(phi["log_alpha"]) if self.rule == "additive" else jnp.float32(self.learning_rate)
+            step_size = step_size * power_law(phi, state.step) if self.decay else step_size
+        sizes = [step_size] * len(grads)
+        if isinstance(adapted, StepSizeState):
+            sizes = [step_size * jnp.exp(c) for c in jax.tree.leaves(adapted.log_factor)]
         beta, gamma = (jnp.exp(phi[name]) if name in phi else None for name in ("log_beta", "log_gamma"))
         if self.rule == "additive":
-            alpha = jnp.exp(phi["log_alpha"])
-            if self.decay:
-                alpha = alpha * _decay(phi, state.step)
             if self.backbone != "sgdm":
                 assert beta is not None
                 base = [additive_step(v, out, beta, self.gate, self.bound) for v, out in zip(base, outputs)]
-            steps = [alpha * d for d in base]
+            steps = [size * d for size, d in zip(sizes, base)]
         else:
             gamma = gamma if self.orthogonalize else None
             sized, leaves = self.base in SIZED, zip(parameters, base, outputs)
             steps = [normalized_step(p, v, out, beta, gamma, self.gate, sized) for p, v, out in leaves]
-            steps = [learning_rate * (d + weight_decay * theta) for d, theta in zip(steps, values)]
+            steps = [size * (d + weight_decay * theta) for size, d, theta in zip(sizes, steps, values)]
+        if isinstance(adapted, StepSizeState):
+            adapted = adapted._replace(update=jax.tree.unflatten(treedef, [-d for d in steps]))
         steps = [(-d).astype(jnp.result_type(p)) for d, p in zip(steps, jax.tree.leaves(params))]
         step = optax.safe_increment(state.step)
         return (
             jax.tree.unflatten(treedef, steps),
-            LearnedOptimizerState(step, direction_state, gradient_averages, factor_averages),
+            LearnedOptimizerState(step, direction_state, gradient_averages, factor_averages, adapted),
         )
 
     def _features(self, value: jax.Array, grad: jax.Array, averages: jax.Array, step: jax.Array) -> jax.Array:
@@ -400,7 +404,3 @@ class LearnedOptimizer:
 @functools.lru_cache(maxsize=64)
 def _template(lopt: LearnedOptimizer) -> PyTree:
     return jax.eval_shape(lopt.init, jax.random.key(0))
-
-
-def _decay(phi: PyTree, step: jax.Array) -> jax.Array:
-    return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])

@@ -30,7 +30,7 @@ VERSION = 1
 # Settings that came after the format, and what optimizers that were saved before are taken to have. (None of these had
 # seen an output above 512 in training.)
 ADDED: dict[str, dict[str, Any]] = {
-    "optimizer": {"decay": False},
+    "optimizer": {"decay": False, "adapt": False},
     "gradmetanet": {"attention_heads": 0, "max_output_size": 512},
 }
 CONFIG_FILE = "config.json"

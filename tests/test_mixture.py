@@ -67,12 +67,12 @@ def test_a_mixture_takes_its_problems_in_turn_and_weighs_them():
         np.testing.assert_array_equal(state.estimator[1 - i].step, before.estimator[1 - i].step)
 
 
-def make_problem(**options):
+def make_problem(decay=False, **options):
     task = load_task("digits_mlp", hidden=(8,), batch_size=16, horizon=20, augment=False)
     params = jax.eval_shape(task.init, jax.random.key(0))
     batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
     structure = gmn_lopt.analyze(task.loss, params, batch)
-    lopt = LearnedOptimizer(structure, "celo", None, rule="normalized", width=4, learning_rate=0.01)
+    lopt = LearnedOptimizer(structure, "celo", None, rule="normalized", width=4, learning_rate=0.01, decay=decay)
     return AugmentedProblem(TrainingProblem(task, lopt), **options), lopt.init(jax.random.key(0))
 
 
@@ -83,21 +83,21 @@ def test_augmentation_trains_the_same_model_in_other_coordinates():
         state = problem.init(phi, data, jax.random.key(seed))
         scales = np.array(jax.tree.leaves(state.scales))
         assert len(set(scales)) == 4 and np.all((scales > 1 / 3.01) & (scales < 3.01))
-        assert 0.01 / 3.01 < float(state.rate) < 0.0301
+        assert 1 / 3.01 < float(state.factor) < 3.01
         new, loss = jax.jit(problem.step)(phi, state, data, jax.random.key(9))
         params = jax.tree.map(jnp.multiply, state.scales, state.params)
         batch = problem.problem.task.sample(jax.random.split(jax.random.key(9))[0], data["train"])
         assert float(loss) == pytest.approx(float(problem.problem.task.loss(params, batch)), rel=1e-5)
-        # The normalised rule: a step of what is trained has the size of the rate, whatever the scale.
+        # The normalised rule: a step of what is trained has the size of the rate times the factor, whatever the scale.
         for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params)):
-            assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) == pytest.approx(float(state.rate), rel=1e-2)
+            assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) == pytest.approx(0.01 * float(state.factor), rel=1e-2)
 
 
 def test_half_of_the_learning_rates_decay_to_zero():
     problem, phi = make_problem(scale_range=1.0, rate_range=1.0)
     data = problem.splits()
     states = jax.vmap(problem.init, in_axes=(None, None, 0))(phi, data, jax.random.split(jax.random.key(0), 64))
-    assert 16 < int(states.decays.sum()) < 48 and np.allclose(states.rate, 0.01)
+    assert 16 < int(states.decays.sum()) < 48 and np.allclose(states.factor, 1.0)
     step = jax.jit(problem.step)
     for decays in (True, False):
         state = problem.init(phi, data, jax.random.key(0))._replace(decays=jnp.asarray(decays))
@@ -109,6 +109,20 @@ def test_half_of_the_learning_rates_decay_to_zero():
             state = new
         expected = 0.005 * (1 + np.cos(np.pi * np.arange(20) / 20)) if decays else np.full(20, 0.01)
         np.testing.assert_allclose(sizes, expected, rtol=2e-2)
+
+
+def test_an_optimizer_with_a_schedule_of_its_own_goes_by_it():
+    problem, phi = make_problem(decay=True, scale_range=1.0)
+    data = problem.splits()
+    states = jax.vmap(problem.init, in_axes=(None, None, 0))(phi, data, jax.random.split(jax.random.key(0), 64))
+    assert not states.decays.any() and len(set(np.array(states.factor))) == 64
+    state, step = jax.tree.map(lambda x: x[0], states), jax.jit(problem.step)
+    for t in range(20):
+        new, _ = step(phi, state, data, jax.random.key(t))
+        moved = new.params["layer_0"]["kernel"] - state.params["layer_0"]["kernel"]
+        expected = 0.01 * float(state.factor) / (1 + t / 30)
+        assert float(jnp.sqrt(jnp.mean(moved**2))) == pytest.approx(expected, rel=2e-2)
+        state = new
 
 
 def test_augmentation_needs_the_normalized_rule():

@@ -1,4 +1,4 @@
-"""Random learning rates, schedules and reparametrisations of an inner problem, to meta-train a generalist."""
+"""Random step sizes, schedules and reparametrisations of an inner problem, to meta-train a generalist."""
 
 import math
 from dataclasses import dataclass
@@ -21,14 +21,14 @@ class AugmentedState(NamedTuple):
         params: what is trained; the model's parameters are ``scales`` times it.
         optimizer: the optimizer's state.
         scales: a scalar for each leaf.
-        rate: the learning rate, at its highest.
-        decays: whether the learning rate falls to zero over the horizon, as a cosine.
+        factor: what the optimizer's steps are multiplied by.
+        decays: whether they are multiplied by a cosine, too, that falls to zero over the horizon.
     """
 
     params: PyTree
     optimizer: PyTree
     scales: PyTree
-    rate: Float[Array, ""]
+    factor: Float[Array, ""]
     decays: Bool[Array, ""]
 
 
@@ -37,14 +37,15 @@ class AugmentedProblem:
     """A training problem with a learned optimizer of the normalised rule, varied at random for each unroll.
 
     Every tensor is reparametrised by a scale, log-uniform in ``[1 / scale_range, scale_range]`` (task augmentation;
-    Metz et al. 2022, Moudgil et al. 2026), the learning rate multiplied by another in ``[1 / rate_range, rate_range]``,
-    and kept or decayed, evenly. Gradients are those of what is trained; factors are left as they are, since GradMetaNet
-    divides each by its root mean square.
+    Metz et al. 2022, Moudgil et al. 2026), the step size multiplied by another in ``[1 / rate_range, rate_range]``.
+    An optimizer that has a schedule of its own (``decay`` or ``adapt``) goes by it; that of others is kept or decayed,
+    evenly. Gradients are those of what is trained; factors are left as they are, since GradMetaNet divides each by its
+    root mean square.
 
     Attributes:
         problem: the training problem; its ``lopt`` is a :class:`LearnedOptimizer` of the normalised rule.
         scale_range: largest scale of a tensor; 1: none.
-        rate_range: largest factor of the learning rate; 1: none.
+        rate_range: largest factor of the step size; 1: none.
     """
 
     problem: TrainingProblem
@@ -53,7 +54,7 @@ class AugmentedProblem:
 
     def __post_init__(self) -> None:
         if getattr(self.problem.lopt, "rule", None) != "normalized":
-            raise ValueError("augmentation varies the learning rate: use a learned optimizer with rule='normalized'")
+            raise ValueError("augmentation varies the step size: use a learned optimizer with rule='normalized'")
         if not (1 <= self.scale_range < math.inf and 1 <= self.rate_range < math.inf):
             raise ValueError("scale_range and rate_range must be at least 1")
 
@@ -72,7 +73,7 @@ class AugmentedProblem:
         return self.problem.splits()
 
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> AugmentedState:
-        """Draw parameters, scales and learning rate; start the optimizer."""
+        """Draw parameters, scales and step size; start the optimizer."""
         init_key, scale_key, rate_key, decay_key = jax.random.split(key, 4)
         params = self.problem.task.init(init_key)
         leaves, treedef = jax.tree.flatten(params)
@@ -80,8 +81,9 @@ class AugmentedProblem:
         scales = jax.tree.unflatten(treedef, list(drawn))
         params = jax.tree.map(lambda p, s: p / s, params, scales)
         optimizer = self._lopt.optimizer(phi).init(params)
-        rate = self._lopt.learning_rate * jnp.exp(_log_uniform(rate_key, (), self.rate_range))
-        return AugmentedState(params, optimizer, scales, rate, jax.random.bernoulli(decay_key))
+        factor = jnp.exp(_log_uniform(rate_key, (), self.rate_range))
+        own_schedule = self._lopt.decay or self._lopt.adapt
+        return AugmentedState(params, optimizer, scales, factor, jax.random.bernoulli(decay_key) & (not own_schedule))
 
     def step(
         self, phi: PyTree, state: AugmentedState, data: Any, key: jax.Array
@@ -92,12 +94,11 @@ class AugmentedProblem:
         batch = task.sample(train_key, data["train"])
         params = optax.tree.mul(state.scales, state.params)
         loss, grads, extra = value_grad_and_extra(task.loss, self._lopt.needs_factors)(params, batch)
-
-        def schedule(step: Array) -> Array:
-            return state.rate * jnp.where(state.decays, 0.5 * (1 + jnp.cos(math.pi * step / horizon)), 1.0)
-
-        tx = self._lopt.optimizer(phi, learning_rate=schedule)
-        updates, optimizer = tx.update(optax.tree.mul(state.scales, grads), state.optimizer, state.params, **extra)
+        cosine = 0.5 * (1 + jnp.cos(math.pi * state.optimizer.step / horizon))
+        factor = state.factor * jnp.where(state.decays, cosine, 1.0)
+        grads = optax.tree.mul(state.scales, grads)
+        updates, optimizer = self._lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
+        updates = optax.tree.scale(factor, updates)
         loss = self.problem.reported(loss, params, data, valid_key)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer), loss
 

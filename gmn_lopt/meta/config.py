@@ -18,7 +18,14 @@ from gmn_lopt.serialization import ADDED
 
 BACKBONES = ("ds", "unf", "celo")
 OPTIMIZERS = ("sgdm", *(f"{backbone}{rest}" for backbone in BACKBONES for rest in ("", "+gmn", "+gmn++")))
-INITIAL_COEFFICIENTS = ("initial_alpha", "initial_beta", "initial_tau", "initial_power")
+INITIAL_COEFFICIENTS = (
+    "initial_alpha",
+    "initial_beta",
+    "initial_tau",
+    "initial_power",
+    "initial_gain",
+    "initial_target",
+)
 
 
 @dataclass(frozen=True)
@@ -95,6 +102,8 @@ class Config:
     decay: bool = False
     """Whether alpha falls as alpha (1 + step / tau)^-power, with learned tau and power; in the normalized
     rule, whether the learning rate does so where the user gives none."""
+    adapt: bool = False
+    """Whether the same step size is adapted while training, by whether gradients agree with the steps before them."""
     bound: float | None = None
     """Largest size of the learned part relative to the direction, in the additive rule; default: none."""
     learning_rate: float = 1e-3
@@ -109,6 +118,10 @@ class Config:
     """What tau, in steps, starts at; default: 30."""
     initial_power: float | None = None
     """What power starts at; default: 1."""
+    initial_gain: float | None = None
+    """What gain, how fast the step size is adapted, starts at; default: 0.01."""
+    initial_target: float | None = None
+    """What target, the agreement that steps are adapted to, starts at; default: 0.01."""
     width: int = 32
     """Width of the hidden layers of the per-parameter network."""
     hidden_layers: int = 3
