@@ -24,7 +24,7 @@ INITIAL_COEFFICIENTS = (
     "initial_tau",
     "initial_power",
     "initial_gain",
-    "initial_target",
+    "initial_one_plus_target",
 )
 
 
@@ -120,8 +120,8 @@ class Config:
     """What power starts at; default: 1."""
     initial_gain: float | None = None
     """What gain, how fast the step size is adapted, starts at; default: 0.01."""
-    initial_target: float | None = None
-    """What target, the agreement that steps are adapted to, starts at; default: 0.01."""
+    initial_one_plus_target: float | None = None
+    """What 1 + target, the agreement that steps are adapted to, starts at; default: 1."""
     width: int = 32
     """Width of the hidden layers of the per-parameter network."""
     hidden_layers: int = 3
