@@ -15,7 +15,8 @@ def parse_direction(text: str, structure: GradientStructure) -> tuple[LearnedOpt
 
     Args:
         text: ``BASE:ALPHA`` for a constant step size, ``BASE:ALPHA:TAU:POWER`` for
-            ``ALPHA (1 + step / TAU)^-POWER``; slashes will do for colons.
+            ``ALPHA (1 + step / TAU)^-POWER``, ``BASE:ALPHA:TAU:POWER:GAIN:TARGET`` for one that is adapted from there
+            (:mod:`gmn_lopt.step_size`); slashes will do for colons.
         structure: of the model that it is to train.
 
     Returns:
@@ -26,13 +27,19 @@ def parse_direction(text: str, structure: GradientStructure) -> tuple[LearnedOpt
     """
     base, *numbers = re.split("[:/]", text)
     try:
-        values = dict(zip(("alpha", "tau", "power"), map(float, numbers)))
+        values = dict(zip(("alpha", "tau", "power", "gain", "one_plus_target"), map(float, numbers)))
     except ValueError:
         values = {}
-    if len(numbers) not in (1, 3) or not values or not 0 < min(values.values()) <= max(values.values()) < float("inf"):
-        raise ValueError(f"direction {text!r}: write BASE:ALPHA or BASE:ALPHA:TAU:POWER, all numbers positive")
+    if "one_plus_target" in values:
+        values["one_plus_target"] += 1
+    possible = values and 0 < min(values.values()) <= max(values.values()) < float("inf")
+    if len(numbers) not in (1, 3, 5) or not possible:
+        raise ValueError(
+            f"direction {text!r}: write BASE:ALPHA, BASE:ALPHA:TAU:POWER or BASE:ALPHA:TAU:POWER:GAIN:TARGET, all "
+            "numbers positive (TARGET above -1)"
+        )
     try:
-        lopt = LearnedOptimizer(structure, "sgdm", base=base, decay=len(values) == 3)
+        lopt = LearnedOptimizer(structure, "sgdm", base=base, decay=len(values) >= 3, adapt=len(values) == 5)
     except ValueError as error:
         raise ValueError(f"direction {text!r}: {error}") from None
     return lopt, lopt.init(jax.random.key(0)) | {f"log_{n}": jnp.log(jnp.float32(v)) for n, v in values.items()}
