@@ -1,13 +1,13 @@
-"""The mixture that the generalist optimizers are meta-trained on: small image tasks that differ in everything.
+"""The mixture that the generalist optimizers are meta-trained on: small tasks that differ in everything.
 
 Data sets, widths from 16 to 256, one to three hidden layers, batches of 32 to 256, inputs in [0, 1] or standardised,
 classifiers and autoencoders, four activation functions, initial scales a factor of 3 off either way, horizons of 200 to
-5,000 steps. Meta-training adds the rest at random (:mod:`gmn_lopt.meta.augmentation`): the learning rate, its schedule
+5,000 steps; and a transformer on text. Meta-training adds the rest at random (:mod:`gmn_lopt.meta.augmentation`): the learning rate, its schedule
 and the scale of every tensor.
 """
 
 from gmn_lopt.meta.task import Task
-from tasks import digits_mlp
+from tasks import digits_mlp, text_transformer
 from tasks._images import load_images
 from tasks._mixture_model import Model, mlp_task
 
@@ -28,6 +28,7 @@ MODELS: tuple[tuple[str, Model], ...] = (
     ("cifar100", Model((64,), 128, 1000)),
     ("cifar100", Model((256,), 64, 200, "gelu", standardise=True, init_scale=1 / 3)),
 )
+TEXT_HORIZON = 2000
 SIZES = {"fashion_mnist": (64, 10), "cifar10": (192, 10), "cifar100": (192, 100)}
 
 
@@ -40,6 +41,7 @@ def make_all(data_dir: str | None = None) -> tuple[Task, ...]:
     data = {name: load_images(name, *sizes, data_dir) for name, sizes in SIZES.items()}
     data["digits"] = digits_mlp.load()
     classes = {"digits": 10} | {name: sizes[1] for name, sizes in SIZES.items()}
-    return tuple(
+    images = tuple(
         mlp_task(f"{name}-{index}", data[name], classes[name], model) for index, (name, model) in enumerate(MODELS)
     )
+    return (*images, text_transformer.make(horizon=TEXT_HORIZON))
