@@ -2,8 +2,8 @@
 
 Data sets, widths from 16 to 256, one to three hidden layers, batches of 32 to 256, inputs in [0, 1] or standardised,
 classifiers and autoencoders, four activation functions, initial scales a factor of 3 off either way, horizons of 200 to
-5,000 steps; and a transformer on text. Meta-training adds the rest at random (:mod:`gmn_lopt.meta.augmentation`): the learning rate, its schedule
-and the scale of every tensor.
+5,000 steps; and a transformer on text. Meta-training adds the rest at random (:mod:`gmn_lopt.meta.augmentation`): the
+step size and the scale of every tensor.
 """
 
 from gmn_lopt.meta.task import Task
