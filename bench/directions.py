@@ -3,7 +3,7 @@
 python bench/directions.py --task cifar10_mlp --directions muon:0.03 denoised:0.02 denoised:0.06:30:0.9
 
 A direction is BASE:ALPHA for a constant step size, BASE:ALPHA:TAU:POWER for ALPHA (1 + step / TAU)^-POWER, with
-:GAIN:TARGET after it for a step size that is adapted from there (gmn_lopt/step_size.py). Each is
+:GAIN:OVERSHOOT after it for a step size that is adapted from there (gmn_lopt/step_size.py). Each is
 measured against Adam at the best of a few learning rates as in eval.py; on the validation split, with seeds of its own,
 so that settings may be chosen by it.
 """
@@ -41,8 +41,8 @@ class Config:
     task: str
     """Name of a file in tasks/, without .py."""
     directions: tuple[str, ...]
-    """BASE:ALPHA, BASE:ALPHA:TAU:POWER or BASE:ALPHA:TAU:POWER:GAIN:TARGET each, BASE one of momentum, adam, muon and
-    denoised."""
+    """BASE:ALPHA, BASE:ALPHA:TAU:POWER or BASE:ALPHA:TAU:POWER:GAIN:OVERSHOOT each, BASE one of momentum, adam, muon
+    and denoised."""
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
     split: Literal["valid", "test"] = "valid"

@@ -1,6 +1,6 @@
 """The scalar coefficients of the update rules, and what they start at. They are learned as logarithms."""
 
-COEFFICIENTS = ("alpha", "beta", "gamma", "tau", "power", "gain", "one_plus_target", "one_minus_mu")
+COEFFICIENTS = ("alpha", "beta", "gamma", "tau", "power", "gain", "overshoot", "one_minus_mu")
 # Adam's direction has entries of about one where a gradient's are small, so its own learning rate is small; beta is
 # larger by as much, so that the network's part has the same step size in both.
 INITIAL = {
@@ -11,7 +11,7 @@ INITIAL = {
 }
 NORMALIZED_BETA = 0.1
 DECAY = {"tau": 30.0, "power": 1.0}
-ADAPT = {"gain": 0.01, "one_plus_target": 1.0}
+ADAPT = {"gain": 0.02, "overshoot": 0.02}
 
 
 def initial_coefficients(

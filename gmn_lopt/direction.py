@@ -15,8 +15,8 @@ def parse_direction(text: str, structure: GradientStructure) -> tuple[LearnedOpt
 
     Args:
         text: ``BASE:ALPHA`` for a constant step size, ``BASE:ALPHA:TAU:POWER`` for
-            ``ALPHA (1 + step / TAU)^-POWER``, ``BASE:ALPHA:TAU:POWER:GAIN:TARGET`` for one that is adapted from there
-            (:mod:`gmn_lopt.step_size`); slashes will do for colons.
+            ``ALPHA (1 + step / TAU)^-POWER``, ``BASE:ALPHA:TAU:POWER:GAIN:OVERSHOOT`` for one that is adapted from
+            there (:mod:`gmn_lopt.step_size`); slashes will do for colons.
         structure: of the model that it is to train.
 
     Returns:
@@ -27,16 +27,14 @@ def parse_direction(text: str, structure: GradientStructure) -> tuple[LearnedOpt
     """
     base, *numbers = re.split("[:/]", text)
     try:
-        values = dict(zip(("alpha", "tau", "power", "gain", "one_plus_target"), map(float, numbers)))
+        values = dict(zip(("alpha", "tau", "power", "gain", "overshoot"), map(float, numbers)))
     except ValueError:
         values = {}
-    if "one_plus_target" in values:
-        values["one_plus_target"] += 1
     possible = values and 0 < min(values.values()) <= max(values.values()) < float("inf")
     if len(numbers) not in (1, 3, 5) or not possible:
         raise ValueError(
-            f"direction {text!r}: write BASE:ALPHA, BASE:ALPHA:TAU:POWER or BASE:ALPHA:TAU:POWER:GAIN:TARGET, all "
-            "numbers positive (TARGET above -1)"
+            f"direction {text!r}: write BASE:ALPHA, BASE:ALPHA:TAU:POWER or BASE:ALPHA:TAU:POWER:GAIN:OVERSHOOT, "
+            "all numbers positive"
         )
     try:
         lopt = LearnedOptimizer(structure, "sgdm", base=base, decay=len(values) >= 3, adapt=len(values) == 5)

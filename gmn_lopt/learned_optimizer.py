@@ -98,7 +98,7 @@ class LearnedOptimizer:
         decay: whether ``alpha``, or the normalised rule's ``lr`` where the user gives none, falls with the number ``t``
             of steps taken, as ``(1 + t / tau)^-power`` with learned ``tau`` and ``power``. It needs no horizon.
         adapt: whether the same step size is adapted while training, by whether gradients agree with the steps before
-            them (:mod:`gmn_lopt.step_size`), with learned ``gain`` and ``target``.
+            them (:mod:`gmn_lopt.step_size`), with learned ``gain`` and ``overshoot``.
         bound: in the additive rule, the largest ``beta rms(F) / rms(v)``, per tensor; beyond, ``F`` is scaled down.
             None: no bound.
         learning_rate: ``lr`` of the normalised rule where the user gives none.
@@ -194,12 +194,10 @@ class LearnedOptimizer:
 
     def scalars(self, phi: PyTree) -> dict[str, Float[Array, ""]]:
         """The rule's coefficients, for monitoring: those that it has of ``alpha``, ``beta``, ``gamma``, ``tau``,
-        ``power``, ``gain``, ``target`` and ``mu``."""
+        ``power``, ``gain``, ``overshoot`` and ``mu``."""
         values = {n: jnp.exp(phi[f"log_{n}"]) for n in COEFFICIENTS if f"log_{n}" in phi}
         if "one_minus_mu" in values:
             values["mu"] = 1.0 - values.pop("one_minus_mu")
-        if "one_plus_target" in values:
-            values["target"] = values.pop("one_plus_target") - 1.0
         return values
 
     def optimizer(

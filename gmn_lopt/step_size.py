@@ -3,14 +3,16 @@
 The step size of a tensor is ``alpha (1 + t / tau)^-power exp(c)``. The power law is ``decay``; ``c`` is ``adapt``, one
 for each tensor, and moves by
 
-    ``c <- c + gain (z - target)``,  ``z = cos(-g, u)``, divided by its root mean square over time, cut to ``[-1, 1]``
+    ``c <- c + gain (z + overshoot)``,  ``z = cos(-g, u)``, divided by its root mean square, cut to ``[-1, 1]``
 
 where ``u`` is the update that the tensor was given last, and ``g`` the gradient after it. A gradient that would have
 gone on as the step before went says that steps are too small; one that would take it back, that they are too large
 (hypergradient descent: Baydin et al. 2018, arXiv:1703.04782). Batches are independent, so noise in ``g`` leaves the
-mean of the cosine at zero, and since ``z`` has unit size whatever the noise, one ``gain`` does for all models. At a
-``target`` of zero steps make the most of the next one; below zero they are larger than that, which pays over a longer
-time.
+mean of the cosine at zero, and since ``z`` has unit size whatever the noise, one ``gain`` does for all models.
+
+Steps that make the most of the next one have ``z`` at zero. Over a longer time larger ones pay (Wu et al. 2018,
+arXiv:1803.02021, on this short-horizon bias), hence ``overshoot``, which is positive. Asking for the opposite would not
+be safe: where gradients are mostly noise, ``z`` is about zero however small the steps, and they would shrink for ever.
 
 A learning rate that the user gives sets the step size alone, without either.
 """
@@ -60,14 +62,14 @@ def adapt_step_size(phi: PyTree, state: StepSizeState, grads: PyTree, step: Int[
         grads: float32 gradients.
         step: number of steps taken.
     """
-    gain, target = jnp.exp(phi["log_gain"]), jnp.exp(phi["log_one_plus_target"]) - 1
+    gain, overshoot = jnp.exp(phi["log_gain"]), jnp.exp(phi["log_overshoot"])
     correction = 1 - SQUARE_DECAY ** jnp.maximum(step, 1).astype(jnp.float32)
     cosines = jax.lax.stop_gradient(jax.tree.map(lambda g, u: -_cosine(g, u), grads, state.update))
     squares = jax.tree.map(lambda s, x: SQUARE_DECAY * s + (1 - SQUARE_DECAY) * x**2, state.square, cosines)
 
     def moved(c: Array, cosine: Array, square: Array) -> Array:
         z = jnp.clip(cosine * jax.lax.rsqrt(square / correction + TINY), -1.0, 1.0)
-        return c + jnp.where(step == 0, 0.0, gain * (z - target))
+        return c + jnp.where(step == 0, 0.0, gain * (z + overshoot))
 
     return state._replace(square=squares, log_factor=jax.tree.map(moved, state.log_factor, cosines, squares))
 

@@ -13,11 +13,11 @@ from gmn_lopt.step_size import adapt_step_size, init_step_size
 
 MODEL = mlp(5, 6, 3)
 STRUCTURE, RECORDED = analyzed(MODEL), record(MODEL, steps=8)
-GAIN, TARGET = 0.7, -0.2
+GAIN, OVERSHOOT = 0.7, 0.2
 
 
-def with_coefficients(phi, gain=GAIN, target=TARGET):
-    return phi | {"log_gain": jnp.log(gain), "log_one_plus_target": jnp.log1p(target)}
+def with_coefficients(phi, gain=GAIN, overshoot=OVERSHOOT):
+    return phi | {"log_gain": jnp.log(gain), "log_overshoot": jnp.log(overshoot)}
 
 
 def literal_factors(updates):
@@ -32,7 +32,7 @@ def literal_factors(updates):
             cosine = -np.sum(u * g) / np.sqrt(np.sum(u**2) * np.sum(g**2))
             square = 0.98 * square + 0.02 * cosine**2
             z = cosine / np.sqrt(square / (1 - 0.98**t))
-            c += GAIN * (np.clip(z, -1, 1) - TARGET)
+            c += GAIN * (np.clip(z, -1, 1) + OVERSHOOT)
             row.append(np.exp(c))
         factors.append(row)
     return np.array(factors).T
@@ -107,7 +107,7 @@ def test_a_learning_rate_that_is_given_is_left_alone():
 
 
 def test_neither_the_gradients_size_nor_zeros_matter():
-    phi = with_coefficients({}, target=0.0)
+    phi = with_coefficients({}, overshoot=1e-9)
 
     def factors(scale):
         state = init_step_size(jax.tree.map(jnp.zeros_like, MODEL[1]))

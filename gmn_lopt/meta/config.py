@@ -24,7 +24,7 @@ INITIAL_COEFFICIENTS = (
     "initial_tau",
     "initial_power",
     "initial_gain",
-    "initial_one_plus_target",
+    "initial_overshoot",
 )
 
 
@@ -119,9 +119,9 @@ class Config:
     initial_power: float | None = None
     """What power starts at; default: 1."""
     initial_gain: float | None = None
-    """What gain, how fast the step size is adapted, starts at; default: 0.01."""
-    initial_one_plus_target: float | None = None
-    """What 1 + target, the agreement that steps are adapted to, starts at; default: 1."""
+    """What gain, how fast the step size is adapted, starts at; default: 0.02."""
+    initial_overshoot: float | None = None
+    """What overshoot, how far steps go beyond those that make the most of the next one, starts at; default: 0.02."""
     width: int = 32
     """Width of the hidden layers of the per-parameter network."""
     hidden_layers: int = 3
