@@ -71,6 +71,8 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "width-32": {"stages": "nres", "width": 32},
     "depth-1": {"stages": "nres", "hidden_layers": 1},
     "depth-2": {"stages": "nres", "hidden_layers": 2},
+    "adapt": {"stages": "nres", "decay": True, "adapt": True},
+    "combined": {"stages": "nres:n=2:K=10:sigma=0.1", "decay": True, "bound": 1.0, "output_scale": 0.0},
     # Guidance by an expert, and what the set of gradients adds to it.
     "imitate": {"stages": IMITATE},
     "imitate-gmn": {"stages": IMITATE, "optimizer": "ds+gmn", "gradmetanet": SMALL},
