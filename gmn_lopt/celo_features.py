@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from gmn_lopt.features import update_averages
+from gmn_lopt.features import FeatureSet, update_averages
 
 MOMENTUM_DECAYS = (0.9, 0.99, 0.999)
 SQUARES_DECAY = 0.999
@@ -70,3 +70,6 @@ def celo_features(
     # Divided by the largest entry first: squares of small gradients would underflow.
     flat = flat / jnp.maximum(jnp.abs(flat).max(1, keepdims=True), TINY)
     return (flat * jax.lax.rsqrt(jnp.mean(flat**2, axis=1, keepdims=True) + TINY)).T
+
+
+CELO = FeatureSet(CHANNELS, 0, AVERAGES, update_celo_averages, celo_features, lambda _: jnp.zeros(0))

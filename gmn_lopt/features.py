@@ -1,6 +1,7 @@
-"""The 19 channels that every learned optimizer reads for each parameter."""
+"""What a per-parameter network reads; the paper's 19 channels, which ``ds`` and ``unf`` take."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,27 @@ TIME_SCALES = (1, 3, 10, 30, 100, 300, 1_000, 3_000, 10_000, 30_000, 100_000)
 PARAMETER_CHANNELS = 2 + len(DECAYS)
 TIME_CHANNELS = len(TIME_SCALES)
 EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The channels of a per-parameter network.
+
+    Attributes:
+        channels: number of channels that differ between the entries of a tensor.
+        time_channels: number of channels that all parameters share.
+        averages: number of moving averages of each gradient.
+        advance: ``(averages, gradient) -> averages``.
+        of_entries: ``(parameter, gradient, averages, steps taken before) -> [size, channels]``.
+        of_time: ``steps taken before -> [time_channels]``.
+    """
+
+    channels: int
+    time_channels: int
+    averages: int
+    advance: Callable[[Array, Array], Array]
+    of_entries: Callable[[Array, Array, Array, Array], Array]
+    of_time: Callable[[Array], Array]
 
 
 def update_averages(
@@ -51,3 +73,13 @@ def parameter_features(
 def time_features(count: Int[Array, ""]) -> Float[Array, "times"]:
     """The 11 channels that all parameters share: ``tanh(t / tau - 1)`` of the number of steps taken before this one."""
     return jnp.tanh(count.astype(jnp.float32) / np.asarray(TIME_SCALES, np.float32) - 1.0)
+
+
+PAPER = FeatureSet(
+    PARAMETER_CHANNELS,
+    TIME_CHANNELS,
+    len(DECAYS),
+    update_averages,
+    lambda parameter, gradient, averages, _: parameter_features(parameter, gradient, averages),
+    time_features,
+)

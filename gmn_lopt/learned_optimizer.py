@@ -11,20 +11,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt import celo_features
 from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
+from gmn_lopt.celo_features import CELO
 from gmn_lopt.coefficients import COEFFICIENTS, initial_coefficients
 from gmn_lopt.denoising import DenoisedLayer, denoised_layers
 from gmn_lopt.factor_averages import factor_channels, init_factor_averages
-from gmn_lopt.features import (
-    DECAYS,
-    PARAMETER_CHANNELS,
-    TIME_CHANNELS,
-    parameter_features,
-    time_features,
-    update_averages,
-)
+from gmn_lopt.features import DECAYS, PAPER, FeatureSet
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
 from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
@@ -245,8 +238,7 @@ class LearnedOptimizer:
             direction = init_direction(self.base, parameters, zeros, self._denoised(indices))
             averages: PyTree = ()
             if self.backbone != "sgdm":
-                count = celo_features.AVERAGES if self.backbone == "celo" else len(DECAYS)
-                averages = jax.tree.map(lambda p: jnp.zeros((count, *p.shape), jnp.float32), params)
+                averages = jax.tree.map(lambda p: jnp.zeros((self._features.averages, *p.shape), jnp.float32), params)
             step_size = init_step_size(zeros) if self.adapt and learning_rate is None else ()
             step = jnp.zeros((), jnp.int32)
             return LearnedOptimizerState(step, direction, averages, self._init_factor_averages(), step_size)
@@ -279,12 +271,16 @@ class LearnedOptimizer:
 
     def _backbone(self, indices: Sequence[int]) -> DeepSets | UniversalNeuralFunctional:
         extra = 0 if self.gradmetanet is None else self.gradmetanet.out_features
-        own, time = (celo_features.CHANNELS, 0) if self.backbone == "celo" else (PARAMETER_CHANNELS, TIME_CHANNELS)
         outputs = 2 if self.gate or self.rule == "normalized" else 1
-        sizes = (own, extra, time, self.width, self.hidden_layers, outputs)
+        channels = self._features.channels, extra, self._features.time_channels
+        sizes = (*channels, self.width, self.hidden_layers, outputs)
         if self.backbone == "unf":
             return UniversalNeuralFunctional(self.structure.parameters, tuple(indices), *sizes)
         return DeepSets(*sizes)
+
+    @property
+    def _features(self) -> FeatureSet:
+        return CELO if self.backbone == "celo" else PAPER
 
     @property
     def _gradmetanet(self) -> GradMetaNet:
@@ -327,8 +323,7 @@ class LearnedOptimizer:
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
         outputs: Sequence[Any] = [None] * len(base)
         if self.backbone != "sgdm":
-            advance = celo_features.update_celo_averages if self.backbone == "celo" else update_averages
-            averages = [advance(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
+            averages = [self._features.advance(a, g) for a, g in zip(jax.tree.leaves(gradient_averages), grads)]
             gradient_averages = jax.tree.unflatten(treedef, averages)
             extra: Sequence[Any] = [None] * len(grads)
             if self._reads_set:
@@ -336,9 +331,9 @@ class LearnedOptimizer:
                 read = subset(factors, self.gradmetanet.max_set_size, state.step)
                 channels, factor_averages = factor_channels(factor_averages, read)
                 extra = self._extra_features(phi, channels, indices, values)
-            features = [self._features(*leaf, state.step) for leaf in zip(values, grads, averages)]
+            features = [self._features.of_entries(*leaf, state.step) for leaf in zip(values, grads, averages)]
             if features:
-                time = jnp.zeros(0) if self.backbone == "celo" else time_features(state.step)
+                time = self._features.of_time(state.step)
                 outputs = self._backbone(indices).apply({"params": phi["backbone"]}, features, extra, time)
         adapted = state.step_size
         if isinstance(adapted, StepSizeState):
@@ -369,11 +364,6 @@ class LearnedOptimizer:
             jax.tree.unflatten(treedef, steps),
             LearnedOptimizerState(step, direction_state, gradient_averages, factor_averages, adapted),
         )
-
-    def _features(self, value: jax.Array, grad: jax.Array, averages: jax.Array, step: jax.Array) -> jax.Array:
-        if self.backbone == "celo":
-            return celo_features.celo_features(value, grad, averages, step)
-        return parameter_features(value, grad, averages)
 
     def _denoised(self, indices: Sequence[int]) -> tuple[DenoisedLayer, ...]:
         return denoised_layers(self.structure, indices) if self.base == "denoised" else ()
