@@ -335,15 +335,14 @@ class LearnedOptimizer:
             if features:
                 time = self._features.of_time(state.step)
                 outputs = self._backbone(indices).apply({"params": phi["backbone"]}, features, extra, time)
-        adapted = state.step_size
-        if isinstance(adapted, StepSizeState):
-            adapted = adapt_step_size(phi, adapted, gradient_tree, state.step)
-        step_size: Any = learning_rate
+        step_size, adapted = learning_rate, state.step_size
+        scheduled: Any = power_law(phi, state.step) if self.decay else 1.0
         if step_size is None:
-            step_size = jnp.exp(phi["log_alpha"]) if self.rule == "additive" else jnp.float32(self.learning_rate)
-            step_size = step_size * power_law(phi, state.step) if self.decay else step_size
+            largest = jnp.exp(phi["log_alpha"]) if self.rule == "additive" else self.learning_rate
+            step_size = largest * scheduled
         sizes = [step_size] * len(grads)
         if isinstance(adapted, StepSizeState):
+            adapted = adapt_step_size(phi, adapted, gradient_tree, state.step, scheduled)
             sizes = [step_size * jnp.exp(c) for c in jax.tree.leaves(adapted.log_factor)]
         beta, gamma = (jnp.exp(phi[name]) if name in phi else None for name in ("log_beta", "log_gamma"))
         if self.rule == "additive":

@@ -13,6 +13,8 @@ mean of the cosine at zero, and since ``z`` has unit size whatever the noise, on
 Steps that make the most of the next one have ``z`` at zero. Over a longer time larger ones pay (Wu et al. 2018,
 arXiv:1803.02021, on this short-horizon bias), hence ``overshoot``, which is positive. Asking for the opposite would not
 be safe: where gradients are mostly noise, ``z`` is about zero however small the steps, and they would shrink for ever.
+Nor is growing without an end: once a classifier has separated its examples all gradients agree, for any step, until the
+steps are so large that everything is lost. So no step size becomes more than ``LARGEST`` times ``alpha``.
 
 A learning rate that the user gives sets the step size alone, without either.
 """
@@ -23,7 +25,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-SQUARE_DECAY, TINY = 0.98, 1e-30
+SQUARE_DECAY, LARGEST, TINY = 0.98, 3.0, 1e-30
 
 
 class StepSizeState(NamedTuple):
@@ -51,7 +53,9 @@ def init_step_size(zeros: PyTree) -> StepSizeState:
     return StepSizeState(zeros, scalars, scalars)
 
 
-def adapt_step_size(phi: PyTree, state: StepSizeState, grads: PyTree, step: Int[Array, ""]) -> StepSizeState:
+def adapt_step_size(
+    phi: PyTree, state: StepSizeState, grads: PyTree, step: Int[Array, ""], scheduled: Float[Array, ""] | float = 1.0
+) -> StepSizeState:
     """Advance ``c`` by one gradient; the first step leaves it alone.
 
     The cosine counts as data: nothing is differentiated through it, but ``c`` has a derivative by its coefficients.
@@ -61,6 +65,7 @@ def adapt_step_size(phi: PyTree, state: StepSizeState, grads: PyTree, step: Int[
         state: the state, with the last update.
         grads: float32 gradients.
         step: number of steps taken.
+        scheduled: what else the step size is multiplied by, such as the power law.
     """
     gain, overshoot = jnp.exp(phi["log_gain"]), jnp.exp(phi["log_overshoot"])
     correction = 1 - SQUARE_DECAY ** jnp.maximum(step, 1).astype(jnp.float32)
@@ -69,7 +74,8 @@ def adapt_step_size(phi: PyTree, state: StepSizeState, grads: PyTree, step: Int[
 
     def moved(c: Array, cosine: Array, square: Array) -> Array:
         z = jnp.clip(cosine * jax.lax.rsqrt(square / correction + TINY), -1.0, 1.0)
-        return c + jnp.where(step == 0, 0.0, gain * (z + overshoot))
+        c = c + jnp.where(step == 0, 0.0, gain * (z + overshoot))
+        return jnp.minimum(c, jnp.log(LARGEST / scheduled))
 
     return state._replace(square=squares, log_factor=jax.tree.map(moved, state.log_factor, cosines, squares))
 
