@@ -210,7 +210,8 @@ class LearnedOptimizer:
 
         Args:
             phi: meta-parameters, shaped like those from :meth:`init`.
-            learning_rate: ``lr`` of the normalised rule, a number or an optax schedule; default: :attr:`learning_rate`.
+            learning_rate: ``lr`` of the normalised rule, a number or an optax schedule, used as it is; default:
+                :attr:`learning_rate`, with ``decay`` and ``adapt`` if set.
             weight_decay: decoupled weight decay of the normalised rule: ``lr * weight_decay * theta`` is subtracted as
                 well.
 

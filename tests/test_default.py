@@ -12,7 +12,7 @@ import gmn_lopt
 
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES, LABELS = jnp.asarray(IMAGES / 16, jnp.float32), jnp.asarray(LABELS)
-STEPS = 200
+STEPS, EXAMPLES = 200, len(LABELS)
 
 
 def dense(key, inputs, outputs):
@@ -89,19 +89,19 @@ PROBLEMS = {
 }
 
 
-def train(params, loss, make):
+def train(params, loss, make, steps=STEPS, examples=EXAMPLES):
     """The losses of a run, in one scan."""
     structure = gmn_lopt.analyze(loss, params, IMAGES[:32], LABELS[:32])
     tx = make(structure)
 
     def step(carry, key):
         params, state = carry
-        index = jax.random.randint(key, (32,), 0, len(LABELS))
+        index = jax.random.randint(key, (32,), 0, examples)
         value, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, IMAGES[index], LABELS[index])
         updates, state = tx.update(grads, state, params, factors=factors)
         return (optax.apply_updates(params, updates), state), value
 
-    keys = jax.random.split(jax.random.key(1), STEPS)
+    keys = jax.random.split(jax.random.key(1), steps)
     return jax.jit(lambda params: jax.lax.scan(step, (params, tx.init(params)), keys)[1])(params)
 
 
@@ -114,6 +114,13 @@ def test_safe_where_adam_at_its_usual_rate_is(problem):
         losses = train(params, loss, lambda structure, name=name: gmn_lopt.load(name, structure))
         assert jnp.isfinite(losses).all(), name
         assert losses[-20:].mean() < 1.05 * losses[:5].mean(), name
+
+
+def test_examples_that_are_separated_stay_so():
+    """All gradients agree then, step after step: a step size that follows them must not grow without end."""
+    params, loss = mlp(64, 32, 10)
+    losses = train(params, loss, lambda structure: gmn_lopt.load("default", structure), steps=2000, examples=60)
+    assert losses[200:].max() < 0.05
 
 
 @pytest.mark.parametrize("name", ["default", "default-pointwise"])

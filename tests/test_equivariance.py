@@ -29,6 +29,7 @@ RULES = {
     "unf+gmn++": {"backbone": "unf", "gradmetanet": ATTENTION},
     "ds+gmn, values": {"gradmetanet": dataclasses.replace(SMALL, use_parameter=True)},
     "ds+gmn, Adam": {"gradmetanet": SMALL, "base": "adam"},
+    "ds, adapting": {"gradmetanet": None, "base": "adam", "adapt": True},
     "muon, gate": {"gradmetanet": None, "base": "muon", "gate": True},
     "ds+gmn, denoised, subset": {"gradmetanet": dataclasses.replace(SMALL, max_set_size=5), "base": "denoised"},
     "celo, orthogonalized": {"backbone": "celo", "gradmetanet": None, "rule": "normalized", "orthogonalize": True},
@@ -44,6 +45,7 @@ CASES = [
     *((model, "unf+gmn++") for model in ("two hidden layers", "residual stream")),
     ("residual stream", "ds+gmn, values"),
     ("two hidden layers", "ds+gmn, Adam"),
+    ("residual stream", "ds, adapting"),
     *((model, rule) for model in ("two hidden layers", "residual stream") for rule in list(RULES)[-3:]),
 ]
 
