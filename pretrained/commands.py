@@ -44,13 +44,15 @@ def eval_command(settings: Mapping[str, Any], optimizer: str, rounds: int) -> st
     seeds = settings["seeds"]
     changed = settings.get("task_settings", {})
     words = ["python", "eval.py", "--task", settings["task"], "--optimizer", optimizer]
-    for key, value in changed.items():
-        words += ["--task-setting", f"{key}={tuple(value) if isinstance(value, list) else value!r}"]
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in changed.items()}
+    texts = {k: v if isinstance(v, str) and v.isidentifier() else repr(v) for k, v in values.items()}
+    for key, text in texts.items():
+        words += ["--task-setting", f"{key}={text}"]
     words += ["--seeds", str(len(seeds)), "--first-seed", str(seeds[0])]
     for key in ("horizon", "eval_every", "smoothing"):
         words += [f"--{key.replace('_', '-')}", str(settings[key])]
     words += ["--timing-rounds", str(rounds)]
-    place = "-".join([optimizer.partition(":")[0], settings["task"], *(f"{key}" for key in changed)])
+    place = "-".join([optimizer.partition(":")[0], settings["task"], *(f"{key}-{text}" for key, text in texts.items())])
     return shlex.join([*words, "--out", f"report/{place}"])
 
 
