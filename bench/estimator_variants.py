@@ -25,6 +25,9 @@ IMITATE = "truncated:K=25:imitation=1"
 # The weight of imitation fades out: each stage gets a part of the budget.
 GUIDED = f"{IMITATE},truncated:K=25:imitation=0.1,truncated:K=25"
 
+# The best of each group of ablations.
+COMBINED = {"stages": "nres:n=2:K=10:sigma=0.1", "decay": True, "bound": 1.0, "output_scale": 0.0}
+
 ESTIMATORS: dict[str, dict[str, Any]] = {
     "pes": {},
     "es": {"stages": "es"},
@@ -72,7 +75,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "depth-1": {"stages": "nres", "hidden_layers": 1},
     "depth-2": {"stages": "nres", "hidden_layers": 2},
     "adapt": {"stages": "nres", "decay": True, "adapt": True},
-    "combined": {"stages": "nres:n=2:K=10:sigma=0.1", "decay": True, "bound": 1.0, "output_scale": 0.0},
+    "combined": COMBINED,
     # Guidance by an expert, and what the set of gradients adds to it.
     "imitate": {"stages": IMITATE},
     "imitate-gmn": {"stages": IMITATE, "optimizer": "ds+gmn", "gradmetanet": SMALL},
@@ -80,6 +83,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "imitate-truncated-25-gmn": {"stages": GUIDED, "optimizer": "ds+gmn", "gradmetanet": SMALL},
     # GradMetaNet's size, and how much of the set it reads.
     "nres-gmn": {"stages": "nres", "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    "combined-gmn": COMBINED | {"optimizer": "ds+gmn", "gradmetanet": replace(SMALL, max_set_size=32)},
     "truncated-25-gmn": {"stages": FALLING, "optimizer": "ds+gmn", "gradmetanet": SMALL},
     **{
         f"truncated-25-gmn-{name}": {
