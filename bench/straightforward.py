@@ -34,16 +34,19 @@ class Straightforward:
         lopt: the optimizer whose updates it makes.
 
     Raises:
-        ValueError: for another rule or backbone, a bound, or a model with copies of neurons.
+        ValueError: for another rule or backbone, a bound, a schedule, or a model with copies of neurons.
     """
 
     lopt: LearnedOptimizer
 
     def __post_init__(self) -> None:
         lopt, sites = self.lopt, self.lopt.structure.sites
-        plain = lopt.backbone == "ds" and lopt.rule == "additive" and lopt.bound is None and not lopt.adapt
+        plain = lopt.backbone == "ds" and lopt.rule == "additive" and lopt.bound is None
+        plain = plain and not (lopt.decay or lopt.adapt)
         if not plain or (lopt.gradmetanet is not None and lopt.gradmetanet.use_parameter):
-            raise ValueError("only for the additive rule on the ds backbone, without bound, adapt and use_parameter")
+            raise ValueError(
+                "only for the additive rule on the ds backbone, without bound, decay, adapt and use_parameter"
+            )
         if len({s.set_axes for s in sites}) > 1 or len({s.spaces for s in sites}) < len(sites):
             raise ValueError("only for models whose sites share one set and hold every neuron once")
 

@@ -35,15 +35,11 @@ def encode_sites(structure: GradientStructure) -> tuple[Float[np.ndarray, "neuro
     encodings = []
     fixed_seen = dict.fromkeys(KINDS, 0)
     for index, site in enumerate(structure.sites):
-        if not _is_permutable(structure, site):
+        if not structure.is_permutable(site):
             index = fixed_seen[site.kind]
             fixed_seen[site.kind] += 1
         encodings.append(_encode_site(structure, site, index))
     return tuple(encodings)
-
-
-def _is_permutable(structure: GradientStructure, site: Site) -> bool:
-    return any(structure.spaces[space].permutable for space in site.spaces)
 
 
 def _encode_site(structure: GradientStructure, site: Site, index: int) -> np.ndarray:
@@ -51,7 +47,7 @@ def _encode_site(structure: GradientStructure, site: Site, index: int) -> np.nda
     kind[:, KINDS.index(site.kind)] = 1.0
     position = np.zeros((site.size, NEURON_FEATURES))
     block = np.zeros((site.size, BLOCK_FEATURES))
-    if not _is_permutable(structure, site):
+    if not structure.is_permutable(site):
         position = sinusoids(np.arange(site.size), NEURON_FEATURES)
     elif len(site.spaces) > 1:
         blocks = _fixed_index(structure, site)

@@ -336,15 +336,7 @@ class LearnedOptimizer:
             if features:
                 time = self._features.of_time(state.step)
                 outputs = self._backbone(indices).apply({"params": phi["backbone"]}, features, extra, time)
-        step_size, adapted = learning_rate, state.step_size
-        scheduled: Any = power_law(phi, state.step) if self.decay else 1.0
-        if step_size is None:
-            largest = jnp.exp(phi["log_alpha"]) if self.rule == "additive" else self.learning_rate
-            step_size = largest * scheduled
-        sizes = [step_size] * len(grads)
-        if isinstance(adapted, StepSizeState):
-            adapted = adapt_step_size(phi, adapted, gradient_tree, state.step, scheduled)
-            sizes = [step_size * jnp.exp(c) for c in jax.tree.leaves(adapted.log_factor)]
+        sizes, adapted = self._step_sizes(phi, state, gradient_tree, learning_rate)
         beta, gamma = (jnp.exp(phi[name]) if name in phi else None for name in ("log_beta", "log_gamma"))
         if self.rule == "additive":
             if self.backbone != "sgdm":
@@ -364,6 +356,20 @@ class LearnedOptimizer:
             jax.tree.unflatten(treedef, steps),
             LearnedOptimizerState(step, direction_state, gradient_averages, factor_averages, adapted),
         )
+
+    def _step_sizes(
+        self, phi: PyTree, state: LearnedOptimizerState, grads: PyTree, learning_rate: float | Array | None
+    ) -> tuple[list[Any], PyTree]:
+        """The step size of each leaf, and the state of its feedback (its update still that of the step before)."""
+        count = len(jax.tree.leaves(grads))
+        if learning_rate is not None:
+            return [learning_rate] * count, ()
+        first = jnp.exp(phi["log_alpha"]) if self.rule == "additive" else self.learning_rate
+        scheduled = power_law(phi, state.step) if self.decay else 1.0
+        if not self.adapt:
+            return [first * scheduled] * count, ()
+        adapted = adapt_step_size(phi, state.step_size, grads, state.step, scheduled)
+        return [first * scheduled * jnp.exp(c) for c in jax.tree.leaves(adapted.log_factor)], adapted
 
     def _denoised(self, indices: Sequence[int]) -> tuple[DenoisedLayer, ...]:
         return denoised_layers(self.structure, indices) if self.base == "denoised" else ()

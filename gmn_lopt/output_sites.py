@@ -32,5 +32,5 @@ def without_large_outputs(structure: GradientStructure, largest: int | None) -> 
 
 
 def _is_large_output(structure: GradientStructure, site: Site, largest: int | None) -> bool:
-    fixed = not any(structure.spaces[space].permutable for space in site.spaces)
-    return largest is not None and site.kind == "output" and fixed and site.size > largest
+    is_output = site.kind == "output" and not structure.is_permutable(site)
+    return largest is not None and is_output and site.size > largest

@@ -182,6 +182,10 @@ class GradientStructure:
         """Indices of the activations that are token ids, integers ``[S, 1]`` read by embeddings."""
         return frozenset(layer.activation for layer in self.layers if layer.embedding)
 
+    def is_permutable(self, site: Site) -> bool:
+        """Whether any neurons of a site may be permuted; otherwise it is fixed throughout, like the logits."""
+        return any(self.spaces[space].permutable for space in site.spaces)
+
     def reconstruct(self, factors: Factors) -> PyTree:
         """Dense gradients from factors: the sum of the outer products of each parameter's layers.
 

@@ -18,14 +18,6 @@ from gmn_lopt.serialization import ADDED
 
 BACKBONES = ("ds", "unf", "celo")
 OPTIMIZERS = ("sgdm", *(f"{backbone}{rest}" for backbone in BACKBONES for rest in ("", "+gmn", "+gmn++")))
-INITIAL_COEFFICIENTS = (
-    "initial_alpha",
-    "initial_beta",
-    "initial_tau",
-    "initial_power",
-    "initial_gain",
-    "initial_overshoot",
-)
 
 
 @dataclass(frozen=True)
@@ -147,6 +139,7 @@ class Config:
     """Which of the processes this is, from 0."""
 
 
+INITIAL_COEFFICIENTS = tuple(f.name for f in dataclasses.fields(Config) if f.name.startswith("initial_"))
 # How the run is spread is asked for each time; a resumed run need not be spread like before.
 SPREAD = ("coordinator", "processes", "process_id")
 # What a run may be resumed with other values of: none of it changes the meta-parameters that result.
