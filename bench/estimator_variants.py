@@ -19,6 +19,8 @@ GMN_CHANGES: dict[str, dict[str, Any]] = {
     "neuron-layers-0": {"neuron_layers": 0},
     "set-16": {"max_set_size": 16},
     "with-parameter": {"use_parameter": True},
+    "no-averages": {"factor_decays": ()},
+    "one-average": {"factor_decays": (0.9,)},
 }
 FALLING = "truncated:K=25:schedule=cosine"
 IMITATE = "truncated:K=25:imitation=1"
@@ -81,9 +83,12 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     "imitate-gmn": {"stages": IMITATE, "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "imitate-truncated-25": {"stages": GUIDED},
     "imitate-truncated-25-gmn": {"stages": GUIDED, "optimizer": "ds+gmn", "gradmetanet": SMALL},
-    # GradMetaNet's size, and how much of the set it reads.
+    # Features without a scale and without a clock, on the paper's rule.
+    "features-celo": {"stages": "nres", "optimizer": "celo"},
+    # GradMetaNet's size, how much of the set it reads, and what it remembers of it.
     "nres-gmn": {"stages": "nres", "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "combined-gmn": COMBINED | {"optimizer": "ds+gmn", "gradmetanet": replace(SMALL, max_set_size=32)},
+    "truncated-25-falling": {"stages": FALLING},
     "truncated-25-gmn": {"stages": FALLING, "optimizer": "ds+gmn", "gradmetanet": SMALL},
     **{
         f"truncated-25-gmn-{name}": {

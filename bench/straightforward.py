@@ -43,9 +43,11 @@ class Straightforward:
         lopt, sites = self.lopt, self.lopt.structure.sites
         plain = lopt.backbone == "ds" and lopt.rule == "additive" and lopt.bound is None
         plain = plain and not (lopt.decay or lopt.adapt)
-        if not plain or (lopt.gradmetanet is not None and lopt.gradmetanet.use_parameter):
+        gmn = lopt.gradmetanet
+        if not plain or (gmn is not None and (gmn.use_parameter or gmn.factor_decays != DECAYS)):
             raise ValueError(
-                "only for the additive rule on the ds backbone, without bound, decay, adapt and use_parameter"
+                "only for the additive rule on the ds backbone, without bound, decay, adapt, use_parameter and "
+                "factor_decays"
             )
         if len({s.set_axes for s in sites}) > 1 or len({s.spaces for s in sites}) < len(sites):
             raise ValueError("only for models whose sites share one set and hold every neuron once")

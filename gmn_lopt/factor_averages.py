@@ -6,40 +6,41 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmn_lopt.features import DECAYS, update_averages
+from gmn_lopt.features import update_averages
 from gmn_lopt.set_subset import subset_size
 from gmn_lopt.structure import Factors, GradientStructure
 
-# For each activation, and each tangent, ``[6, S, d]``; None for those at no site, such as token ids.
+# For each activation, and each tangent, ``[decays, S, d]``; None for those at no site, such as token ids.
 Averages = tuple[tuple[Float[Array, "_ _ _"] | None, ...], tuple[Float[Array, "_ _ _"] | None, ...]]
 
 
-def init_factor_averages(structure: GradientStructure, max_set_size: int | None) -> Averages:
+def init_factor_averages(structure: GradientStructure, max_set_size: int | None, decays: Sequence[float]) -> Averages:
     """Zeros for every factor that some site reads.
 
     Args:
         structure: the structure of the model, with the sites that are read.
         max_set_size: the largest number of set elements that are read.
+        decays: of the averages.
     """
 
     def zeros(shapes: Sequence[tuple[int, int]], read: set[int | None]) -> tuple[jax.Array | None, ...]:
-        sizes = [(len(DECAYS), subset_size(set_size, max_set_size), d) for set_size, d in shapes]
+        sizes = [(len(decays), subset_size(set_size, max_set_size), d) for set_size, d in shapes]
         return tuple(jnp.zeros(size, jnp.float32) if i in read else None for i, size in enumerate(sizes))
 
     activations = zeros(structure.activation_shapes, {site.activation for site in structure.sites})
     return activations, zeros(structure.tangent_shapes, {site.tangent for site in structure.sites})
 
 
-def factor_channels(averages: Averages, factors: Factors) -> tuple[Factors, Averages]:
+def factor_channels(averages: Averages, factors: Factors, decays: Sequence[float]) -> tuple[Factors, Averages]:
     """Advance the averages by the current factors.
 
     Returns:
-        The channels, factors ``[7, S, d]`` of which the first is the current one (those that no site reads stay as
-        they are), and the new averages.
+        The channels, factors ``[1 + decays, S, d]`` of which the first is the current one (those that no site reads
+        stay as they are), and the new averages.
     """
     current = (factors.activations, factors.tangents)
     new = tuple(
-        tuple(None if a is None else update_averages(a, x) for a, x in zip(*pair, strict=True))
+        tuple(None if a is None else update_averages(a, x, decays) for a, x in zip(*pair, strict=True))
         for pair in zip(averages, current, strict=True)
     )
     channels = (

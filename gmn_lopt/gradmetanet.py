@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.encoding import ENCODING_FEATURES, encode_sites
+from gmn_lopt.features import DECAYS
 from gmn_lopt.initialization import init_weights
 from gmn_lopt.site_features import SLOTS, FactorFeatures, NeuronFeatures, SetGroup, group_sites, mean_over_copies
 from gmn_lopt.structure import Factors, GradientStructure, Site, SiteRef, Space
@@ -30,6 +31,9 @@ class GradMetaNetConfig:
             step (:mod:`gmn_lopt.set_subset`); None: all.
         max_output_size: in a learned optimizer, the largest output (logits) that is read; a larger one is left out
             (:mod:`gmn_lopt.output_sites`), and no moving averages are kept of it; None: all are read.
+        factor_decays: in a learned optimizer, the decays of the moving averages of the factors, slot by slot of the
+            set, that are read beside the current ones. Without any, ``()``, nothing is kept of a step's set but what
+            the gradient's own averages hold.
         attention_heads: number of heads of GradMetaNet++, which attends over the set and the neurons in place of taking
             means (:mod:`gmn_lopt.gradmetanet_attention`; without neuron layers); 0: GradMetaNet.
     """
@@ -42,12 +46,17 @@ class GradMetaNetConfig:
     use_parameter: bool = False
     max_set_size: int | None = None
     max_output_size: int | None = 512
+    factor_decays: tuple[float, ...] = DECAYS
     attention_heads: int = 0
 
     def __post_init__(self) -> None:
         if not isinstance(self.use_parameter, bool):
             raise ValueError(f"GradMetaNetConfig.use_parameter must be True or False, not {self.use_parameter!r}")
-        for name in [f.name for f in fields(self) if f.name != "use_parameter"]:
+        if not all(0 <= decay < 1 for decay in self.factor_decays):
+            raise ValueError(
+                f"GradMetaNetConfig.factor_decays must be at least 0 and below 1, not {self.factor_decays}"
+            )
+        for name in [f.name for f in fields(self) if f.name not in ("use_parameter", "factor_decays")]:
             value, least = getattr(self, name), 0 if name in ("neuron_layers", "attention_heads") else 1
             if name in ("max_set_size", "max_output_size") and value is None:
                 continue

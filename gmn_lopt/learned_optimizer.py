@@ -17,7 +17,7 @@ from gmn_lopt.celo_features import CELO
 from gmn_lopt.coefficients import COEFFICIENTS, initial_coefficients
 from gmn_lopt.denoising import DenoisedLayer, denoised_layers
 from gmn_lopt.factor_averages import factor_channels, init_factor_averages
-from gmn_lopt.features import DECAYS, PAPER, FeatureSet
+from gmn_lopt.features import PAPER, FeatureSet
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
 from gmn_lopt.initialization import init_weights
 from gmn_lopt.matching import check_factors, check_meta_parameters, match_leaves
@@ -45,8 +45,8 @@ class LearnedOptimizerState(NamedTuple):
         gradient_averages: moving averages of the gradient: for each parameter an array ``[6, *shape]`` (``celo``:
             ``[4, *shape]``); empty for ``sgdm``.
         factor_averages: moving averages of the activations and of the tangents (at per-element scale), slot by slot
-            of the set (or of the subset that is read): arrays ``[6, S, d]``, None for those that GradMetaNet does not
-            read (token ids, large outputs); empty without GradMetaNet.
+            of the set (or of the subset that is read): arrays ``[factor_decays, S, d]``, None for those that
+            GradMetaNet does not read (token ids, large outputs); empty without GradMetaNet.
         step_size: with ``adapt`` a :class:`gmn_lopt.step_size.StepSizeState`; empty without.
     """
 
@@ -286,13 +286,13 @@ class LearnedOptimizer:
     @property
     def _gradmetanet(self) -> GradMetaNet:
         assert self.gradmetanet is not None
-        return GradMetaNet(self._read, self.gradmetanet, channels=1 + len(DECAYS))
+        return GradMetaNet(self._read, self.gradmetanet, channels=1 + len(self.gradmetanet.factor_decays))
 
     def _init_factor_averages(self) -> PyTree:
         if not self._reads_set:
             return ()
         assert self.gradmetanet is not None
-        return init_factor_averages(self._read, self.gradmetanet.max_set_size)
+        return init_factor_averages(self._read, self.gradmetanet.max_set_size, self.gradmetanet.factor_decays)
 
     def _update(
         self,
@@ -330,7 +330,7 @@ class LearnedOptimizer:
             if self._reads_set:
                 assert self.gradmetanet is not None
                 read = subset(factors, self.gradmetanet.max_set_size, state.step)
-                channels, factor_averages = factor_channels(factor_averages, read)
+                channels, factor_averages = factor_channels(factor_averages, read, self.gradmetanet.factor_decays)
                 extra = self._extra_features(phi, channels, indices, values)
             features = [self._features.of_entries(*leaf, state.step) for leaf in zip(values, grads, averages)]
             if features:

@@ -21,6 +21,7 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from gmn_lopt.errors import first_line
+from gmn_lopt.features import DECAYS
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.structure import GradientStructure
@@ -31,7 +32,7 @@ VERSION = 1
 # seen an output above 512 in training.)
 ADDED: dict[str, dict[str, Any]] = {
     "optimizer": {"decay": False, "adapt": False},
-    "gradmetanet": {"attention_heads": 0, "max_output_size": 512},
+    "gradmetanet": {"attention_heads": 0, "max_output_size": 512, "factor_decays": DECAYS},
 }
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
@@ -216,13 +217,22 @@ def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptim
         gradmetanet = ADDED["gradmetanet"] | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
         _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
     try:
-        architecture["gradmetanet"] = None if gradmetanet is None else GradMetaNetConfig(**gradmetanet)
+        architecture["gradmetanet"] = None if gradmetanet is None else gradmetanet_from_json(gradmetanet)
         lopt = LearnedOptimizer(structure, **architecture)
     except (TypeError, ValueError) as error:
         raise SerializationError(f"{file}: {first_line(error)}") from error
     if lopt.tied_leaves is not None:
         _check_leaves(config.get("leaves"), lopt, file)
     return lopt
+
+
+def gradmetanet_from_json(values: Mapping[str, Any]) -> GradMetaNetConfig:
+    """The architecture of a GradMetaNet from JSON, which has lists for tuples.
+
+    Raises:
+        TypeError, ValueError: a setting is not known, or has a value that is not possible.
+    """
+    return GradMetaNetConfig(**{**values, "factor_decays": tuple(values.get("factor_decays", DECAYS))})
 
 
 def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:

@@ -210,7 +210,9 @@ def test_encodings_tell_many_sites_and_neurons_apart():
         assert distance.min() > 1e-3
 
 
-@pytest.mark.parametrize("bad", [{"width": 0}, {"set_layers": 1.5}, {"neuron_layers": -1}, {"use_parameter": 1}])
+@pytest.mark.parametrize(
+    "bad", [{"width": 0}, {"set_layers": 1.5}, {"neuron_layers": -1}, {"use_parameter": 1}, {"factor_decays": (1.0,)}]
+)
 def test_impossible_architectures_are_refused(bad):
     # The run-time check of annotations, where it is on, comes first and raises a TypeError.
     with pytest.raises((ValueError, TypeError), match=next(iter(bad))):

@@ -22,7 +22,10 @@ OPTIONS = {
     "ds": {"gradmetanet": None, "width": 12},
     "unf+gmn": {"backbone": "unf", "gradmetanet": GradMetaNetConfig(width=6), "width": 5, "gate": True},
     "ds+gmn++": {"gradmetanet": GradMetaNetConfig(width=6, set_layers=1, attention_heads=3)},
-    "ds+gmn": {"gradmetanet": GradMetaNetConfig(width=6, set_layers=1, use_parameter=True), "base": "adam"},
+    "ds+gmn": {
+        "gradmetanet": GradMetaNetConfig(width=6, set_layers=1, use_parameter=True, factor_decays=(0.5,)),
+        "base": "adam",
+    },
 }
 
 

@@ -1,6 +1,7 @@
 """The configuration of a meta-training run: its settings, the presets, and how it is written and read."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from gmn_lopt.errors import first_line
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.meta.run_directory import read_settings
 from gmn_lopt.meta.stages import Stage, parse_stages
-from gmn_lopt.serialization import ADDED
+from gmn_lopt.serialization import ADDED, gradmetanet_from_json
 
 BACKBONES = ("ds", "unf", "celo")
 OPTIMIZERS = ("sgdm", *(f"{backbone}{rest}" for backbone in BACKBONES for rest in ("", "+gmn", "+gmn++")))
@@ -202,7 +203,8 @@ def to_json(config: Config) -> dict[str, Any]:
     for name, value in ADDED["gradmetanet"].items():  # runs that were begun before there was a setting can be resumed
         if values["gmn"][name] == value:
             del values["gmn"][name]
-    return {name: value for name, value in values.items() if name not in SPREAD}
+    values = {name: value for name, value in values.items() if name not in SPREAD}
+    return json.loads(json.dumps(values))  # tuples become lists, as they are in the file
 
 
 def from_json(settings: Mapping[str, Any]) -> Config:
@@ -212,7 +214,7 @@ def from_json(settings: Mapping[str, Any]) -> Config:
         UsageError: it was written by another version, with other settings.
     """
     try:
-        gmn = GradMetaNetConfig(**settings["gmn"])
+        gmn = gradmetanet_from_json(settings["gmn"])
         return Config(**{**settings, "out": Path(settings["out"]), "gmn": gmn})
     except (TypeError, KeyError, ValueError) as error:
         raise UsageError(f"the run's config.json is of another version of this program: {first_line(error)}") from None
