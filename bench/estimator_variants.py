@@ -12,15 +12,18 @@ from typing import Any
 from gmn_lopt import GradMetaNetConfig
 
 SMALL = GradMetaNetConfig(width=8, set_layers=1, neuron_layers=1, product_width=8, out_features=4)
+# What GradMetaNet was found to add the most with (docs/meta_training.md), and changes of it.
+WIDE = GradMetaNetConfig(width=16, set_layers=1, neuron_layers=1, product_width=16)
 GMN_CHANGES: dict[str, dict[str, Any]] = {
-    "width-4": {"width": 4, "product_width": 4},
-    "width-16": {"width": 16, "product_width": 16},
-    "set-layers-2": {"set_layers": 2},
-    "neuron-layers-0": {"neuron_layers": 0},
-    "set-16": {"max_set_size": 16},
-    "with-parameter": {"use_parameter": True},
     "no-averages": {"factor_decays": ()},
     "one-average": {"factor_decays": (0.9,)},
+    "out-4": {"out_features": 4},
+    "set-32": {"max_set_size": 32},
+    "width-8": {"width": 8, "product_width": 8},
+    "width-32": {"width": 32, "product_width": 32},
+    "set-layers-2": {"set_layers": 2},
+    "neuron-layers-0": {"neuron_layers": 0},
+    "with-parameter": {"use_parameter": True},
 }
 FALLING = "truncated:K=25:schedule=cosine"
 IMITATE = "truncated:K=25:imitation=1"
@@ -88,13 +91,15 @@ ABLATIONS: dict[str, dict[str, Any]] = {
     # GradMetaNet's size, how much of the set it reads, and what it remembers of it.
     "nres-gmn": {"stages": "nres", "optimizer": "ds+gmn", "gradmetanet": SMALL},
     "combined-gmn": COMBINED | {"optimizer": "ds+gmn", "gradmetanet": replace(SMALL, max_set_size=32)},
-    "truncated-25-falling": {"stages": FALLING},
-    "truncated-25-gmn": {"stages": FALLING, "optimizer": "ds+gmn", "gradmetanet": SMALL},
+    "truncated-25-falling": {"stages": FALLING, "width": 32},
+    "truncated-25-gmn": {"stages": FALLING, "optimizer": "ds+gmn", "gradmetanet": WIDE, "width": 32},
+    "truncated-25-gmn-backbone-8": {"stages": FALLING, "optimizer": "ds+gmn", "gradmetanet": WIDE, "width": 8},
     **{
         f"truncated-25-gmn-{name}": {
             "stages": FALLING,
             "optimizer": "ds+gmn",
-            "gradmetanet": replace(SMALL, **change),
+            "gradmetanet": replace(WIDE, **change),
+            "width": 32,
         }
         for name, change in GMN_CHANGES.items()
     },

@@ -62,7 +62,7 @@ def match_leaves(structure: GradientStructure, tree: PyTree, what: str) -> list[
 
 
 def check_factors(structure: GradientStructure, factors: Any) -> None:
-    """Raise an error that says what to do unless ``factors`` are the factors of this structure."""
+    """Raise an error that says what to do unless ``factors`` are factors of this structure, of any batch size."""
     if factors is None:
         raise ValueError(
             "this learned optimizer reads the factors of the gradient: compute them with "
@@ -71,4 +71,4 @@ def check_factors(structure: GradientStructure, factors: Any) -> None:
         )
     if not isinstance(factors, Factors):
         raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
-    structure.check_factors(factors)
+    structure.check_factors(factors, any_set_size=True)

@@ -217,8 +217,15 @@ class GradientStructure:
                 add(layer.bias, layer.bias_gradient(tangent, bias))
         return jax.tree.unflatten(self.treedef, gradients)
 
-    def check_factors(self, factors: Factors) -> None:
-        """Raise a StructureError unless the factors have the shapes of this structure."""
+    def check_factors(self, factors: Factors, any_set_size: bool = False) -> None:
+        """Raise a StructureError unless the factors have the shapes of this structure.
+
+        Args:
+            factors: the factors.
+            any_set_size: whether their sets may have other sizes, such as those of a batch of another size; sets that
+                were of one size must still be.
+        """
+        sizes: dict[int, int] = {}
         for kind, shapes in (("activations", self.activation_shapes), ("tangents", self.tangent_shapes)):
             arrays = getattr(factors, kind)
             if len(arrays) != len(shapes):
@@ -227,13 +234,12 @@ class GradientStructure:
                     "take factors from value_grad_and_factors of the loss that was analysed"
                 )
             for i, (array, shape) in enumerate(zip(arrays, shapes)):
-                if array.shape == shape:
-                    continue
-                if array.shape[1:] == shape[1:]:
+                if len(array.shape) == 2 and array.shape[1] == shape[1]:
+                    if array.shape[0] == (sizes.setdefault(shape[0], array.shape[0]) if any_set_size else shape[0]):
+                        continue
                     raise StructureError(
                         f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {shape[0]} when the model "
-                        "was analysed; keep the batch size, or analyse the loss again with a batch of the new size "
-                        "(the moving averages of a learned optimizer belong to the slots of the batch)"
+                        "was analysed; analyse the loss with a batch of this size"
                     )
                 raise StructureError(
                     f"factors.{kind}[{i}] has shape {array.shape}, but {shape} in the analysed model; "

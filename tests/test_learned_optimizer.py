@@ -1,5 +1,6 @@
 """The update rule against numpy, and the rules that optax transformations obey."""
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ import unf_reference
 from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 import gmn_lopt
-from gmn_lopt import StructureError
+from gmn_lopt import Factors, StructureError
 from gmn_lopt.features import DECAYS, parameter_features, time_features, update_averages
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
@@ -294,12 +295,37 @@ def test_parameters_gradients_and_factors_of_another_model_are_refused():
         tx.update([grads[0], {"b": grads[1]["b"], "w": grads[1]["w"].T}], state, params, factors=factors)
     with pytest.raises(StructureError, match="same leaves"):
         tx.update([grads[0], optax.MaskedNode()], state, params, factors=factors)
-    with pytest.raises(StructureError, match=r"activations\[0\] has a set of 6 elements, but 12"):
+    with pytest.raises(StructureError, match=r"a set of 6 elements is read, but .* the 12 slots"):
         tx.update(grads, state, params, factors=jax.tree.map(lambda x: x[:6], factors))
+    with pytest.raises(StructureError, match=r"tangents\[0\] has a set of 12 elements, but"):
+        tx.update(grads, state, params, factors=Factors(tuple(a[:6] for a in factors.activations), factors.tangents))
     with pytest.raises(StructureError, match=r"activations\[1\] has shape \(12, 8\), but \(12, 7\)"):
         tx.update(grads, state, params, factors=record(mlp(5, 8, 4), steps=1)[0][2])
     with pytest.raises(StructureError, match=r"activations holds 3 arrays, but 2"):
         tx.update(grads, state, params, factors=record(mlp(5, 7, 4, 4), steps=1)[0][2])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"base": "denoised", "gradmetanet": None},
+        {"gradmetanet": dataclasses.replace(SMALL, max_set_size=5)},
+        {"gradmetanet": dataclasses.replace(SMALL, factor_decays=())},
+    ],
+)
+def test_batches_of_another_size_are_taken_where_nothing_belongs_to_their_slots(options):
+    model, (loss, params, (x, y)) = mlp(5, 7, 4), mlp(5, 7, 4)
+    smaller = loss, params, (x[:9], y[:9])
+    lopts = [LearnedOptimizer(analyzed(m), width=8, **options) for m in (model, smaller)]
+    phi, steps = lively(lopts[0]), [*record(model, steps=2), *record(smaller, steps=2)]
+    update = jax.jit(lambda lopt, *a, factors: lopt.optimizer(phi).update(*a, factors=factors), static_argnums=0)
+    state = lopts[0].optimizer(phi).init(params)
+    for params, grads, factors in steps[:2]:
+        _, state = update(lopts[0], grads, state, params, factors=factors)
+    for params, grads, factors in steps[2:]:
+        results = [update(lopt, grads, state, params, factors=factors) for lopt in lopts]
+        jax.tree.map(np.testing.assert_array_equal, *results)
+        state = results[0][1]
 
 
 @pytest.mark.parametrize(
