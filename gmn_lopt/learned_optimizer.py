@@ -236,7 +236,10 @@ class LearnedOptimizer:
             indices = match_leaves(self.structure, params, "parameter")
             zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
             parameters = [self.structure.parameters[i] for i in indices]
-            direction = init_direction(self.base, parameters, zeros, self._denoised(indices))
+            # optax's placeholder in tree_map_params, a tree without any leaf, stands for all parameters.
+            present = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+            handled = indices if present else range(len(self.structure.parameters))
+            direction = init_direction(self.base, parameters, zeros, self._denoised(handled))
             averages: PyTree = ()
             if self.backbone != "sgdm":
                 averages = jax.tree.map(lambda p: jnp.zeros((self._features.averages, *p.shape), jnp.float32), params)

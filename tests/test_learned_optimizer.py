@@ -13,6 +13,7 @@ from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 import gmn_lopt
 from gmn_lopt import Factors, StructureError
+from gmn_lopt.base_direction import BASES
 from gmn_lopt.features import DECAYS, parameter_features, time_features, update_averages
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
@@ -227,12 +228,16 @@ def test_multi_steps_update_with_the_mean_gradient():
     assert int(state.inner_opt_state.step) == 1
 
 
-def test_optax_can_map_over_the_state():
-    lopt, phi = optimizer()
+@pytest.mark.parametrize("base", BASES)
+def test_optax_can_map_over_the_state(base):
+    lopt, phi = optimizer(base=base)
     tx = lopt.optimizer(phi)
     state = optax.tree_map_params(tx, lambda x: x + 1.0, tx.init(MODEL[1]))
-    assert all((x == 1.0).all() for x in jax.tree.leaves((state.direction, state.gradient_averages)))
-    assert all((x == 0.0).all() for x in jax.tree.leaves((state.step, state.factor_averages)))
+    per_layer = getattr(state.direction, "preconditioners", ())
+    momentum = {"momentum": state.direction, "adam": getattr(state.direction, "mu", None)}.get(base)
+    momentum = state.direction.momentum if momentum is None else momentum
+    assert all((x == 1.0).all() for x in jax.tree.leaves((momentum, state.gradient_averages)))
+    assert all((x == 0.0).all() for x in jax.tree.leaves((state.step, state.factor_averages, per_layer)))
 
 
 def test_updates_have_the_parameters_dtypes():
