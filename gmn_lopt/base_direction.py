@@ -16,7 +16,7 @@ from gmn_lopt.denoising import (
     denoised_step,
     from_matrix,
     init_preconditioner,
-    update_preconditioner,
+    update_preconditioners,
 )
 from gmn_lopt.matrices import is_kernel, orthogonalize
 from gmn_lopt.structure import Factors, Parameter
@@ -75,7 +75,7 @@ def update_direction(
     phi: PyTree,
     grads: PyTree,
     state: PyTree,
-    layers: Sequence[DenoisedLayer] = (),
+    layers: tuple[DenoisedLayer, ...] = (),
     factors: Factors | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Advance a base direction by one gradient.
@@ -114,13 +114,14 @@ def update_direction(
     # Bias-corrected by all the weight that momentum (and look-ahead) gives the gradients so far.
     corrected = optax.tree.scale(1.0 / (1.0 - decay**terms), ahead)
     momenta = jax.tree.leaves(corrected)
-    preconditioners: list[Preconditioner] = []
+    preconditioners: tuple[Preconditioner, ...] = ()
     denoised: dict[int, Array] = {}
-    for layer, old in zip(layers, state.preconditioners):
+    if layers:
         assert factors is not None
-        m = as_matrix(layer, parameters, momenta)
-        preconditioners.append(update_preconditioner(old, layer, factors, m, state.step))
-        denoised |= from_matrix(layer, parameters, denoised_step(layer, preconditioners[-1], m))
+        matrices = [as_matrix(layer, parameters, momenta) for layer in layers]
+        preconditioners = update_preconditioners(state.preconditioners, layers, factors, matrices, state.step)
+        for layer, preconditioner, matrix in zip(layers, preconditioners, matrices):
+            denoised |= from_matrix(layer, parameters, denoised_step(layer, preconditioner, matrix))
     elsewhere, gamma = _other_rules(parameters, layers), jnp.exp(phi["log_gamma"])
     squares, steps = [], []
     for i, (p, g, m, s) in enumerate(zip(parameters, jax.tree.leaves(grads), momenta, jax.tree.leaves(state.squares))):
@@ -132,5 +133,5 @@ def update_direction(
             root = jnp.sqrt(squares[-1] / (1.0 - ADAM_DECAY**steps_taken))
             steps.append(gamma * m / (root + EPSILON))
     treedef = jax.tree.structure(grads)
-    new_state = MuonState(count, momentum, jax.tree.unflatten(treedef, squares), tuple(preconditioners))
+    new_state = MuonState(count, momentum, jax.tree.unflatten(treedef, squares), preconditioners)
     return jax.tree.unflatten(treedef, steps), new_state

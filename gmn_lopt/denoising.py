@@ -86,12 +86,15 @@ class Preconditioner(NamedTuple):
             ``[inputs]``.
         noise: moving average of ``sum_s g_s (x) g_s``, ``[outputs, outputs]``, or where there are more outputs than
             inputs of its trace, ``[]``.
-        inverse: the inverse of ``C``, damped; of an embedding its diagonal.
-        root: the inverse root of signal and noise, ``[outputs, outputs]`` or ``[inputs, inputs]``.
+        scale: the mean of ``C``'s diagonal.
+        inverse: the inverse of ``C / scale``, damped; of an embedding its diagonal.
+        root: the inverse root of signal and noise, ``[outputs, outputs]`` or ``[inputs, inputs]``, up to a factor such
+            that it takes the momentum to numbers of ordinary size.
     """
 
     activation: Float[Array, "..."]
     noise: Float[Array, "..."]
+    scale: Float[Array, ""]
     inverse: Float[Array, "..."]
     root: Float[Array, "n n"]
 
@@ -139,7 +142,7 @@ def init_preconditioner(layer: DenoisedLayer) -> Preconditioner:
     square = (layer.inputs,) if layer.embedding else (layer.inputs, layer.inputs)
     small = min(layer.inputs, layer.outputs)
     noise = (layer.outputs, layer.outputs) if layer.tall else ()
-    return Preconditioner(*map(jnp.zeros, (square, noise, square, (small, small))))
+    return Preconditioner(*map(jnp.zeros, (square, noise, (), square, (small, small))))
 
 
 def as_matrix(
@@ -170,30 +173,34 @@ def from_matrix(
     return {i: from_stack(parameters[i], part[None]) for i, part in rows}
 
 
-def update_preconditioner(
-    old: Preconditioner, layer: DenoisedLayer, factors: Factors, momentum: Float[Array, "i o"], step: Int[Array, ""]
-) -> Preconditioner:
-    """Compute the preconditioner of a step, where it is due.
+def update_preconditioners(
+    old: Sequence[Preconditioner],
+    layers: tuple[DenoisedLayer, ...],
+    factors: Factors,
+    momenta: Sequence[Float[Array, "_ _"]],
+    step: Int[Array, ""],
+) -> tuple[Preconditioner, ...]:
+    """Compute the preconditioners of a step, where they are due.
 
     Args:
-        old: that of the step before.
-        layer: the layer.
+        old: those of the step before.
+        layers: the layers.
         factors: float32, the tangents at per-element scale.
-        momentum: the momentum as one matrix, corrected for its start.
+        momenta: the momentum of each layer as one matrix, corrected for its start.
         step: number of steps taken before.
     """
-    factor_arrays = factors.activations[layer.activation], factors.tangents[layer.tangent]
-    return _constant(layer, old, *factor_arrays, momentum, step)
+    sets = tuple((factors.activations[layer.activation], factors.tangents[layer.tangent]) for layer in layers)
+    return _constant(layers, tuple(old), sets, tuple(momenta), step)
 
 
 def _new(
     layer: DenoisedLayer,
     old: Preconditioner,
-    activation: Num[Array, "S n"],
-    tangent: Float[Array, "S o"],
+    factors: tuple[Num[Array, "S n"], Float[Array, "S o"]],
     momentum: Float[Array, "i o"],
     step: Int[Array, ""],
 ) -> Preconditioner:
+    activation, tangent = factors
     # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
     scaled = tangent / len(tangent)
     current = _second_moment(layer, activation), scaled.T @ scaled if layer.tall else jnp.sum(scaled**2)
@@ -203,13 +210,14 @@ def _new(
     covariance, moment = (m + weight * (x - m) for m, x in zip(old[:2], current))
 
     diagonal = covariance if layer.embedding else jnp.diagonal(covariance)
-    damping = DAMPING * diagonal.mean() + jnp.finfo(jnp.float32).tiny
+    scale = diagonal.mean()
+    white = covariance / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
     if layer.embedding:
-        inverse = 1 / (covariance + damping)
+        inverse = 1 / (white + DAMPING)
     else:
-        factor = jax.scipy.linalg.cho_factor(covariance + damping * jnp.eye(layer.inputs), lower=True)
+        factor = jax.scipy.linalg.cho_factor(white + DAMPING * jnp.eye(layer.inputs), lower=True)
         inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(layer.inputs))
-    noise = noise_left(step + 1) * moment
+    noise = noise_left(step + 1) * moment * scale  # as the inverse is that of C / scale
     # The root matters up to a factor only; squares of small gradients would vanish.
     size = jnp.maximum(jnp.maximum(jnp.abs(momentum).max(), jnp.sqrt(noise.max())), SMALLEST)
     momentum, noise = momentum / size, noise / size / size
@@ -218,25 +226,30 @@ def _new(
         root = _inverse_root(momentum.T @ natural + layer.inputs * noise)
     else:
         root = _inverse_root(natural @ momentum.T + noise * jnp.eye(layer.inputs))
-    return Preconditioner(covariance, moment, inverse, root)
+    return Preconditioner(covariance, moment, scale, inverse, root / size)
 
 
 # One model after the other under vmap, so that nothing is computed where it is not due. Also, on a processor,
 # factorisations of stacks of matrices can wait for each other's threads for ever (seen with JAX 0.10.2 on two cores:
 # five models with layers of 193 and 129 inputs in one vmap).
-def _when_due(layer: DenoisedLayer, *args: Any) -> Preconditioner:
+def _when_due(layers: tuple[DenoisedLayer, ...], *args: Any) -> tuple[Preconditioner, ...]:
     @jax.custom_batching.sequential_vmap
-    def one(old: Preconditioner, *rest: Any) -> Preconditioner:
-        due = (rest[-1] < EARLY) | (rest[-1] % EVERY == 0)
-        return jax.lax.cond(due, lambda: _new(layer, old, *rest), lambda: old)
+    def one(old: Any, sets: Any, momenta: Any, step: Array) -> tuple[Preconditioner, ...]:
+        def compute(carry: Any) -> Any:
+            new = (_new(*layer, step) for layer in zip(layers, carry[0], sets, momenta))
+            return tuple(new), jnp.zeros((), bool)
 
-    new: Preconditioner = one(*args)
+        # A loop of one turn or none, for what it carries stays where it is; both branches of a cond copy their results.
+        due = (step < EARLY) | (step % EVERY == 0)
+        return jax.lax.while_loop(lambda carry: carry[1], compute, (old, due))[0]
+
+    new: tuple[Preconditioner, ...] = one(*args)
     return new
 
 
-# No argument has a derivative: not old, activation, tangent, momentum or step.
+# No argument has a derivative: not old, sets, momenta or step.
 _constant = jax.custom_vjp(_when_due, nondiff_argnums=(0,))
-_constant.defvjp(lambda layer, *args: (_when_due(layer, *args), None), lambda layer, saved, tangent: (None,) * 5)
+_constant.defvjp(lambda layers, *args: (_when_due(layers, *args), None), lambda layers, saved, tangent: (None,) * 4)
 
 
 def _second_moment(layer: DenoisedLayer, activation: Num[Array, "S n"]) -> Float[Array, "..."]:
@@ -263,11 +276,11 @@ def denoised_step(
         preconditioner: its preconditioner.
         momentum: the momentum as one matrix, of any size.
     """
-    size = jax.lax.stop_gradient(jnp.maximum(jnp.abs(momentum).max(), jnp.finfo(jnp.float32).tiny))
-    natural = _times(preconditioner.inverse, momentum / size)
-    step = natural @ preconditioner.root if layer.tall else preconditioner.root @ natural
-    step = step / jax.lax.stop_gradient(jnp.maximum(jnp.abs(step).max(), jnp.finfo(jnp.float32).tiny))
-    change = jnp.sum(step * _times(preconditioner.activation, step)) / layer.outputs
+    # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
+    right = momentum @ preconditioner.root if layer.tall else preconditioner.root.T @ momentum
+    step = _times(preconditioner.inverse, right)
+    # The change of the outputs is <step, C step>, and with A the damped C / scale, right = A step.
+    change = preconditioner.scale * (jnp.vdot(step, right) - DAMPING * jnp.vdot(step, step)) / layer.outputs
     return step * jax.lax.rsqrt(jnp.maximum(change, 0.0) + 1e-20)
 
 

@@ -81,6 +81,9 @@ def adapt_step_size(
 
 
 def _cosine(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """The cosine of the angle between two tensors; zero where one of them is zero."""
-    a, b = (x / jnp.maximum(jnp.abs(x).max(), TINY) for x in (a, b))  # squares of small numbers would vanish
-    return jnp.vdot(a, b) * jax.lax.rsqrt(jnp.vdot(a, a) * jnp.vdot(b, b) + TINY)
+    """The cosine of the angle between two tensors; zero where one of them is zero, or its squares are in float32."""
+    return jnp.vdot(a, b) * _inverse_norm(a) * _inverse_norm(b)
+
+
+def _inverse_norm(a: Float[Array, "*shape"]) -> Float[Array, ""]:
+    return jax.lax.rsqrt(jnp.maximum(jnp.vdot(a, a), jnp.finfo(a.dtype).tiny))

@@ -18,7 +18,7 @@ from gmn_lopt.denoising import (
     denoised_layers,
     denoised_step,
     init_preconditioner,
-    update_preconditioner,
+    update_preconditioners,
 )
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.matrices import is_kernel, orthogonalize
@@ -195,7 +195,7 @@ def test_denoised_step_of_one_set_is_the_literal_form(inputs, outputs, size):
 
     def step(momentum):
         start = init_preconditioner(layer)
-        new = update_preconditioner(start, layer, factors, size * momentum, jnp.int32(0))
+        new = updated(start, layer, factors, size * momentum)
         return denoised_step(layer, new, size * momentum)
 
     np.testing.assert_allclose(step(momentum), literal_step(momentum, covariance, noise), rtol=0.02, atol=4e-3)
@@ -204,17 +204,27 @@ def test_denoised_step_of_one_set_is_the_literal_form(inputs, outputs, size):
     np.testing.assert_allclose(jax.vmap(step)(many)[1], step(towards), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_activations_of_any_size_are_whitened(scale):
+    layer, factors, momentum, _, _ = one_set(8, 7)
+    layer = replace(layer, bias=None, inputs=8)
+
+    def step(factor):
+        scaled = Factors(tuple(factor * a for a in factors.activations), factors.tangents)
+        start = init_preconditioner(layer)
+        return factor * denoised_step(layer, updated(start, layer, scaled, factor * momentum[:-1]), momentum[:-1])
+
+    np.testing.assert_allclose(step(scale), step(1.0), rtol=1e-3, atol=1e-4)
+
+
 def test_derivatives_take_the_preconditioner_for_a_constant():
     layer, factors, momentum, _, _ = one_set(6, 4)
     towards, weights = jax.random.normal(jax.random.key(1), (2, *momentum.shape))
     start = init_preconditioner(layer)
-    new = update_preconditioner(start, layer, factors, momentum, jnp.int32(0))
+    new = updated(start, layer, factors, momentum)
 
     def through(momentum):
-        return jnp.sum(
-            weights
-            * denoised_step(layer, update_preconditioner(start, layer, factors, momentum, jnp.int32(0)), momentum)
-        )
+        return jnp.sum(weights * denoised_step(layer, updated(start, layer, factors, momentum), momentum))
 
     found = jnp.sum(jax.grad(through)(momentum) * towards)
     ends = [jnp.sum(weights * denoised_step(layer, new, momentum + h * towards)) for h in (1e-3, -1e-3)]
@@ -224,7 +234,7 @@ def test_derivatives_take_the_preconditioner_for_a_constant():
 def test_preconditioner_is_new_in_the_first_steps_and_now_and_then_after_them():
     layer, factors, momentum, _, _ = one_set(6, 4)
     rng, state = np.random.default_rng(0), init_preconditioner(layer)
-    update = jax.jit(lambda state, factors, step: update_preconditioner(state, layer, factors, momentum, step))
+    update = jax.jit(lambda state, factors, step: updated(state, layer, factors, momentum, step))
     seen, sets = [], []
     for t in range(23):
         noisy = jax.tree.map(lambda x: x * jnp.float32(rng.uniform(0.5, 2.0, x.shape)), factors)
@@ -238,16 +248,21 @@ def test_preconditioner_is_new_in_the_first_steps_and_now_and_then_after_them():
     expected = sum(w * a.T @ a / 40 for w, a in zip(weights / weights.sum(), sets))
     np.testing.assert_allclose(state.activation, expected, rtol=1e-4)
     damped = expected + DAMPING * np.trace(expected) / 7 * np.eye(7)
-    np.testing.assert_allclose(state.inverse @ damped, np.eye(7), atol=1e-4)
+    np.testing.assert_allclose(state.inverse @ damped / state.scale, np.eye(7), atol=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_denoised_step_of_no_momentum_is_none(noise):
     layer, factors, momentum, _, _ = one_set(3, 4)
     factors = Factors(factors.activations, tuple(noise * g for g in factors.tangents))
-    new = update_preconditioner(init_preconditioner(layer), layer, factors, 0 * momentum, jnp.int32(0))
+    new = updated(init_preconditioner(layer), layer, factors, 0 * momentum)
     assert all(jnp.isfinite(x).all() for x in new)
     assert (denoised_step(layer, new, 0 * momentum) == 0).all()
+
+
+def updated(preconditioner, layer, factors, momentum, step=0):
+    """A layer's preconditioner after a step."""
+    return update_preconditioners((preconditioner,), (layer,), factors, (momentum,), jnp.int32(step))[0]
 
 
 def one_set(inputs, outputs):
