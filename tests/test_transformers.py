@@ -9,6 +9,7 @@ from optimizing import lively, play, relative_difference
 
 from gmn_lopt import analyze, value_grad_and_factors
 from gmn_lopt.factor_averages import init_factor_averages
+from gmn_lopt.features import DECAYS
 from gmn_lopt.gradmetanet import GradMetaNetConfig
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.output_sites import without_large_outputs
@@ -101,9 +102,9 @@ def test_nothing_of_the_size_of_the_vocabulary_but_parameters_and_the_logits_the
     wide = [i for i, site in enumerate(structure.sites) if site.size == transformers.VOCABULARY]
     assert [structure.sites[i].kind for i in wide] == ["output"]
     assert all(shape[1] != transformers.VOCABULARY for shape in structure.activation_shapes)
-    averages, _ = init_factor_averages(structure, None)
+    averages, _ = init_factor_averages(structure, None, DECAYS)
     assert [i for i, average in enumerate(averages) if average is None] == [ids]
-    averages = init_factor_averages(without_large_outputs(structure, transformers.VOCABULARY - 1), None)
+    averages = init_factor_averages(without_large_outputs(structure, transformers.VOCABULARY - 1), None, DECAYS)
     assert all(x.shape[-1] != transformers.VOCABULARY for x in jax.tree.leaves(averages))
 
 
