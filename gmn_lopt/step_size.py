@@ -14,7 +14,8 @@ Steps that make the most of the next one have ``z`` at zero. Over a longer time 
 arXiv:1803.02021, on this short-horizon bias), hence ``overshoot``, which is positive. Asking for the opposite would not
 be safe: where gradients are mostly noise, ``z`` is about zero however small the steps, and they would shrink for ever.
 Nor is growing without an end: once a classifier has separated its examples all gradients agree, for any step, until the
-steps are so large that everything is lost. So no step size becomes more than ``LARGEST`` times ``alpha``.
+steps are so large that everything is lost. So no step size becomes more than ``alpha``: feedback can undo the power
+law, and do more than it, but starts from the largest steps that there will be.
 
 A learning rate that the user gives sets the step size alone, without either.
 """
@@ -25,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-SQUARE_DECAY, LARGEST, TINY = 0.98, 3.0, 1e-30
+SQUARE_DECAY, TINY = 0.98, 1e-30
 
 
 class StepSizeState(NamedTuple):
@@ -75,7 +76,7 @@ def adapt_step_size(
     def moved(c: Array, cosine: Array, square: Array) -> Array:
         z = jnp.clip(cosine * jax.lax.rsqrt(square / correction + TINY), -1.0, 1.0)
         c = c + jnp.where(step == 0, 0.0, gain * (z + overshoot))
-        return jnp.minimum(c, jnp.log(LARGEST / scheduled))
+        return jnp.minimum(c, -jnp.log(scheduled))
 
     return state._replace(square=squares, log_factor=jax.tree.map(moved, state.log_factor, cosines, squares))
 

@@ -121,15 +121,14 @@ def test_safe_where_adam_at_its_usual_rate_is(problem):
         assert losses[-20:].mean() < 1.05 * losses[:5].mean(), name
 
 
-@pytest.mark.parametrize("name, train, last", [("default", 0.03, None), ("default+celo", 0.01, 0.5)])
-def test_examples_that_are_separated_stay_so(name, train, last):
+@pytest.mark.parametrize("name", ["default", "default+celo"])
+def test_examples_that_are_separated_stay_so(name):
     """All gradients agree then, step after step: a step size that follows them must not grow without end."""
     task = load_task("tabular_mlp", data="wine")
     lopt, phi = load_learned(name, task_structure(task))
     candidate = Candidate(name, "", "", lopt.optimizer, phi, lopt.needs_factors)
     curves = training_curves(task, candidate, range(5), 50)
-    assert curves.train_loss[:, 6:].max() < train and curves.test_loss[:, -1].mean() < 1.0
-    assert last is None or curves.test_loss[:, -1].max() < last
+    assert curves.train_loss[:, 6:].max() < 0.01 and curves.test_loss[:, -1].max() < 0.5
 
 
 @pytest.mark.parametrize("name", ["default", "default+celo", "default-pointwise"])

@@ -8,12 +8,13 @@ import pytest
 from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 import gmn_lopt
-from gmn_lopt import LearnedOptimizer, step_size
+from gmn_lopt import LearnedOptimizer
 from gmn_lopt.step_size import adapt_step_size, init_step_size
 
 MODEL = mlp(5, 6, 3)
 STRUCTURE, RECORDED = analyzed(MODEL), record(MODEL, steps=8)
 GAIN, OVERSHOOT = 0.7, 0.2
+ROOM = jnp.float32(1e-6)  # a power law that leaves feedback room to grow
 
 
 def with_coefficients(phi, gain=GAIN, overshoot=OVERSHOOT):
@@ -41,16 +42,16 @@ def literal_factors(updates):
 @pytest.mark.parametrize(
     "options",
     [
-        {"backbone": "sgdm", "base": "adam", "decay": True},
+        {"backbone": "sgdm", "base": "adam"},
         {"backbone": "ds", "width": 4, "gradmetanet": None},
         {"backbone": "celo", "width": 4, "gradmetanet": None, "rule": "normalized", "base": "denoised"},
     ],
 )
-def test_steps_are_multiplied_by_what_the_formula_says(options, monkeypatch):
-    plain, adapting = (LearnedOptimizer(STRUCTURE, adapt=adapt, **options) for adapt in (False, True))
-    phi = lively(plain)
+def test_steps_are_multiplied_by_what_the_formula_says(options):
+    plain, adapting = (LearnedOptimizer(STRUCTURE, adapt=adapt, decay=True, **options) for adapt in (False, True))
+    # A power law that falls fast leaves feedback all the room it needs.
+    phi = lively(plain) | {"log_tau": jnp.log(0.03), "log_power": jnp.log(2.0)}
     expected = play(plain, phi, RECORDED)
-    monkeypatch.setattr(step_size, "LARGEST", 1e6)
     found = play(adapting, with_coefficients(phi), RECORDED)
     factors = literal_factors(expected)
     assert np.abs(np.log(factors[-1])).max() > 1 and np.ptp(factors[-1]) > 0.01
@@ -93,12 +94,12 @@ def test_a_step_size_that_is_off_mends_itself(alpha):
 
 
 @pytest.mark.parametrize("scheduled", [1.0, 0.01])
-def test_step_sizes_grow_to_three_times_the_first_and_no_further(scheduled):
+def test_step_sizes_grow_back_to_the_first_and_no_further(scheduled):
     state, phi = init_step_size({"w": jnp.zeros(3)}), with_coefficients({}, gain=0.1)
     for t in range(100):  # a gradient that never changes
         state = adapt_step_size(phi, state, {"w": jnp.ones(3)}, jnp.asarray(t), jnp.float32(scheduled))
         state = state._replace(update={"w": -jnp.ones(3)})
-    assert float(scheduled * jnp.exp(state.log_factor["w"])) == pytest.approx(3.0, rel=1e-5)
+    assert float(scheduled * jnp.exp(state.log_factor["w"])) == pytest.approx(1.0, rel=1e-5)
 
 
 def test_a_learning_rate_that_is_given_is_left_alone():
@@ -116,18 +117,17 @@ def test_a_learning_rate_that_is_given_is_left_alone():
             assert relative_difference(found, expected) == 0
 
 
-def test_neither_the_gradients_size_nor_zeros_matter(monkeypatch):
+def test_neither_the_gradients_size_nor_zeros_matter():
     phi = with_coefficients({}, overshoot=1e-9)
 
     def factors(scale, update_scale=None):
         update_scale = 1 / scale if update_scale is None else update_scale
         state = init_step_size(jax.tree.map(jnp.zeros_like, MODEL[1]))
         for t, (_, grads, _) in enumerate(RECORDED):
-            state = adapt_step_size(phi, state, jax.tree.map(lambda g: scale * g, grads), jnp.asarray(t))
+            state = adapt_step_size(phi, state, jax.tree.map(lambda g: scale * g, grads), jnp.asarray(t), ROOM)
             state = state._replace(update=jax.tree.map(lambda g: -update_scale * g, grads))
         return np.array(jax.tree.leaves(state.log_factor))
 
-    monkeypatch.setattr(step_size, "LARGEST", 1e6)
     assert np.abs(factors(1.0)).max() > 0.5
     np.testing.assert_allclose(factors(1e-15), factors(1.0), rtol=1e-3)
     np.testing.assert_allclose(factors(1e15), factors(1.0), rtol=1e-3)
@@ -135,14 +135,12 @@ def test_neither_the_gradients_size_nor_zeros_matter(monkeypatch):
     np.testing.assert_allclose(factors(1.0, 0.0), 0.0, atol=1e-7)
 
 
-def test_derivatives_go_through_the_coefficients_only(monkeypatch):
-    monkeypatch.setattr(step_size, "LARGEST", 1e6)
-
+def test_derivatives_go_through_the_coefficients_only():
     def total(log_gain, scale):
         phi = with_coefficients({}) | {"log_gain": log_gain}
         state = init_step_size(jax.tree.map(jnp.zeros_like, MODEL[1]))
         for t, (_, grads, _) in enumerate(RECORDED):
-            state = adapt_step_size(phi, state, grads, jnp.asarray(t))
+            state = adapt_step_size(phi, state, grads, jnp.asarray(t), ROOM)
             state = state._replace(update=jax.tree.map(lambda g: -scale * g - 0.1, grads))
         return sum(jax.tree.leaves(state.log_factor))
 
