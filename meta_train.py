@@ -126,7 +126,8 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
         parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
         # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
         weights = tuple(1.5 / task.loss_cap for task in tasks)
-        return lopts[0], MixtureProblem(tuple(AugmentedProblem(part) for part in parts), weights)
+        augmented = tuple(AugmentedProblem(part, rate_range=config.rate_range) for part in parts)
+        return lopts[0], MixtureProblem(augmented, weights)
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task}: {first_line(error)}") from error
 

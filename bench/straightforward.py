@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt import LearnedOptimizer
 from gmn_lopt.base_direction import update_direction
-from gmn_lopt.denoising import denoised_layers
+from gmn_lopt.denoised_layers import layer_groups
 from gmn_lopt.encoding import encode_sites
 from gmn_lopt.features import DECAYS, EPSILON, time_features
 from gmn_lopt.learned_optimizer import LearnedOptimizerState
@@ -73,9 +73,9 @@ class Straightforward:
         lopt, structure = self.lopt, self.lopt.structure
         if factors is not None:
             factors = Factors(factors.activations, tuple(len(g) * g for g in factors.tangents))
-        layers = denoised_layers(structure, range(len(structure.parameters))) if lopt.base == "denoised" else ()
+        groups = layer_groups(structure, range(len(structure.parameters))) if lopt.base == "denoised" else ()
         direction, direction_state = update_direction(
-            lopt.base, structure.parameters, phi, grads, state.direction, layers, factors
+            lopt.base, structure.parameters, phi, grads, state.direction, groups, factors
         )
         averages = jax.tree.map(_advance, state.gradient_averages, grads)
         factor_averages = state.factor_averages

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from gmn_lopt.denoised_layers import LayerGroup, activations_and_tangents, as_matrices, from_matrices
 from gmn_lopt.denoising import (
     MOMENTUM_DECAY,
-    DenoisedLayer,
     Preconditioner,
-    as_matrix,
-    denoised_step,
-    from_matrix,
+    denoised_steps,
     init_preconditioner,
     update_preconditioners,
 )
@@ -32,7 +30,7 @@ class MuonState(NamedTuple):
         step: number of steps taken.
         momentum: shaped like the parameters.
         squares: average squared gradient of parameters that take Adam's direction; zeros ``[]`` for others.
-        preconditioners: of each denoised layer; empty for Muon itself.
+        preconditioners: of each group of denoised layers; empty for Muon itself.
     """
 
     step: Int[Array, ""]
@@ -42,7 +40,7 @@ class MuonState(NamedTuple):
 
 
 def init_direction(
-    base: str, parameters: Sequence[Parameter], zeros: PyTree, layers: Sequence[DenoisedLayer] = ()
+    base: str, parameters: Sequence[Parameter], zeros: PyTree, groups: Sequence[LayerGroup] = ()
 ) -> PyTree:
     """The state of a base direction.
 
@@ -50,22 +48,22 @@ def init_direction(
         base: one of ``BASES``.
         parameters: what the structure says of the leaves, in their order.
         zeros: float32 zeros like the parameters.
-        layers: the layers to denoise.
+        groups: the layers to denoise.
     """
     if base == "momentum":
         return zeros
     if base == "adam":
         return optax.scale_by_adam().init(zeros)
     leaves, treedef = jax.tree.flatten(zeros)
-    elsewhere = _other_rules(parameters, layers)
+    elsewhere = _other_rules(parameters, groups)
     squares = [jnp.zeros(()) if i in elsewhere else leaf for i, leaf in enumerate(leaves)]
-    preconditioners = tuple(map(init_preconditioner, layers))
+    preconditioners = tuple(map(init_preconditioner, groups))
     return MuonState(jnp.zeros((), jnp.int32), zeros, jax.tree.unflatten(treedef, squares), preconditioners)
 
 
-def _other_rules(parameters: Sequence[Parameter], layers: Sequence[DenoisedLayer]) -> set[int]:
+def _other_rules(parameters: Sequence[Parameter], groups: Sequence[LayerGroup]) -> set[int]:
     """The parameters that do not take Adam's direction: kernels, and those of denoised layers."""
-    denoised = {place for layer in layers for place in (layer.kernel, layer.bias)}
+    denoised = {place for group in groups for place in group.places}
     return {i for i, p in enumerate(parameters) if i in denoised or is_kernel(p)}
 
 
@@ -75,7 +73,7 @@ def update_direction(
     phi: PyTree,
     grads: PyTree,
     state: PyTree,
-    layers: tuple[DenoisedLayer, ...] = (),
+    groups: tuple[LayerGroup, ...] = (),
     factors: Factors | None = None,
 ) -> tuple[PyTree, PyTree]:
     """Advance a base direction by one gradient.
@@ -92,8 +90,8 @@ def update_direction(
         phi: meta-parameters, of which the coefficients are read.
         grads: float32 gradients.
         state: the state.
-        layers: the layers to denoise.
-        factors: for ``layers``; float32, the tangents at per-element scale.
+        groups: the layers to denoise.
+        factors: for ``groups``; float32, the tangents at per-element scale.
 
     Returns:
         The direction, shaped like the gradients, and the new state.
@@ -116,13 +114,14 @@ def update_direction(
     momenta = jax.tree.leaves(corrected)
     preconditioners: tuple[Preconditioner, ...] = ()
     denoised: dict[int, Array] = {}
-    if layers:
+    if groups:
         assert factors is not None
-        matrices = [as_matrix(layer, parameters, momenta) for layer in layers]
-        preconditioners = update_preconditioners(state.preconditioners, layers, factors, matrices, state.step)
-        for layer, preconditioner, matrix in zip(layers, preconditioners, matrices):
-            denoised |= from_matrix(layer, parameters, denoised_step(layer, preconditioner, matrix))
-    elsewhere, gamma = _other_rules(parameters, layers), jnp.exp(phi["log_gamma"])
+        sets = [activations_and_tangents(group, parameters, factors) for group in groups]
+        matrices = [as_matrices(group, parameters, momenta) for group in groups]
+        preconditioners = update_preconditioners(state.preconditioners, groups, sets, matrices, state.step)
+        for group, preconditioner, momentum_matrices in zip(groups, preconditioners, matrices):
+            denoised |= from_matrices(group, parameters, denoised_steps(group, preconditioner, momentum_matrices))
+    elsewhere, gamma = _other_rules(parameters, groups), jnp.exp(phi["log_gamma"])
     squares, steps = [], []
     for i, (p, g, m, s) in enumerate(zip(parameters, jax.tree.leaves(grads), momenta, jax.tree.leaves(state.squares))):
         if i in elsewhere:

@@ -23,15 +23,13 @@ differentiates a step takes it for a constant.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from gmn_lopt.matrices import as_stack, from_stack, is_kernel
-from gmn_lopt.structure import Factors, GradientStructure, Parameter
+from gmn_lopt.denoised_layers import LayerGroup
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
@@ -50,193 +48,100 @@ ROOM = 1.01  # the polynomials want singular values below one
 SMALLEST = 1e-18  # its square is still a float32
 
 
-@dataclass(frozen=True)
-class DenoisedLayer:
-    """A layer that takes this step.
-
-    Attributes:
-        kernel: position of the kernel among the leaves that are handled.
-        bias: position of the bias, or None.
-        activation: index into ``Factors.activations``.
-        tangent: index into ``Factors.tangents``.
-        inputs: number of inputs, the bias's included.
-        outputs: number of outputs.
-        embedding: whether the activations are token ids.
-    """
-
-    kernel: int
-    bias: int | None
-    activation: int
-    tangent: int
-    inputs: int
-    outputs: int
-    embedding: bool
-
-    @property
-    def tall(self) -> bool:
-        """Whether the smaller side is that of the outputs."""
-        return self.outputs <= self.inputs
-
-
 class Preconditioner(NamedTuple):
-    """What a layer's set of factors looks like, and what follows from it for the step; zeros before the first step.
+    """What the sets of factors of a group's layers look like, and what follows from it; zeros before the first step.
+
+    For ``k`` matrices that read ``u`` distinct activations.
 
     Attributes:
-        activation: moving average of ``C = E_S[a a^T]``, ``[inputs, inputs]``; of an embedding its diagonal,
-            ``[inputs]``.
-        noise: moving average of ``sum_s g_s (x) g_s``, ``[outputs, outputs]``, or where there are more outputs than
-            inputs of its trace, ``[]``.
+        activation: moving average of ``C = E_S[a a^T]``, ``[u, inputs, inputs]``; of an embedding its diagonal,
+            ``[u, inputs]``.
+        noise: moving average of ``sum_s g_s (x) g_s``, ``[k, outputs, outputs]``, or where there are more outputs than
+            inputs of its trace, ``[k]``.
         scale: the mean of ``C``'s diagonal.
         inverse: the inverse of ``C / scale``, damped; of an embedding its diagonal.
-        root: the inverse root of signal and noise, ``[outputs, outputs]`` or ``[inputs, inputs]``, up to a factor such
-            that it takes the momentum to numbers of ordinary size.
+        root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``, up to a factor
+            such that it takes the momentum to numbers of ordinary size.
     """
 
-    activation: Float[Array, "..."]
-    noise: Float[Array, "..."]
-    scale: Float[Array, ""]
-    inverse: Float[Array, "..."]
-    root: Float[Array, "n n"]
+    activation: Float[Array, "u ..."]
+    noise: Float[Array, "k ..."]
+    scale: Float[Array, " u"]
+    inverse: Float[Array, "u ..."]
+    root: Float[Array, "k n n"]
 
 
-def denoised_layers(structure: GradientStructure, indices: Sequence[int]) -> tuple[DenoisedLayer, ...]:
-    """The layers to which this applies: kernels that one layer uses and that are one matrix from site to site.
-
-    Args:
-        structure: the structure of the model.
-        indices: the parameters that are handled; a layer of which one is missing is left out.
-    """
-    kernels, biases = ([getattr(layer, name) for layer in structure.layers] for name in ("kernel", "bias"))
-    position = {index: i for i, index in enumerate(indices)}
-    found = []
-    for layer in structure.layers:
-        kernel = structure.parameters[layer.kernel]
-        bias = layer.bias if layer.bias is None or biases.count(layer.bias) == 1 else None
-        handled = layer.kernel in position and (bias is None or bias in position)
-        if kernels.count(layer.kernel) > 1 or not handled:
-            continue
-        if layer.embedding:
-            if not _is_table(kernel) or bias is not None:
-                continue
-            inputs, outputs = kernel.shape
-        else:
-            dims = sorted(d for ref in kernel.sites for d in ref.dims)
-            if not is_kernel(kernel) or dims != list(range(len(kernel.cut_shape))):
-                continue
-            read, write = (structure.sites[ref.site] for ref in kernel.sites)
-            if read.activation != layer.activation:
-                continue
-            inputs, outputs = read.size + (bias is not None), write.size
-        places = position[layer.kernel], None if bias is None else position[bias]
-        found.append(DenoisedLayer(*places, layer.activation, layer.tangent, inputs, outputs, layer.embedding))
-    return tuple(found)
-
-
-def _is_table(parameter: Parameter) -> bool:
-    """Whether an embedding's kernel is a matrix with a row for each token."""
-    return len(parameter.shape) == 2 and len(parameter.sites) == 1 and 0 not in parameter.sites[0].dims
-
-
-def init_preconditioner(layer: DenoisedLayer) -> Preconditioner:
+def init_preconditioner(group: LayerGroup) -> Preconditioner:
     """Zeros."""
-    square = (layer.inputs,) if layer.embedding else (layer.inputs, layer.inputs)
-    small = min(layer.inputs, layer.outputs)
-    noise = (layer.outputs, layer.outputs) if layer.tall else ()
-    return Preconditioner(*map(jnp.zeros, (square, noise, (), square, (small, small))))
-
-
-def as_matrix(
-    layer: DenoisedLayer, parameters: Sequence[Parameter], leaves: Sequence[Array]
-) -> Float[Array, "inputs outputs"]:
-    """The kernel and the bias of a layer as one matrix.
-
-    Args:
-        layer: the layer.
-        parameters: the parameters that are handled.
-        leaves: arrays of their shapes.
-    """
-    if layer.embedding:
-        return leaves[layer.kernel]
-    places = [layer.kernel] if layer.bias is None else [layer.kernel, layer.bias]
-    return jnp.concatenate([as_stack(parameters[i], leaves[i])[0] for i in places])
-
-
-def from_matrix(
-    layer: DenoisedLayer, parameters: Sequence[Parameter], matrix: Float[Array, "inputs outputs"]
-) -> dict[int, Array]:
-    """Undo :func:`as_matrix`: the leaves, by position."""
-    if layer.embedding:
-        return {layer.kernel: matrix}
-    if layer.bias is None:
-        return {layer.kernel: from_stack(parameters[layer.kernel], matrix[None])}
-    rows = zip((layer.kernel, layer.bias), jnp.split(matrix, [layer.inputs - 1]))
-    return {i: from_stack(parameters[i], part[None]) for i, part in rows}
+    distinct, count = sum(group.read.values()), len(group.reads)
+    square = (distinct, group.inputs) if group.embedding else (distinct, group.inputs, group.inputs)
+    small = min(group.inputs, group.outputs)
+    noise = (count, group.outputs, group.outputs) if group.tall else (count,)
+    return Preconditioner(*map(jnp.zeros, (square, noise, (distinct,), square, (count, small, small))))
 
 
 def update_preconditioners(
     old: Sequence[Preconditioner],
-    layers: tuple[DenoisedLayer, ...],
-    factors: Factors,
-    momenta: Sequence[Float[Array, "_ _"]],
+    groups: tuple[LayerGroup, ...],
+    sets: Sequence[tuple[tuple[Array, ...], tuple[Array, ...]]],
+    momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
 ) -> tuple[Preconditioner, ...]:
     """Compute the preconditioners of a step, where they are due.
 
     Args:
         old: those of the step before.
-        layers: the layers.
-        factors: float32, the tangents at per-element scale.
-        momenta: the momentum of each layer as one matrix, corrected for its start.
+        groups: the layers.
+        sets: activations and tangents of each group (:func:`gmn_lopt.denoised_layers.activations_and_tangents`),
+            float32, the tangents at per-element scale.
+        momenta: the momentum of each group's layers as matrices, corrected for its start.
         step: number of steps taken before.
     """
-    sets = tuple((factors.activations[layer.activation], factors.tangents[layer.tangent]) for layer in layers)
-    return _constant(layers, tuple(old), sets, tuple(momenta), step)
+    return _constant(groups, tuple(old), tuple(sets), tuple(momenta), step)
 
 
 def _new(
-    layer: DenoisedLayer,
+    group: LayerGroup,
     old: Preconditioner,
-    factors: tuple[Num[Array, "S n"], Float[Array, "S o"]],
-    momentum: Float[Array, "i o"],
+    sets: tuple[tuple[Num[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ o"], ...]],
+    momentum: Float[Array, "k i o"],
     step: Int[Array, ""],
 ) -> Preconditioner:
-    activation, tangent = factors
-    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
-    scaled = tangent / len(tangent)
-    current = _second_moment(layer, activation), scaled.T @ scaled if layer.tall else jnp.sum(scaled**2)
+    current = (
+        jnp.concatenate([_second_moment(group, activation) for activation in sets[0]]),
+        jnp.concatenate([_noise(group, tangent) for tangent in sets[1]]),
+    )
     times = jnp.minimum(step + 1, EARLY) + jnp.maximum(0, (step - EARLY) // EVERY + 1)
     # A moving average that is corrected for its start as it goes.
     weight = (1 - MOMENTS_DECAY) / (1 - MOMENTS_DECAY ** times.astype(jnp.float32))
     covariance, moment = (m + weight * (x - m) for m, x in zip(old[:2], current))
 
-    diagonal = covariance if layer.embedding else jnp.diagonal(covariance)
-    scale = diagonal.mean()
-    white = covariance / jnp.maximum(scale, jnp.finfo(jnp.float32).tiny)
-    if layer.embedding:
-        inverse = 1 / (white + DAMPING)
-    else:
-        factor = jax.scipy.linalg.cho_factor(white + DAMPING * jnp.eye(layer.inputs), lower=True)
-        inverse = jax.scipy.linalg.cho_solve(factor, jnp.eye(layer.inputs))
-    noise = noise_left(step + 1) * moment * scale  # as the inverse is that of C / scale
+    diagonal = covariance if group.embedding else jnp.diagonal(covariance, axis1=1, axis2=2)
+    scale = diagonal.mean(1)
+    white = covariance / _column(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), covariance)
+    # One after the other: on a processor, factorisations of stacks of matrices can wait for each other's threads for
+    # ever (seen with JAX 0.10.2 on two cores: five models with layers of 193 and 129 inputs in one vmap).
+    inverse = 1 / (white + DAMPING) if group.embedding else jax.lax.map(_damped_inverse, white)
+    reads = jnp.array(group.reads)
+    noise = noise_left(step + 1) * moment * _column(scale[reads], moment)  # as the inverse is that of C / scale
     # The root matters up to a factor only; squares of small gradients would vanish.
-    size = jnp.maximum(jnp.maximum(jnp.abs(momentum).max(), jnp.sqrt(noise.max())), SMALLEST)
-    momentum, noise = momentum / size, noise / size / size
-    natural = _times(inverse, momentum)
-    if layer.tall:
-        root = _inverse_root(momentum.T @ natural + layer.inputs * noise)
+    largest = jnp.sqrt(noise.max((1, 2)) if group.tall else noise)
+    size = _column(jnp.maximum(jnp.maximum(jnp.abs(momentum).max((1, 2)), largest), SMALLEST), momentum)
+    momentum, noise = momentum / size, _column(noise, momentum) / size / size
+    natural = _times(inverse[reads], momentum)
+    if group.tall:
+        root = _inverse_root(momentum.mT @ natural + group.inputs * noise)
     else:
-        root = _inverse_root(natural @ momentum.T + noise * jnp.eye(layer.inputs))
+        root = _inverse_root(natural @ momentum.mT + noise * jnp.eye(group.inputs))
     return Preconditioner(covariance, moment, scale, inverse, root / size)
 
 
-# One model after the other under vmap, so that nothing is computed where it is not due. Also, on a processor,
-# factorisations of stacks of matrices can wait for each other's threads for ever (seen with JAX 0.10.2 on two cores:
-# five models with layers of 193 and 129 inputs in one vmap).
-def _when_due(layers: tuple[DenoisedLayer, ...], *args: Any) -> tuple[Preconditioner, ...]:
+# One model after the other under vmap, so that nothing is computed where it is not due.
+def _when_due(groups: tuple[LayerGroup, ...], *args: Any) -> tuple[Preconditioner, ...]:
     @jax.custom_batching.sequential_vmap
     def one(old: Any, sets: Any, momenta: Any, step: Array) -> tuple[Preconditioner, ...]:
         def compute(carry: Any) -> Any:
-            new = (_new(*layer, step) for layer in zip(layers, carry[0], sets, momenta))
+            new = (_new(*group, step) for group in zip(groups, carry[0], sets, momenta))
             return tuple(new), jnp.zeros((), bool)
 
         # A loop of one turn or none, for what it carries stays where it is; both branches of a cond copy their results.
@@ -249,15 +154,27 @@ def _when_due(layers: tuple[DenoisedLayer, ...], *args: Any) -> tuple[Preconditi
 
 # No argument has a derivative: not old, sets, momenta or step.
 _constant = jax.custom_vjp(_when_due, nondiff_argnums=(0,))
-_constant.defvjp(lambda layers, *args: (_when_due(layers, *args), None), lambda layers, saved, tangent: (None,) * 4)
+_constant.defvjp(lambda groups, *args: (_when_due(groups, *args), None), lambda groups, saved, tangent: (None,) * 4)
 
 
-def _second_moment(layer: DenoisedLayer, activation: Num[Array, "S n"]) -> Float[Array, "..."]:
-    if layer.embedding:
-        return jnp.zeros(layer.inputs).at[activation[:, 0]].add(1.0 / len(activation))
-    if layer.bias is not None:
-        activation = jnp.concatenate([activation, jnp.ones((len(activation), 1))], axis=1)
-    return (activation.T @ activation) / len(activation)
+def _second_moment(group: LayerGroup, activation: Num[Array, "count S n"]) -> Float[Array, "count ..."]:
+    if group.embedding:
+        return jnp.zeros((1, group.inputs)).at[0, activation[0, :, 0]].add(1.0 / activation.shape[1])
+    if group.biased:
+        activation = jnp.pad(activation, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
+    return activation.mT @ activation / activation.shape[1]
+
+
+def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array, "count ..."]:
+    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
+    scaled = tangent / tangent.shape[1]
+    return scaled.mT @ scaled if group.tall else jnp.sum(scaled**2, axis=(1, 2))
+
+
+def _damped_inverse(white: Float[Array, "n n"]) -> Float[Array, "n n"]:
+    identity = jnp.eye(len(white))
+    factor = jax.scipy.linalg.cho_factor(white + DAMPING * identity, lower=True)
+    return jax.scipy.linalg.cho_solve(factor, identity)
 
 
 def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
@@ -266,38 +183,46 @@ def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
     return (1 - MOMENTUM_DECAY) / (1 + MOMENTUM_DECAY) * (1 + power) / (1 - power)
 
 
-def denoised_step(
-    layer: DenoisedLayer, preconditioner: Preconditioner, momentum: Float[Array, "inputs outputs"]
-) -> Float[Array, "inputs outputs"]:
-    """The step of a layer, of a size such that it changes the layer's outputs on the data by a root mean square of one.
+def denoised_steps(
+    group: LayerGroup, preconditioner: Preconditioner, momentum: Float[Array, "k inputs outputs"]
+) -> Float[Array, "k inputs outputs"]:
+    """The steps of layers, of a size such that each changes its outputs on the data by a root mean square of one.
 
     Args:
-        layer: the layer.
-        preconditioner: its preconditioner.
-        momentum: the momentum as one matrix, of any size.
+        group: the layers.
+        preconditioner: theirs.
+        momentum: their momentum as matrices, of any size.
     """
+    reads = jnp.array(group.reads)
+    root = preconditioner.root
     # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
-    right = momentum @ preconditioner.root if layer.tall else preconditioner.root.T @ momentum
-    step = _times(preconditioner.inverse, right)
+    right = momentum @ root if group.tall else root.mT @ momentum
+    step = _times(preconditioner.inverse[reads], right)
     # The change of the outputs is <step, C step>, and with A the damped C / scale, right = A step.
-    change = preconditioner.scale * (jnp.vdot(step, right) - DAMPING * jnp.vdot(step, step)) / layer.outputs
-    return step * jax.lax.rsqrt(jnp.maximum(change, 0.0) + 1e-20)
+    change = jnp.sum(step * (right - DAMPING * step), axis=(1, 2)) * preconditioner.scale[reads] / group.outputs
+    return step * _column(jax.lax.rsqrt(jnp.maximum(change, 0.0) + 1e-20), step)
 
 
-def _times(matrix: Float[Array, "..."], right: Float[Array, "i o"]) -> Float[Array, "i o"]:
-    """The product with a matrix, which is a vector where it is diagonal."""
-    return matrix[:, None] * right if matrix.ndim == 1 else matrix @ right
+def _times(matrices: Float[Array, "k ..."], right: Float[Array, "k i o"]) -> Float[Array, "k i o"]:
+    """Products with matrices, which are vectors where they are diagonal."""
+    return matrices[..., None] * right if matrices.ndim == 2 else matrices @ right
 
 
-def _inverse_root(gram: Float[Array, "n n"]) -> Float[Array, "n n"]:
+def _column(values: Float[Array, "k ..."], like: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
+    """A number for each matrix, with axes of length one to multiply the matrices by; matrices as they are."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
+
+
+def _inverse_root(gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
     """About ``G^-1/2``, up to a factor, by a Newton-Schulz iteration.
 
     With ``G = X^T X`` the iteration ``X <- X (a + b X^T X + c (X^T X)^2)`` takes ``X`` to ``X G^-1/2``, multiplying it
     by polynomials in ``G`` only, which can be collected without ``X``. ``G`` need not be symmetric: on the side of the
     inputs it is ``C^-1 M M^T`` plus a multiple of the identity, similar to ``X X^T`` plus the same.
     """
-    identity = jnp.eye(len(gram), dtype=gram.dtype)
-    gram = gram / jnp.maximum(ROOM * jnp.trace(gram), jnp.finfo(gram.dtype).tiny)
+    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
+    trace = jnp.trace(gram, axis1=1, axis2=2)
+    gram = gram / _column(jnp.maximum(ROOM * trace, jnp.finfo(gram.dtype).tiny), gram)
     root = identity
     for a, b, c in POLYNOMIALS:
         factor = a * identity + (b * identity + c * gram) @ gram

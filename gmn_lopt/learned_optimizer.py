@@ -15,7 +15,7 @@ from gmn_lopt.backbones import DeepSets, UniversalNeuralFunctional
 from gmn_lopt.base_direction import BASES, init_direction, update_direction
 from gmn_lopt.celo_features import CELO
 from gmn_lopt.coefficients import COEFFICIENTS, initial_coefficients
-from gmn_lopt.denoising import DenoisedLayer, denoised_layers
+from gmn_lopt.denoised_layers import LayerGroup, layer_groups
 from gmn_lopt.factor_averages import factor_channels, init_factor_averages
 from gmn_lopt.features import PAPER, FeatureSet
 from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
@@ -372,10 +372,10 @@ class LearnedOptimizer:
         if not self.adapt:
             return [first * scheduled] * count, ()
         adapted = adapt_step_size(phi, state.step_size, grads, state.step, scheduled)
-        return [first * scheduled * jnp.exp(c) for c in jax.tree.leaves(adapted.log_factor)], adapted
+        return list(first * scheduled * jnp.exp(adapted.log_factor)), adapted
 
-    def _denoised(self, indices: Sequence[int]) -> tuple[DenoisedLayer, ...]:
-        return denoised_layers(self.structure, indices) if self.base == "denoised" else ()
+    def _denoised(self, indices: Sequence[int]) -> tuple[LayerGroup, ...]:
+        return layer_groups(self.structure, indices) if self.base == "denoised" else ()
 
     def _per_element(self, factors: Any) -> Factors:
         """The factors in float32, the tangents at per-element scale."""

@@ -32,6 +32,12 @@ def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Arr
     return from_stack(parameter, orthogonal_factor(stack) * math.sqrt(max(1.0, stack.shape[2] / stack.shape[1])))
 
 
+def stack_shape(parameter: Parameter) -> tuple[int, int, int]:
+    """The shape of :func:`as_stack`: number of matrices, rows and columns."""
+    batch, read, write = _layout(parameter)[1]
+    return batch, read, write
+
+
 def as_stack(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "batch d_in d_out"]:
     """Lay a parameter out as a stack of matrices, neurons read times neurons written; a bias as rows."""
     order, sizes = _layout(parameter)

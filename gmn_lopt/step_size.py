@@ -20,13 +20,16 @@ law, and do more than it, but starts from the largest steps that there will be.
 A learning rate that the user gives sets the step size alone, without either.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
 SQUARE_DECAY, TINY = 0.98, 1e-30
+SMALL = 2**12  # entries
 
 
 class StepSizeState(NamedTuple):
@@ -34,13 +37,14 @@ class StepSizeState(NamedTuple):
 
     Attributes:
         update: the last update, shaped like the parameters.
-        square: for each parameter the moving average of the squared cosine, not corrected for its start.
+        square: for each parameter, in the order of the leaves, the moving average of the squared cosine, not corrected
+            for its start.
         log_factor: for each parameter ``c``.
     """
 
     update: PyTree
-    square: PyTree
-    log_factor: PyTree
+    square: Float[Array, " n"]
+    log_factor: Float[Array, " n"]
 
 
 def power_law(phi: PyTree, step: Int[Array, ""]) -> Float[Array, ""]:
@@ -50,8 +54,8 @@ def power_law(phi: PyTree, step: Int[Array, ""]) -> Float[Array, ""]:
 
 def init_step_size(zeros: PyTree) -> StepSizeState:
     """The state before the first step; ``zeros`` are shaped like the parameters."""
-    scalars = jax.tree.map(lambda _: jnp.zeros(()), zeros)
-    return StepSizeState(zeros, scalars, scalars)
+    each = jnp.zeros(len(jax.tree.leaves(zeros)))
+    return StepSizeState(zeros, each, each)
 
 
 def adapt_step_size(
@@ -70,21 +74,33 @@ def adapt_step_size(
     """
     gain, overshoot = jnp.exp(phi["log_gain"]), jnp.exp(phi["log_overshoot"])
     correction = 1 - SQUARE_DECAY ** jnp.maximum(step, 1).astype(jnp.float32)
-    cosines = jax.lax.stop_gradient(jax.tree.map(lambda g, u: -_cosine(g, u), grads, state.update))
-    squares = jax.tree.map(lambda s, x: SQUARE_DECAY * s + (1 - SQUARE_DECAY) * x**2, state.square, cosines)
-
-    def moved(c: Array, cosine: Array, square: Array) -> Array:
-        z = jnp.clip(cosine * jax.lax.rsqrt(square / correction + TINY), -1.0, 1.0)
-        c = c + jnp.where(step == 0, 0.0, gain * (z + overshoot))
-        return jnp.minimum(c, -jnp.log(scheduled))
-
-    return state._replace(square=squares, log_factor=jax.tree.map(moved, state.log_factor, cosines, squares))
+    cosines = jax.lax.stop_gradient(-_cosines(jax.tree.leaves(grads), jax.tree.leaves(state.update)))
+    square = SQUARE_DECAY * state.square + (1 - SQUARE_DECAY) * cosines**2
+    z = jnp.clip(cosines * jax.lax.rsqrt(square / correction + TINY), -1.0, 1.0)
+    c = state.log_factor + jnp.where(step == 0, 0.0, gain * (z + overshoot))
+    return state._replace(square=square, log_factor=jnp.minimum(c, -jnp.log(scheduled)))
 
 
-def _cosine(a: Float[Array, "*shape"], b: Float[Array, "*shape"]) -> Float[Array, ""]:
-    """The cosine of the angle between two tensors; zero where one of them is zero, or its squares are in float32."""
-    return jnp.vdot(a, b) * _inverse_norm(a) * _inverse_norm(b)
+def _cosines(a: Sequence[Float[Array, "..."]], b: Sequence[Float[Array, "..."]]) -> Float[Array, " n"]:
+    """The cosines of the angles between tensors; zero where one of them is zero, or its squares are in float32."""
+    # Small tensors of one shape as a stack: a model has many, and each operation costs more than what it computes.
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(a):
+        groups.setdefault(x.shape if x.size <= SMALL else i, []).append(i)
+    if not groups:
+        return jnp.zeros(0)
+    products = jnp.concatenate(
+        [_products(*([x[i].ravel() for i in group] for x in (a, b))) for group in groups.values()]
+    )
+    order = np.argsort(np.concatenate(list(groups.values())))
+    aa, ab, bb = products[order].T
+    tiny = jnp.finfo(jnp.float32).tiny
+    return ab * jax.lax.rsqrt(jnp.maximum(aa, tiny)) * jax.lax.rsqrt(jnp.maximum(bb, tiny))
 
 
-def _inverse_norm(a: Float[Array, "*shape"]) -> Float[Array, ""]:
-    return jax.lax.rsqrt(jnp.maximum(jnp.vdot(a, a), jnp.finfo(a.dtype).tiny))
+def _products(a: Sequence[Float[Array, " n"]], b: Sequence[Float[Array, " n"]]) -> Float[Array, "m 3"]:
+    """Of each pair ``a . a``, ``a . b`` and ``b . b``."""
+    if len(a) == 1:
+        return jnp.stack([jnp.vdot(a[0], a[0]), jnp.vdot(a[0], b[0]), jnp.vdot(b[0], b[0])])[None]
+    x, y = jnp.stack(a), jnp.stack(b)
+    return jnp.stack([jnp.sum(x * x, 1), jnp.sum(x * y, 1), jnp.sum(y * y, 1)], 1)

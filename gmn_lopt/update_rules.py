@@ -55,6 +55,8 @@ def normalized_step(
         gate: whether the second output scales the step.
         sized: whether the step has the direction's size, where it is not orthogonalised, instead of one.
     """
+    if outputs is None and sized and gamma is None:
+        return v
     size = _rms(v)
     d = v / size
     if outputs is not None and beta is not None:

@@ -9,14 +9,14 @@ import pytest
 from optimizing import analyzed, mlp, play, record, residual
 
 import gmn_lopt
+from gmn_lopt.denoised_layers import layer_groups
 from gmn_lopt.denoising import (
     DAMPING,
     EARLY,
     EVERY,
     MOMENTS_DECAY,
     MOMENTUM_DECAY,
-    denoised_layers,
-    denoised_step,
+    denoised_steps,
     init_preconditioner,
     update_preconditioners,
 )
@@ -86,7 +86,7 @@ def literal_step(momentum, covariance, noise):
     return step / np.sqrt(np.sum(step * (covariance @ step)) / step.shape[1])
 
 
-@pytest.mark.parametrize("widths", [(6, 9, 4), (9, 6, 4)], ids=["wide", "narrow"])
+@pytest.mark.parametrize("widths", [(6, 9, 4), (9, 6, 4), (6, 6, 6, 4)], ids=["wide", "narrow", "two alike"])
 def test_denoised_steps_are_those_of_the_moments_of_the_set(widths):
     model = mlp(*widths)
     structure, recorded = analyzed(model), record(model)
@@ -94,10 +94,13 @@ def test_denoised_steps_are_those_of_the_moments_of_the_set(widths):
     assert lopt.needs_factors
     phi = lopt.init(jax.random.key(0))
     step = play(lopt, phi, recorded)[-1]
-    layers = denoised_layers(structure, range(len(structure.parameters)))
-    assert len(layers) == 2 and all(layer.bias is not None for layer in layers)
+    groups = layer_groups(structure, range(len(structure.parameters)))
+    assert len(groups) == 2 and all(group.biased for group in groups)
+    pairs = [(group, layer) for group in groups for layer in group.layers]
+    assert len(pairs) == len(widths) - 1
     weights = [(1 - d) * d ** np.arange(3)[::-1] / (1 - d**3) for d in (MOMENTS_DECAY, MOMENTUM_DECAY)]
-    for i, layer in enumerate(layers):
+    for group, layer in pairs:
+        i = layer.kernel // 2
         activations = [np.asarray(factors.activations[layer.activation], np.float64) for _, _, factors in recorded]
         activations = [np.concatenate([a, np.ones((len(a), 1))], 1) for a in activations]
         # Of the batch's loss: their sum over the set, with the activations, is the gradient.
@@ -107,7 +110,7 @@ def test_denoised_steps_are_those_of_the_moments_of_the_set(widths):
         covariance = sum(w * a.T @ a / len(a) for w, a in zip(weights[0], activations))
         momentum = sum(w * g for w, g in zip(weights[1], gradients))
         noise = sum(weights[1] ** 2) * sum(w * g.T @ g for w, g in zip(weights[0], tangents))
-        noise = len(covariance) * noise if layer.outputs <= layer.inputs else np.trace(noise)
+        noise = len(covariance) * noise if group.outputs <= group.inputs else np.trace(noise)
         full = -np.concatenate([step[i]["w"], step[i]["b"][None]]).astype(np.float64) / np.exp(float(phi["log_alpha"]))
         expected = literal_step(momentum, covariance, noise)
         assert np.abs(full - expected).max() < 0.02 * np.abs(expected).max()
@@ -137,8 +140,7 @@ def test_a_table_of_embeddings_is_denoised_by_how_often_each_token_occurs():
         return jnp.mean((params["table"][tokens] @ params["out"] - 1.0) ** 2)
 
     structure = analyzed((loss, params, (tokens,)))
-    layers = denoised_layers(structure, range(2))
-    (table,) = [layer for layer in layers if layer.embedding]
+    (table,) = [group.layers[0] for group in layer_groups(structure, range(2)) if group.embedding]
     lopt = LearnedOptimizer(structure, "sgdm", base="denoised")
     phi = lopt.init(jax.random.key(0))
     _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, tokens)
@@ -162,8 +164,8 @@ def test_a_kernel_that_two_layers_use_is_left_to_muon():
 
     model = (loss, params, (x,))
     structure = analyzed(model)
-    found = [structure.parameters[layer.kernel].name for layer in denoised_layers(structure, range(2))]
-    assert found == ["['out']"]
+    (group,) = layer_groups(structure, range(2))
+    assert [structure.parameters[layer.kernel].name for layer in group.layers] == ["['out']"]
     recorded = record(model)
     denoised, muon = (LearnedOptimizer(structure, "sgdm", base=base) for base in ("denoised", "muon"))
     phi = muon.init(jax.random.key(0))
@@ -173,7 +175,8 @@ def test_a_kernel_that_two_layers_use_is_left_to_muon():
 
 def test_a_layer_of_which_a_part_is_masked_is_left_to_muon():
     indices = [i for i, p in enumerate(STRUCTURE.parameters) if p.name != "[0]['b']"]
-    assert len(denoised_layers(STRUCTURE, indices)) == 1
+    (group,) = layer_groups(STRUCTURE, indices)
+    assert len(group.layers) == 1
 
 
 def test_units_that_are_all_dead_do_not_break_the_step():
@@ -190,13 +193,13 @@ def test_units_that_are_all_dead_do_not_break_the_step():
 @pytest.mark.parametrize("inputs, outputs", [(12, 5), (5, 12), (8, 7)])
 @pytest.mark.parametrize("size", [1.0, 1e-15])
 def test_denoised_step_of_one_set_is_the_literal_form(inputs, outputs, size):
-    layer, factors, momentum, covariance, noise = one_set(inputs, outputs)
+    group, factors, momentum, covariance, noise = one_set(inputs, outputs)
     factors = Factors(factors.activations, tuple(size * g for g in factors.tangents))
 
     def step(momentum):
-        start = init_preconditioner(layer)
-        new = updated(start, layer, factors, size * momentum)
-        return denoised_step(layer, new, size * momentum)
+        start = init_preconditioner(group)
+        new = updated(start, group, factors, size * momentum)
+        return denoised_step(group, new, size * momentum)
 
     np.testing.assert_allclose(step(momentum), literal_step(momentum, covariance, noise), rtol=0.02, atol=4e-3)
     towards = jax.random.normal(jax.random.key(1), momentum.shape)
@@ -206,35 +209,35 @@ def test_denoised_step_of_one_set_is_the_literal_form(inputs, outputs, size):
 
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_activations_of_any_size_are_whitened(scale):
-    layer, factors, momentum, _, _ = one_set(8, 7)
-    layer = replace(layer, bias=None, inputs=8)
+    group, factors, momentum, _, _ = one_set(8, 7)
+    group = replace(group, inputs=8, layers=(replace(group.layers[0], bias=None),))
 
     def step(factor):
         scaled = Factors(tuple(factor * a for a in factors.activations), factors.tangents)
-        start = init_preconditioner(layer)
-        return factor * denoised_step(layer, updated(start, layer, scaled, factor * momentum[:-1]), momentum[:-1])
+        start = init_preconditioner(group)
+        return factor * denoised_step(group, updated(start, group, scaled, factor * momentum[:-1]), momentum[:-1])
 
     np.testing.assert_allclose(step(scale), step(1.0), rtol=1e-3, atol=1e-4)
 
 
 def test_derivatives_take_the_preconditioner_for_a_constant():
-    layer, factors, momentum, _, _ = one_set(6, 4)
+    group, factors, momentum, _, _ = one_set(6, 4)
     towards, weights = jax.random.normal(jax.random.key(1), (2, *momentum.shape))
-    start = init_preconditioner(layer)
-    new = updated(start, layer, factors, momentum)
+    start = init_preconditioner(group)
+    new = updated(start, group, factors, momentum)
 
     def through(momentum):
-        return jnp.sum(weights * denoised_step(layer, updated(start, layer, factors, momentum), momentum))
+        return jnp.sum(weights * denoised_step(group, updated(start, group, factors, momentum), momentum))
 
     found = jnp.sum(jax.grad(through)(momentum) * towards)
-    ends = [jnp.sum(weights * denoised_step(layer, new, momentum + h * towards)) for h in (1e-3, -1e-3)]
+    ends = [jnp.sum(weights * denoised_step(group, new, momentum + h * towards)) for h in (1e-3, -1e-3)]
     assert found == pytest.approx(float(ends[0] - ends[1]) / 2e-3, rel=1e-2)
 
 
 def test_preconditioner_is_new_in_the_first_steps_and_now_and_then_after_them():
-    layer, factors, momentum, _, _ = one_set(6, 4)
-    rng, state = np.random.default_rng(0), init_preconditioner(layer)
-    update = jax.jit(lambda state, factors, step: updated(state, layer, factors, momentum, step))
+    group, factors, momentum, _, _ = one_set(6, 4)
+    rng, state = np.random.default_rng(0), init_preconditioner(group)
+    update = jax.jit(lambda state, factors, step: updated(state, group, factors, momentum, step))
     seen, sets = [], []
     for t in range(23):
         noisy = jax.tree.map(lambda x: x * jnp.float32(rng.uniform(0.5, 2.0, x.shape)), factors)
@@ -246,23 +249,29 @@ def test_preconditioner_is_new_in_the_first_steps_and_now_and_then_after_them():
     assert seen == [t for t in range(23) if t < EARLY or t % EVERY == 0]
     weights = MOMENTS_DECAY ** np.arange(len(sets))[::-1]
     expected = sum(w * a.T @ a / 40 for w, a in zip(weights / weights.sum(), sets))
-    np.testing.assert_allclose(state.activation, expected, rtol=1e-4)
+    np.testing.assert_allclose(state.activation[0], expected, rtol=1e-4)
     damped = expected + DAMPING * np.trace(expected) / 7 * np.eye(7)
-    np.testing.assert_allclose(state.inverse @ damped / state.scale, np.eye(7), atol=1e-4)
+    np.testing.assert_allclose(state.inverse[0] @ damped / state.scale[0], np.eye(7), atol=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
 def test_denoised_step_of_no_momentum_is_none(noise):
-    layer, factors, momentum, _, _ = one_set(3, 4)
+    group, factors, momentum, _, _ = one_set(3, 4)
     factors = Factors(factors.activations, tuple(noise * g for g in factors.tangents))
-    new = updated(init_preconditioner(layer), layer, factors, 0 * momentum)
+    new = updated(init_preconditioner(group), group, factors, 0 * momentum)
     assert all(jnp.isfinite(x).all() for x in new)
-    assert (denoised_step(layer, new, 0 * momentum) == 0).all()
+    assert (denoised_step(group, new, 0 * momentum) == 0).all()
 
 
-def updated(preconditioner, layer, factors, momentum, step=0):
-    """A layer's preconditioner after a step."""
-    return update_preconditioners((preconditioner,), (layer,), factors, (momentum,), jnp.int32(step))[0]
+def updated(preconditioner, group, factors, momentum, step=0):
+    """The preconditioner of a group of one layer after a step."""
+    sets = tuple(x[None] for x in factors.activations), tuple(g[None] for g in factors.tangents)
+    return update_preconditioners((preconditioner,), (group,), (sets,), (momentum[None],), jnp.int32(step))[0]
+
+
+def denoised_step(group, preconditioner, momentum):
+    """The step of a group of one layer."""
+    return denoised_steps(group, preconditioner, momentum[None])[0]
 
 
 def one_set(inputs, outputs):
@@ -272,13 +281,20 @@ def one_set(inputs, outputs):
         return jnp.mean(jnp.tanh(jnp.tanh(x) @ params["w"] + params["b"]) ** 2)
 
     params = {"w": jnp.ones((inputs, outputs)), "b": jnp.ones(outputs)}
-    (layer,) = denoised_layers(gmn_lopt.analyze(loss, params, jnp.ones((40, inputs))), range(2))
+    (group,) = layer_groups(gmn_lopt.analyze(loss, params, jnp.ones((40, inputs))), range(2))
     random = np.random.default_rng(0)
     activation = random.normal(size=(40, inputs)) * np.exp(random.normal(size=inputs))
     tangent = random.normal(size=(40, outputs)) @ random.normal(size=(outputs, outputs))
     ones = np.concatenate([activation, np.ones((40, 1))], 1)
     noise = tangent.T @ tangent / 40**2
-    noise = (inputs + 1) * noise if layer.outputs <= layer.inputs else np.trace(noise)
+    noise = (inputs + 1) * noise if group.outputs <= group.inputs else np.trace(noise)
     factors = Factors((jnp.float32(activation),), (jnp.float32(tangent),))
     momentum = jnp.float32(random.normal(size=(inputs + 1, outputs)))
-    return replace(layer, activation=0, tangent=0), factors, momentum, ones.T @ ones / 40, noise
+    (layer,) = group.layers
+    return (
+        replace(group, layers=(replace(layer, activation=0, tangent=0),)),
+        factors,
+        momentum,
+        ones.T @ ones / 40,
+        noise,
+    )

@@ -16,6 +16,7 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
 from gmn_lopt.meta.pes import PES
 from gmn_lopt.meta.stages import Stage, parse_stages
+from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.window import map_unrolls
@@ -91,6 +92,20 @@ def test_augmentation_trains_the_same_model_in_other_coordinates():
         # The normalised rule: a step of what is trained has the size of the rate times the factor, whatever the scale.
         for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params)):
             assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) == pytest.approx(0.01 * float(state.factor), rel=1e-2)
+
+
+def test_tensors_that_take_the_denoised_step_are_left_alone():
+    """Their steps read the factors, which are not those of other coordinates."""
+    task = load_task("text_transformer", blocks=1)
+    structure = task_structure(task)
+    for base in ("denoised", "momentum"):
+        lopt = LearnedOptimizer(structure, "sgdm", None, base=base, rule="normalized", learning_rate=0.01)
+        problem = AugmentedProblem(TrainingProblem(task, lopt))
+        state = problem.init(lopt.init(jax.random.key(0)), problem.splits(), jax.random.key(0))
+        named = {jax.tree_util.keystr(path): scale for path, scale in jax.tree.leaves_with_path(state.scales)}
+        scaled = {name for name, scale in named.items() if scale != 1.0}
+        loose = {name for name in named if "norm" in name or "position" in name}
+        assert scaled == (loose if base == "denoised" else set(named))
 
 
 def test_half_of_the_learning_rates_decay_to_zero():

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
+from gmn_lopt.denoised_layers import layer_groups
 from gmn_lopt.factors import value_grad_and_extra
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.training_problem import TrainingProblem
@@ -40,7 +41,8 @@ class AugmentedProblem:
     Metz et al. 2022, Moudgil et al. 2026), the step size multiplied by another in ``[1 / rate_range, rate_range]``.
     An optimizer that has a schedule of its own (``decay`` or ``adapt``) goes by it; that of others is kept or decayed,
     evenly. Gradients are those of what is trained; factors are left as they are, since GradMetaNet divides each by its
-    root mean square.
+    root mean square. The denoised direction does not: with the factors that belong to them, its steps are the same in
+    all parametrisations, and with others they are wrong by the scale. So tensors that take it are left alone.
 
     Attributes:
         problem: the training problem; its ``lopt`` is a :class:`LearnedOptimizer` of the normalised rule.
@@ -78,7 +80,9 @@ class AugmentedProblem:
         params = self.problem.task.init(init_key)
         leaves, treedef = jax.tree.flatten(params)
         drawn = jnp.exp(_log_uniform(scale_key, (len(leaves),), self.scale_range))
-        scales = jax.tree.unflatten(treedef, list(drawn))
+        groups = layer_groups(self._lopt.structure, range(len(leaves))) if self._lopt.base == "denoised" else ()
+        denoised = {place for group in groups for place in group.places}
+        scales = jax.tree.unflatten(treedef, [jnp.ones(()) if i in denoised else s for i, s in enumerate(drawn)])
         params = jax.tree.map(lambda p, s: p / s, params, scales)
         optimizer = self._lopt.optimizer(phi).init(params)
         factor = jnp.exp(_log_uniform(rate_key, (), self.rate_range))

@@ -81,6 +81,8 @@ class Config:
     """Meta-objective: mean of the inner losses along the trajectory, or the loss at its last step only."""
     meta_loss: Literal["train", "validation"] = "train"
     """Batch that the meta-objective is taken on: the one trained on, or one of the split that is never trained on."""
+    rate_range: float = 3.0
+    """In the mixture: steps are multiplied by a random factor, up to this either way, in each inner problem."""
     horizon: int | None = None
     """Inner steps T of one inner problem; default: the task's."""
 

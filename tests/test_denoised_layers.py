@@ -1,0 +1,84 @@
+"""Layers that take the denoised step as stacks of matrices: those of one shape, and those that are scanned over."""
+
+import jax
+import jax.numpy as jnp
+import models
+import numpy as np
+import pytest
+import transformers
+from optimizing import relative_difference
+
+import gmn_lopt
+from gmn_lopt.denoised_layers import activations_and_tangents, as_matrices, from_matrices, layer_groups
+from gmn_lopt.denoising import init_preconditioner
+
+PROBLEMS = models.MODELS | {name: make for name, (make, _) in transformers.MODELS.items()}
+
+
+@pytest.mark.parametrize("name", PROBLEMS)
+def test_matrices_of_the_gradient_are_the_products_of_those_of_the_factors(name):
+    loss, params, batch = PROBLEMS[name]()
+    structure = gmn_lopt.analyze(loss, params, *batch)
+    _, grads, factors = jax.jit(gmn_lopt.value_grad_and_factors(loss))(params, *batch)
+    leaves = jax.tree.leaves(grads)
+    groups = layer_groups(structure, range(len(leaves)))
+    found = {structure.parameters[layer.kernel].name for group in groups for layer in group.layers}
+    kernels = [structure.parameters[layer.kernel].name for layer in structure.layers]
+    assert found <= {kernel for kernel in kernels if kernels.count(kernel) == 1}
+    assert found or "tied" in name or name == "jnp one neuron"
+    for group in groups:
+        matrices = as_matrices(group, structure.parameters, leaves)
+        assert matrices.shape == (len(group.reads), group.inputs, group.outputs)
+        for position, leaf in from_matrices(group, structure.parameters, matrices).items():
+            np.testing.assert_array_equal(leaf, leaves[position])
+        distinct, tangents = activations_and_tangents(group, structure.parameters, factors)
+        activations = [a for stack in distinct for a in np.asarray(stack)]
+        tangents = [g for stack in tangents for g in np.asarray(stack)]
+        assert len(activations) <= len(tangents) == len(matrices)
+        for matrix, read, tangent in zip(matrices, group.reads, tangents):
+            activation = activations[read]
+            if group.embedding:
+                activation = np.eye(group.inputs)[activation[:, 0]]
+            elif group.biased:
+                activation = np.concatenate([activation, np.ones((len(activation), 1))], 1)
+            np.testing.assert_allclose(activation.T @ tangent, matrix, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"attention": transformers.fused, "feed": transformers.gated}, {"attention": transformers.per_head}],
+    ids=["separate", "fused", "per head"],
+)
+def test_layers_that_are_scanned_over_take_the_steps_of_the_same_layers_one_by_one(options):
+    (loss, apart, batch), (scanned, params, _) = (
+        transformers.plain(scan=s, blocks=3, **options) for s in (False, True)
+    )
+    stack = lambda tree: tree | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *tree["blocks"])}  # noqa: E731
+    assert relative_difference(stack(apart), params) == 0
+    names = [p.name for p in gmn_lopt.analyze(scanned, params, *batch).parameters]
+    groups = layer_groups(gmn_lopt.analyze(scanned, params, *batch), range(len(names)))
+    found = {names[i] for group in groups for i in group.places}
+    left = {name for name in names if name not in found and "blocks" in name}
+    assert left == {name for name in names if "norm" in name and "blocks" in name}
+
+    def updates(loss, params):
+        lopt = gmn_lopt.LearnedOptimizer(gmn_lopt.analyze(loss, params, *batch), "sgdm", base="denoised")
+        tx = lopt.optimizer(lopt.init(jax.random.key(0)))
+        state = tx.init(params)
+        for shrink in (1.0, 0.9, 0.7):
+            moved = jax.tree.map(lambda x, s=shrink: s * x, params)
+            _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(moved, *batch)
+            result, state = tx.update(grads, state, moved, factors=factors)
+        return result
+
+    assert relative_difference(updates(scanned, params), stack(updates(loss, apart))) < 1e-3
+
+
+def test_layers_that_read_the_same_activations_share_what_is_known_of_them():
+    loss, params, batch = transformers.plain(blocks=2)
+    structure = gmn_lopt.analyze(loss, params, *batch)
+    shared = [group for group in layer_groups(structure, range(len(structure.parameters))) if len(group.layers) > 2]
+    (group,) = shared  # queries and values, which have biases, of two blocks
+    assert group.reads == (0, 0, 1, 1)
+    state = init_preconditioner(group)
+    assert len(state.inverse) == len(state.activation) == 2 and len(state.root) == len(state.noise) == 4
