@@ -69,8 +69,7 @@ class LayerGroup:
 
     @property
     def read(self) -> dict[int, int]:
-        """The distinct activations that the layers read (queries, keys and values share theirs), and of each the number
-        of matrices."""
+        """The distinct activations that are read (queries and keys share theirs), each with its number of matrices."""
         return {layer.activation: layer.count for layer in self.layers}
 
     @property
@@ -121,8 +120,8 @@ def _is_matrices(structure: GradientStructure, layer: Layer) -> bool:
 
 
 def _has_own_bias(structure: GradientStructure, layer: Layer) -> bool:
-    """Whether the layer has a bias with a number for each of its outputs, which no other layer uses."""
-    if layer.bias is None or [other.bias for other in structure.layers].count(layer.bias) > 1:
+    """Whether there is a bias for all its outputs, which no other layer uses; that of an embedding is not denoised."""
+    if layer.embedding or layer.bias is None or [other.bias for other in structure.layers].count(layer.bias) > 1:
         return False
     bias, write = structure.parameters[layer.bias], structure.parameters[layer.kernel].sites[-1].site
     return [ref.site for ref in bias.sites] == [write] and bias.size == structure.sites[write].size

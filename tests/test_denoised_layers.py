@@ -12,7 +12,18 @@ import gmn_lopt
 from gmn_lopt.denoised_layers import activations_and_tangents, as_matrices, from_matrices, layer_groups
 from gmn_lopt.denoising import init_preconditioner
 
-PROBLEMS = models.MODELS | {name: make for name, (make, _) in transformers.MODELS.items()}
+
+def embedding_with_bias():
+    params = {"table": jnp.arange(10.0).reshape(5, 2), "bias": jnp.ones(2), "out": jnp.ones((2, 3))}
+    loss = lambda p, ids: jnp.mean(jnp.sin((p["table"][ids] + p["bias"]) @ p["out"]))  # noqa: E731
+    return loss, params, (jnp.array([[0, 1, 1], [3, 1, 0]]),)
+
+
+PROBLEMS = (
+    {"embedding with bias": embedding_with_bias}
+    | models.MODELS
+    | {name: make for name, (make, _) in transformers.MODELS.items()}
+)
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
