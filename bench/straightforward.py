@@ -17,7 +17,6 @@ from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt import LearnedOptimizer
 from gmn_lopt.base_direction import update_direction
-from gmn_lopt.denoised_layers import layer_groups
 from gmn_lopt.encoding import encode_sites
 from gmn_lopt.features import DECAYS, EPSILON, time_features
 from gmn_lopt.learned_optimizer import LearnedOptimizerState
@@ -73,7 +72,7 @@ class Straightforward:
         lopt, structure = self.lopt, self.lopt.structure
         if factors is not None:
             factors = Factors(factors.activations, tuple(len(g) * g for g in factors.tangents))
-        groups = layer_groups(structure, range(len(structure.parameters))) if lopt.base == "denoised" else ()
+        groups = lopt.denoised_groups(range(len(structure.parameters)))
         direction, direction_state = update_direction(
             lopt.base, structure.parameters, phi, grads, state.direction, groups, factors
         )

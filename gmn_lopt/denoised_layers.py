@@ -157,7 +157,7 @@ def from_matrices(
         rows = part if layer.bias is None else part[:, :-1]
         leaves[layer.kernel] = rows[0] if group.embedding else from_stack(kernel, rows)
         if layer.bias is not None:
-            bias = _neurons_of_all(kernel, 1, part[:, -1:])
+            bias = _neurons_written(kernel, part[:, -1:])
             leaves[layer.bias] = from_stack(parameters[layer.bias], bias[None])
     return leaves
 
@@ -183,9 +183,9 @@ def _neurons_of_each(kernel: Parameter, side: int, rows: Float[Array, "S n"]) ->
     return moved.reshape(math.prod(kernel.cut_shape[d] for d in shared), len(rows), -1)
 
 
-def _neurons_of_all(kernel: Parameter, side: int, parts: Float[Array, "count S m"]) -> Float[Array, "S n"]:
-    """Undo :func:`_neurons_of_each`."""
-    dims, shared = _site_dims(kernel, side)
+def _neurons_written(kernel: Parameter, parts: Float[Array, "count S m"]) -> Float[Array, "S n"]:
+    """Undo :func:`_neurons_of_each` of the neurons that a kernel writes."""
+    dims, shared = _site_dims(kernel, 1)
     rest = [kernel.cut_shape[d] for d in dims if d not in shared]
     split = parts.reshape(*(kernel.cut_shape[d] for d in shared), parts.shape[1], *rest)
     moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])

@@ -239,7 +239,7 @@ class LearnedOptimizer:
             # optax's placeholder in tree_map_params, a tree without any leaf, stands for all parameters.
             present = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
             handled = indices if present else range(len(self.structure.parameters))
-            direction = init_direction(self.base, parameters, zeros, self._denoised(handled))
+            direction = init_direction(self.base, parameters, zeros, self.denoised_groups(handled))
             averages: PyTree = ()
             if self.backbone != "sgdm":
                 averages = jax.tree.map(lambda p: jnp.zeros((self._features.averages, *p.shape), jnp.float32), params)
@@ -321,7 +321,7 @@ class LearnedOptimizer:
             factors = self._per_element(factors)
         direction, direction_state = update_direction(
             *(self.base, parameters, phi, gradient_tree, state.direction),
-            *(self._denoised(indices), factors if self.needs_factors else None),
+            *(self.denoised_groups(indices), factors if self.needs_factors else None),
         )
         base = jax.tree.leaves(direction)
         gradient_averages, factor_averages = state.gradient_averages, state.factor_averages
@@ -374,7 +374,8 @@ class LearnedOptimizer:
         adapted = adapt_step_size(phi, state.step_size, grads, state.step, scheduled)
         return list(first * scheduled * jnp.exp(adapted.log_factor)), adapted
 
-    def _denoised(self, indices: Sequence[int]) -> tuple[LayerGroup, ...]:
+    def denoised_groups(self, indices: Sequence[int]) -> tuple[LayerGroup, ...]:
+        """The layers that take the denoised step, where ``indices`` are the parameters handled; else none."""
         return layer_groups(self.structure, indices) if self.base == "denoised" else ()
 
     def _per_element(self, factors: Any) -> Factors:

@@ -55,7 +55,7 @@ def normalized_step(
         gate: whether the second output scales the step.
         sized: whether the step has the direction's size, where it is not orthogonalised, instead of one.
     """
-    if outputs is None and sized and gamma is None:
+    if outputs is None and sized and gamma is None:  # v as it is: nothing to add, and no other size
         return v
     size = _rms(v)
     d = v / size

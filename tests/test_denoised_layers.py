@@ -66,8 +66,9 @@ def test_layers_that_are_scanned_over_take_the_steps_of_the_same_layers_one_by_o
     )
     stack = lambda tree: tree | {"blocks": jax.tree.map(lambda *xs: jnp.stack(xs), *tree["blocks"])}  # noqa: E731
     assert relative_difference(stack(apart), params) == 0
-    names = [p.name for p in gmn_lopt.analyze(scanned, params, *batch).parameters]
-    groups = layer_groups(gmn_lopt.analyze(scanned, params, *batch), range(len(names)))
+    structure = gmn_lopt.analyze(scanned, params, *batch)
+    names = [p.name for p in structure.parameters]
+    groups = layer_groups(structure, range(len(names)))
     found = {names[i] for group in groups for i in group.places}
     left = {name for name in names if name not in found and "blocks" in name}
     assert left == {name for name in names if "norm" in name and "blocks" in name}

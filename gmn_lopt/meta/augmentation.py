@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from gmn_lopt.denoised_layers import layer_groups
 from gmn_lopt.factors import value_grad_and_extra
 from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.training_problem import TrainingProblem
@@ -80,8 +79,7 @@ class AugmentedProblem:
         params = self.problem.task.init(init_key)
         leaves, treedef = jax.tree.flatten(params)
         drawn = jnp.exp(_log_uniform(scale_key, (len(leaves),), self.scale_range))
-        groups = layer_groups(self._lopt.structure, range(len(leaves))) if self._lopt.base == "denoised" else ()
-        denoised = {place for group in groups for place in group.places}
+        denoised = {place for group in self._lopt.denoised_groups(range(len(leaves))) for place in group.places}
         scales = jax.tree.unflatten(treedef, [jnp.ones(()) if i in denoised else s for i, s in enumerate(drawn)])
         params = jax.tree.map(lambda p, s: p / s, params, scales)
         optimizer = self._lopt.optimizer(phi).init(params)
