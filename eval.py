@@ -29,8 +29,7 @@ import numpy as np
 import tyro
 from tqdm import tqdm
 
-from gmn_lopt.command_line import parse
-from gmn_lopt.errors import first_line
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation import plots, protocol
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table, task_title, transfer_table
@@ -38,9 +37,10 @@ from gmn_lopt.evaluation.results import Results, ResultsError
 from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, split_label, split_settings
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
-from gmn_lopt.files import write_atomically
-from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.meta.task import Task, measured_on, task_structure
+from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.files import write_atomically
+from gmn_lopt.util.hardware import describe_hardware
 from tasks import load_task
 
 

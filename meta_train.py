@@ -30,9 +30,6 @@ import numpy as np
 from jaxtyping import Array, PyTree
 from tqdm import tqdm
 
-from gmn_lopt.errors import first_line
-from gmn_lopt.hardware import describe_hardware
-from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.averaging import averaged
 from gmn_lopt.meta.config import (
@@ -55,7 +52,10 @@ from gmn_lopt.meta.stages import Stage
 from gmn_lopt.meta.stop_signal import StopSignal
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.serialization import SerializationError, load_learned, save
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import SerializationError, load_learned, save
+from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.hardware import describe_hardware
 from tasks import load_task
 from tasks._mixture import make_all
 

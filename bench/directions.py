@@ -20,15 +20,15 @@ import jax.numpy as jnp
 import numpy as np
 from estimator_runs import MakeLearned
 
-from gmn_lopt.command_line import parse
-from gmn_lopt.direction import parse_direction
-from gmn_lopt.errors import first_line
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.report import spread
 from gmn_lopt.evaluation.sources import adam
 from gmn_lopt.evaluation.training import training_curves
 from gmn_lopt.meta.task import measured_on, task_structure
+from gmn_lopt.optimizers.direction import parse_direction
+from gmn_lopt.util.errors import first_line
 from tasks import load_task
 
 HEAD = ("direction", "step reduction", "missed seeds", "best loss", "mean training loss")

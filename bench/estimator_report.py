@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.plots import COLOURS
-from gmn_lopt.files import write_atomically
+from gmn_lopt.util.files import write_atomically
 
 Arrays = Mapping[str, np.ndarray]
 BUDGETS = ("equal inner steps", "equal time")

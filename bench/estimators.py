@@ -25,10 +25,10 @@ from estimator_variants import ABLATIONS, ESTIMATORS
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
-from gmn_lopt.command_line import parse
-from gmn_lopt.errors import first_line
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.results import Results, ResultsError
 from gmn_lopt.meta.task import Task
+from gmn_lopt.util.errors import first_line
 from meta_train import use_all_cores
 from tasks import load_task
 

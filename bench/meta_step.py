@@ -26,14 +26,14 @@ from meta_step_measure import matrix_product_rate, prepare, synthetic_task, time
 from straightforward import Straightforward
 
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
-from gmn_lopt.command_line import parse
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.timing import time_per_step
-from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.meta.config import PRESETS
 from gmn_lopt.meta.stages import Stage
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
+from gmn_lopt.util.hardware import describe_hardware
 from meta_train import use_all_cores
 
 

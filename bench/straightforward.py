@@ -16,13 +16,13 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt import LearnedOptimizer
-from gmn_lopt.base_direction import update_direction
-from gmn_lopt.encoding import encode_sites
-from gmn_lopt.features import DECAYS, EPSILON, time_features
-from gmn_lopt.learned_optimizer import LearnedOptimizerState
-from gmn_lopt.set_subset import subset
-from gmn_lopt.structure import Factors
-from gmn_lopt.update_rules import GATE_SCALE
+from gmn_lopt.factors.structure import Factors
+from gmn_lopt.networks.encoding import encode_sites
+from gmn_lopt.optimizers.base_direction import update_direction
+from gmn_lopt.optimizers.features.paper import DECAYS, EPSILON, time_features
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizerState
+from gmn_lopt.optimizers.rules import GATE_SCALE
+from gmn_lopt.optimizers.set_subset import subset
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 import gmn_lopt
-from gmn_lopt.serialization import CONFIG_FILE, SerializationError, digest, load_learned
-from gmn_lopt.shipped import CARD_FILE
+from gmn_lopt.optimizers.saved import CONFIG_FILE, SerializationError, digest, load_learned
+from gmn_lopt.optimizers.shipped import CARD_FILE
 
 FORMAT = "gmn_lopt model card"
 VERSION = 1

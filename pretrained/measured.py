@@ -5,8 +5,8 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation.sources import SourceError, split_settings
+from gmn_lopt.util.errors import first_line
 from pretrained.commands import eval_command
 
 
@@ -20,7 +20,7 @@ def measured(file: Path, name: str, digest: str, places: Collection[Path], label
     Args:
         file: a ``report.json``.
         name: the name that the optimizer ships with.
-        digest: of its meta-parameters, :func:`gmn_lopt.serialization.digest`; it finds the optimizer in the report.
+        digest: of its meta-parameters, :func:`gmn_lopt.optimizers.saved.digest`; it finds the optimizer in the report.
         places: where the optimizer was; they find it in reports of versions that wrote no digests.
         label: its label in the report, where that has to be said.
 

@@ -21,12 +21,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is n
 
 import tyro
 
-from gmn_lopt.command_line import parse
-from gmn_lopt.errors import first_line
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.meta.config import UsageError
 from gmn_lopt.meta.run_directory import RunError
-from gmn_lopt.serialization import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, SerializationError, digest, load_learned
-from gmn_lopt.shipped import CARD_FILE
+from gmn_lopt.optimizers.saved import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, SerializationError, digest, load_learned
+from gmn_lopt.optimizers.shipped import CARD_FILE
+from gmn_lopt.util.errors import first_line
 from pretrained import tables
 from pretrained.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
 from pretrained.measured import ShipError, measured

@@ -12,11 +12,11 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
 
-from gmn_lopt.command_line import parse
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.report import spread, task_title
-from gmn_lopt.files import write_atomically
-from gmn_lopt.serialization import SHIPPED
-from gmn_lopt.shipped import CARD_FILE
+from gmn_lopt.optimizers.saved import SHIPPED
+from gmn_lopt.optimizers.shipped import CARD_FILE
+from gmn_lopt.util.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"

@@ -8,10 +8,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from gmn_lopt.errors import first_line
-from gmn_lopt.hardware import describe_hardware
 from gmn_lopt.meta.config import from_json, make_stages, to_json
 from gmn_lopt.meta.run_directory import RunError, read_settings
+from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.hardware import describe_hardware
 from meta_train import make_problem
 from pretrained.commands import OF_THE_MACHINE, continue_command, train_command
 

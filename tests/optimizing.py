@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gmn_lopt
-from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 BATCH = 12
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gmn_lopt.analysis.axes import Atoms, fix, resolve, sizes
+from gmn_lopt.factors.jaxpr.axes import Atoms, fix, resolve, sizes
 
 
 def test_unifying_a_product_with_its_factors_cuts_it():

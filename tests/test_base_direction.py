@@ -9,8 +9,10 @@ import pytest
 from optimizing import analyzed, mlp, play, record, residual
 
 import gmn_lopt
-from gmn_lopt.denoised_layers import layer_groups
-from gmn_lopt.denoising import (
+from gmn_lopt.factors.matrices import is_kernel, orthogonalize
+from gmn_lopt.factors.structure import Factors
+from gmn_lopt.optimizers.directions.denoised_layers import layer_groups
+from gmn_lopt.optimizers.directions.denoising import (
     DAMPING,
     EARLY,
     EVERY,
@@ -20,9 +22,7 @@ from gmn_lopt.denoising import (
     init_preconditioner,
     update_preconditioners,
 )
-from gmn_lopt.learned_optimizer import LearnedOptimizer
-from gmn_lopt.matrices import is_kernel, orthogonalize
-from gmn_lopt.structure import Factors
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 MODEL = mlp(6, 9, 4)
 STRUCTURE = analyzed(MODEL)

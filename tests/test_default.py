@@ -12,7 +12,7 @@ import gmn_lopt
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.training import training_curves
 from gmn_lopt.meta.task import task_structure
-from gmn_lopt.serialization import load_learned
+from gmn_lopt.optimizers.saved import load_learned
 from tasks import load_task
 
 IMAGES, LABELS = load_digits(return_X_y=True)

@@ -9,8 +9,13 @@ import transformers
 from optimizing import relative_difference
 
 import gmn_lopt
-from gmn_lopt.denoised_layers import activations_and_tangents, as_matrices, from_matrices, layer_groups
-from gmn_lopt.denoising import init_preconditioner
+from gmn_lopt.optimizers.directions.denoised_layers import (
+    activations_and_tangents,
+    as_matrices,
+    from_matrices,
+    layer_groups,
+)
+from gmn_lopt.optimizers.directions.denoising import init_preconditioner
 
 
 def embedding_with_bias():

@@ -9,8 +9,8 @@ import pytest
 from optimizing import analyzed, lively, mlp, play, record, relative_difference, residual
 
 from gmn_lopt import Factors
-from gmn_lopt.gradmetanet import GradMetaNetConfig
-from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 SMALL = GradMetaNetConfig(width=8, product_width=8, neuron_layers=2)
 ATTENTION = GradMetaNetConfig(width=8, product_width=8, set_layers=1, attention_heads=2)

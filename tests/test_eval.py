@@ -13,10 +13,10 @@ import pytest
 import eval as evaluation
 import gmn_lopt
 from gmn_lopt.evaluation.results import ResultsError
-from gmn_lopt.gradmetanet import GradMetaNetConfig
-from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import Task
-from gmn_lopt.serialization import digest, load, save
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import digest, load, save
 
 LION = "optax:lion:learning_rate=0.05"
 

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gmn_lopt import analyze, serialization
+from gmn_lopt import analyze
 from gmn_lopt.evaluation import sources
 from gmn_lopt.evaluation.results import Results, ResultsError
 from gmn_lopt.evaluation.sources import (
@@ -17,10 +17,11 @@ from gmn_lopt.evaluation.sources import (
     split_label,
     split_settings,
 )
-from gmn_lopt.files import write_atomically
-from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.task import Task
-from gmn_lopt.serialization import save
+from gmn_lopt.optimizers import saved
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import save
+from gmn_lopt.util.files import write_atomically
 
 
 def tiny() -> Task:
@@ -80,14 +81,14 @@ def test_settings_make_other_candidates_of_one_optimizer(tmp_path, monkeypatch):
     phi = lopt.init(jax.random.key(0))
     save(tmp_path / "one", lopt, phi)
     save(tmp_path / "two", lopt, jax.tree.map(lambda x: x + 1, phi))
-    monkeypatch.setattr(serialization, "LearnedOptimizer", Tunable)
+    monkeypatch.setattr(saved, "LearnedOptimizer", Tunable)
     one = str(tmp_path / "one")
     candidates = []
     for spec in (one, f"{one}:learning_rate=0.5", f"fast={one}:learning_rate=2", f"{tmp_path / 'two'}:learning_rate=2"):
         candidates.append(find_candidate(spec, task, structure, candidates))
     assert [c.name for c in candidates] == ["one", "one(learning_rate=0.5)", "fast", "two(learning_rate=2)"]
     assert len({c.fingerprint for c in candidates}) == 4
-    assert candidates[0].digest == candidates[1].digest == serialization.digest(phi) != candidates[3].digest
+    assert candidates[0].digest == candidates[1].digest == saved.digest(phi) != candidates[3].digest
     assert candidates[3].make is candidates[2].make is not candidates[1].make  # compiled once
     grads = {"w": jnp.ones(2)}
     steps = [c.make(c.hyper).update(grads, c.make(c.hyper).init(grads), grads)[0]["w"][0] for c in candidates]

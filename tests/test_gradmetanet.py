@@ -7,9 +7,9 @@ import pytest
 from optimizing import analyzed, mlp, residual
 
 from gmn_lopt import Factors, GradientStructure
-from gmn_lopt.encoding import ENCODING_FEATURES, encode_sites
-from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet, init_gradmetanet
-from gmn_lopt.structure import Site, Space
+from gmn_lopt.factors.structure import Site, Space
+from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
+from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet, init_gradmetanet
 
 CHANNELS = 3
 CONFIG = GradMetaNetConfig(width=6, set_layers=3, neuron_layers=2, product_width=5, out_features=4, use_parameter=True)

@@ -8,9 +8,9 @@ from optimizing import analyzed, mlp, residual
 from test_gradmetanet import CHANNELS, Reference, check_agrees, lively_weights, random_factors, relu
 
 from gmn_lopt import Factors
-from gmn_lopt.attention import attention
-from gmn_lopt.encoding import encode_sites
-from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet, init_gradmetanet
+from gmn_lopt.networks.attention import attention
+from gmn_lopt.networks.encoding import encode_sites
+from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet, init_gradmetanet
 
 CONFIG = GradMetaNetConfig(
     width=6, set_layers=2, product_width=5, out_features=4, use_parameter=True, attention_heads=2

@@ -6,13 +6,13 @@ import pytest
 from inner_problems import Smooth
 
 from gmn_lopt import LearnedOptimizer
-from gmn_lopt.direction import parse_direction
-from gmn_lopt.factors import value_grad_and_factors
+from gmn_lopt.factors.value_and_grad import value_grad_and_factors
 from gmn_lopt.meta.imitation import LARGEST, ImitationProblem, relative_distance
 from gmn_lopt.meta.stages import Stage, parse_stages
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.meta.truncated import Truncated
+from gmn_lopt.optimizers.direction import parse_direction
 from tasks import load_task
 
 TASK = load_task("digits_mlp")

@@ -13,10 +13,10 @@ from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 import gmn_lopt
 from gmn_lopt import Factors, StructureError
-from gmn_lopt.base_direction import BASES
-from gmn_lopt.features import DECAYS, parameter_features, time_features, update_averages
-from gmn_lopt.gradmetanet import GradMetaNet, GradMetaNetConfig
-from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig
+from gmn_lopt.optimizers.base_direction import BASES
+from gmn_lopt.optimizers.features.paper import DECAYS, parameter_features, time_features, update_averages
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 SMALL = GradMetaNetConfig(width=8, product_width=8)
 MODEL = mlp(5, 7, 4)

@@ -18,7 +18,7 @@ import gmn_lopt
 import meta_train
 from gmn_lopt.meta.config import PRESETS, Config, UsageError, from_command_line, from_json, make_stages, to_json
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
-from gmn_lopt.serialization import load_learned
+from gmn_lopt.optimizers.saved import load_learned
 from tasks import load_task
 
 ROOT = Path(meta_train.__file__).parent

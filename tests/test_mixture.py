@@ -10,7 +10,6 @@ import pytest
 from inner_problems import Smooth
 
 import gmn_lopt
-from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
@@ -20,6 +19,7 @@ from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.window import map_unrolls
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from tasks import load_task
 from tasks._mixture import MODELS
 

@@ -8,7 +8,7 @@ import transformers
 from optimizing import BATCH, analyzed, lively, mlp, play, record, relative_difference
 
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer, analyze
-from gmn_lopt.output_sites import without_large_outputs
+from gmn_lopt.optimizers.output_sites import without_large_outputs
 
 SMALL = GradMetaNetConfig(width=4, set_layers=1, product_width=4, out_features=3)
 

@@ -17,10 +17,10 @@ import pytest
 import eval as evaluation
 import gmn_lopt
 import meta_train
-from gmn_lopt.learned_optimizer import LearnedOptimizer
 from gmn_lopt.meta import config as training_config
 from gmn_lopt.meta.task import task_structure
-from gmn_lopt.serialization import SerializationError, load_learned, save, shipped_names
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import SerializationError, load_learned, save, shipped_names
 from pretrained import cards, commands, ship, tables
 from pretrained.measured import ShipError
 from pretrained.training import training_seconds

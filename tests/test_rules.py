@@ -7,10 +7,10 @@ import pytest
 from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 from gmn_lopt import Factors
-from gmn_lopt.celo_features import CHANNELS, celo_features, update_celo_averages
-from gmn_lopt.gradmetanet import GradMetaNetConfig
-from gmn_lopt.learned_optimizer import LearnedOptimizer
-from gmn_lopt.set_subset import subset
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.features.scale_free import CHANNELS, celo_features, update_celo_averages
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.set_subset import subset
 
 MODEL = mlp(6, 9, 4)
 STRUCTURE = analyzed(MODEL)

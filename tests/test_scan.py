@@ -7,7 +7,7 @@ import permute
 import pytest
 
 from gmn_lopt import analyze, value_grad_and_factors
-from gmn_lopt.site_features import mean_over_copies
+from gmn_lopt.networks.site_features import mean_over_copies
 
 
 def draw(**shapes):

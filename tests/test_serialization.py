@@ -10,10 +10,10 @@ import pytest
 import safetensors.numpy
 from optimizing import analyzed, lively, mlp
 
-from gmn_lopt import serialization
-from gmn_lopt.gradmetanet import GradMetaNetConfig
-from gmn_lopt.learned_optimizer import LearnedOptimizer
-from gmn_lopt.serialization import SerializationError, digest, load, load_learned, save
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers import saved as serialization
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, save
 
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)

@@ -9,7 +9,7 @@ from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
 import gmn_lopt
 from gmn_lopt import LearnedOptimizer
-from gmn_lopt.step_size import adapt_step_size, init_step_size
+from gmn_lopt.optimizers.step_size import adapt_step_size, init_step_size
 
 MODEL = mlp(5, 6, 3)
 STRUCTURE, RECORDED = analyzed(MODEL), record(MODEL, steps=8)

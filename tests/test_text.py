@@ -14,7 +14,7 @@ import optax
 import pytest
 
 import gmn_lopt
-from gmn_lopt.factors import value_grad_and_extra
+from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.task import task_structure
 from tasks import _text, load_task, text_transformer
 from tasks._cache import DataError

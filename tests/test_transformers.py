@@ -8,11 +8,11 @@ import transformers
 from optimizing import lively, play, relative_difference
 
 from gmn_lopt import analyze, value_grad_and_factors
-from gmn_lopt.factor_averages import init_factor_averages
-from gmn_lopt.features import DECAYS
-from gmn_lopt.gradmetanet import GradMetaNetConfig
-from gmn_lopt.learned_optimizer import LearnedOptimizer
-from gmn_lopt.output_sites import without_large_outputs
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.factor_averages import init_factor_averages
+from gmn_lopt.optimizers.features.paper import DECAYS
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.output_sites import without_large_outputs
 
 LIBRARIES = {"haiku": "haiku", "equinox": "equinox"}
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import unf_reference
 
-from gmn_lopt.initialization import init_weights
-from gmn_lopt.unf import EquivariantLinear
+from gmn_lopt.networks.initialization import init_weights
+from gmn_lopt.networks.unf import EquivariantLinear
 
 # The spaces of each leaf, and the sizes of the spaces.
 CASES = {

@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from gmn_lopt.unf import find_views
+from gmn_lopt.networks.unf import find_views
 
 
 def matching(read, write, in_shape, out_shape):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gmn_lopt.factors import value_grad_and_extra
+from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from gmn_lopt.files import write_atomically
+from gmn_lopt.util.files import write_atomically
 
 
 class ResultsError(ValueError):

@@ -13,12 +13,12 @@ import jax
 import numpy as np
 import optax
 
-from gmn_lopt.errors import first_line
 from gmn_lopt.evaluation.candidate import Candidate, train_step
-from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.meta.task import Task
-from gmn_lopt.serialization import digest, load_learned, make_optimizer, shipped_names
-from gmn_lopt.structure import GradientStructure
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import digest, load_learned, make_optimizer, shipped_names
+from gmn_lopt.util.errors import first_line
 
 
 class SourceError(ValueError):

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, PyTree
 
-from gmn_lopt.factors import value_grad_and_extra
-from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.training_problem import TrainingProblem
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 
 class AugmentedState(NamedTuple):

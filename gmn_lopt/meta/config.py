@@ -10,12 +10,12 @@ from typing import Any, Literal
 
 import tyro
 
-from gmn_lopt.command_line import parse
-from gmn_lopt.errors import first_line
-from gmn_lopt.gradmetanet import GradMetaNetConfig
+from gmn_lopt.cli.command_line import parse
 from gmn_lopt.meta.run_directory import read_settings
 from gmn_lopt.meta.stages import Stage, parse_stages
-from gmn_lopt.serialization import ADDED, gradmetanet_from_json
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.saved import ADDED, gradmetanet_from_json
+from gmn_lopt.util.errors import first_line
 
 BACKBONES = ("ds", "unf", "celo")
 OPTIMIZERS = ("sgdm", *(f"{backbone}{rest}" for backbone in BACKBONES for rest in ("", "+gmn", "+gmn++")))

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gmn_lopt.direction import parse_direction
-from gmn_lopt.factors import value_grad_and_extra
-from gmn_lopt.learned_optimizer import LearnedOptimizer
+from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.training_problem import TrainingProblem, TrainingState
-from gmn_lopt.structure import GradientStructure
+from gmn_lopt.optimizers.direction import parse_direction
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 LARGEST = 10.0  # a distance that is larger counts as this much
 TINY = 1e-30
@@ -41,7 +41,7 @@ class ImitationProblem:
 
     Attributes:
         problem: the training problem; its ``lopt`` is a :class:`LearnedOptimizer`.
-        expert: a base direction, such as ``"denoised:0.06:30:0.9"``, see :func:`gmn_lopt.direction.parse_direction`.
+        expert: a base direction, such as ``"denoised:0.06:30:0.9"`` (``parse_direction``).
         weight: what the distance is multiplied by.
 
     Raises:

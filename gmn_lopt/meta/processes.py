@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.errors import first_line
 from gmn_lopt.meta.last_words import LastWords
+from gmn_lopt.util.errors import first_line
 
 COORDINATION_SECONDS = 300  # in which all processes must have come
 HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is lost

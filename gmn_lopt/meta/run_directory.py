@@ -14,8 +14,8 @@ import orbax.checkpoint as ocp
 from jaxtyping import PyTree
 from tensorboardX import SummaryWriter
 
-from gmn_lopt.errors import first_line
-from gmn_lopt.files import write_atomically
+from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.files import write_atomically
 
 _CONFIG, _METRICS, _COMPLETE, _LOCK = "config.json", "metrics.jsonl", "COMPLETE", ".lock"
 

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from gmn_lopt.factors import analyze
-from gmn_lopt.structure import GradientStructure
+from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.factors.value_and_grad import analyze
 
 
 @dataclass(frozen=True)

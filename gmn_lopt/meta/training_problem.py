@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PyTree
 
-from gmn_lopt.factors import value_grad_and_extra
+from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.task import Task
 
 META_LOSSES = ("train", "validation")

@@ -1,0 +1,294 @@
+"""Linear layers of a program: products with a view of a parameter, lookups in one, their biases, and all other uses.
+
+An embedding lookup is the product with one-hot rows, which are never built: its activations are token ids.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve, sizes
+from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
+from gmn_lopt.factors.jaxpr.program import Equation, Program, Scan, Value
+
+# Rearrangements that leave every entry in place exactly once: a tangent is the same before and after them.
+REARRANGEMENTS = {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
+# Rearrangements of one array: a parameter seen through them is still that parameter.
+VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "scan_slice", "slice"}
+
+
+@dataclass(eq=False)
+class View:
+    """A parameter seen through a chain of rearranging equations."""
+
+    leaf: int
+    chain: tuple[Equation, ...] = ()
+
+
+@dataclass(eq=False)
+class BiasUse:
+    """A bias added to a layer's output, after ``chain`` rearranged that output."""
+
+    view: View
+    value: Value
+    add: Equation
+    chain: tuple[Equation, ...]
+
+
+@dataclass(eq=False)
+class LayerUse:
+    """One product of an activation with a view of a parameter, or one lookup of rows of it.
+
+    ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
+    which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
+    ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
+    elements of the set).
+    """
+
+    index: int
+    equation: Equation
+    view: View
+    side: int
+    bias: BiasUse | None = None
+    inputs: list[tuple[Atom, int]] = field(default_factory=list)
+    outputs: list[tuple[Atom, int]] = field(default_factory=list)
+    batch: list[tuple[Atom, int]] = field(default_factory=list)
+    set_batch: tuple[int, ...] = ()
+    stacked: tuple[Scan, ...] = ()
+
+    @property
+    def embedding(self) -> bool:
+        """Whether this is a lookup."""
+        return self.equation.name == "gather"
+
+    @property
+    def scans(self) -> tuple[Scan, ...]:
+        """The loops around the layer, outermost first."""
+        return self.equation.scans
+
+    @property
+    def activation(self) -> Value:
+        """The input of the layer; of a lookup, the indices."""
+        return self.equation.inputs[1 - self.side]
+
+    @property
+    def output(self) -> Value:
+        """The product."""
+        return self.equation.outputs[0]
+
+
+@dataclass
+class Dependence:
+    """What a value was computed from, as bit masks over parameters and layers."""
+
+    data: bool = False
+    leaves: int = 0
+    layers: int = 0
+
+
+@dataclass(eq=False)
+class Uses:
+    """Everything that happens to the parameters, and what each value depends on."""
+
+    layers: list[LayerUse]
+    others: dict[int, list[Equation]]
+    views: dict[Value, View]
+    dependence: dict[Value, Dependence]
+
+
+def find_layers(program: Program) -> Uses:
+    """Find the layers of a program, and every use of a parameter that is not one."""
+    uses = Uses([], {}, {}, {})
+    for leaf, value in enumerate(program.parameters):
+        uses.views[value] = View(leaf)
+        uses.dependence[value] = Dependence(leaves=1 << leaf)
+    for value in [*program.data, *program.constants]:
+        uses.dependence[value] = Dependence(data=True)
+    for equation in program.equations:
+        _visit(equation, uses)
+    _claim_biases(program, uses)
+    return uses
+
+
+def _visit(equation: Equation, uses: Uses) -> None:
+    dependence = Dependence()
+    for value in equation.inputs:
+        of = uses.dependence.setdefault(value, Dependence())
+        dependence.data |= of.data
+        dependence.leaves |= of.leaves
+        dependence.layers |= of.layers
+    for value in equation.params["also"] if equation.name == "scan_enter" else ():
+        dependence.data |= uses.dependence.get(value, dependence).data
+
+    if equation.name in VIEWS and equation.inputs[0] in uses.views and equation.outputs[0].floating:
+        view = uses.views[equation.inputs[0]]
+        uses.views[equation.outputs[0]] = View(view.leaf, (*view.chain, equation))
+    elif (layer := _as_lookup(equation, uses) or _as_layer(equation, uses)) is not None:
+        uses.layers.append(layer)
+        dependence.layers |= 1 << layer.index
+    elif equation.name != "stop_gradient" and any(value.floating for value in equation.outputs):
+        for value in equation.inputs:
+            if value in uses.views:
+                uses.others.setdefault(uses.views[value].leaf, []).append(equation)
+    for value in equation.outputs:
+        uses.dependence[value] = dependence
+
+
+def _as_layer(equation: Equation, uses: Uses) -> LayerUse | None:
+    if equation.name != "dot_general" or not equation.tappable:
+        return None
+    sides = [side for side in (0, 1) if equation.inputs[side] in uses.views]
+    if len(sides) != 1:
+        return None
+    of = uses.dependence[equation.inputs[1 - sides[0]]]
+    if of.leaves and not of.data:  # a product of parameters, such as one half of a low-rank kernel, is no activation
+        return None
+    return LayerUse(len(uses.layers), equation, uses.views[equation.inputs[sides[0]]], sides[0])
+
+
+def _as_lookup(equation: Equation, uses: Uses) -> LayerUse | None:
+    if equation.name != "gather" or not equation.tappable or equation.inputs[0] not in uses.views:
+        return None
+    if equation.params["dimension_numbers"].operand_batching_dims or len(indexed := looked_up(equation)) != 1:
+        return None
+    if equation.params["slice_sizes"][indexed[0]] != 1:
+        return None
+    return LayerUse(len(uses.layers), equation, uses.views[equation.inputs[0]], 0)
+
+
+def looked_up(equation: Equation) -> list[int]:
+    """The dimensions of a gather's operand that are not taken whole."""
+    collapsed = equation.params["dimension_numbers"].collapsed_slice_dims
+    sizes_ = zip(equation.inputs[0].shape, equation.params["slice_sizes"])
+    return [d for d, (size, length) in enumerate(sizes_) if d in collapsed or size != length]
+
+
+def id_column(equation: Equation) -> int:
+    """Which component of a lookup's index vectors is the row to take; the others start whole slices."""
+    (indexed,) = looked_up(equation)
+    return equation.params["dimension_numbers"].start_index_map.index(indexed)
+
+
+def neuron_dims(layer: LayerUse) -> tuple[set[int], set[int]]:
+    """The dimensions of a layer's activation and of its output that are neurons; all others are the set."""
+    if layer.embedding:
+        rank = len(layer.activation.shape)
+        return {rank - 1}, set(layer.equation.params["dimension_numbers"].offset_dims)
+    contract, batch = layer.equation.params["dimension_numbers"]
+    shared = {i for i in range(len(batch[0])) if i not in layer.set_batch}
+    other = 1 - layer.side
+    free = [len(value.shape) - len(contract[i]) - len(batch[0]) for i, value in enumerate(layer.equation.inputs)]
+    start = len(batch[0]) + (free[0] if layer.side == 1 else 0)
+    read = set(contract[other]) | {batch[other][i] for i in shared}
+    return read, shared | set(range(start, start + free[layer.side]))
+
+
+def follow(layer: LayerUse, consumers: dict[Value, list[Equation]]) -> Iterator[Equation]:
+    """The equations after a layer through which its tangent passes unchanged: rearrangements and additions."""
+    value = layer.output
+    while len(consumers.get(value, ())) == 1:
+        (equation,) = consumers[value]
+        same_shape_add = equation.name in ("add", "add_any") and value.shape == equation.outputs[0].shape
+        if not equation.tappable or not (same_shape_add or equation.name in REARRANGEMENTS):
+            return
+        if not equation.outputs[0].floating or equation.scans != layer.scans:
+            return
+        yield equation
+        value = equation.outputs[0]
+
+
+def _claim_biases(program: Program, uses: Uses) -> None:
+    consumers = program.consumers()
+    claimed = set()
+    for layer in uses.layers:
+        chain: list[Equation] = []
+        value = layer.output
+        for equation in follow(layer, consumers):
+            others = [other for other in equation.inputs if other is not value]
+            if equation.name in REARRANGEMENTS:
+                chain.append(equation)
+            elif len(others) == 1 and others[0] in uses.views:
+                if equation not in claimed:
+                    claimed.add(equation)
+                    layer.bias = BiasUse(uses.views[others[0]], others[0], equation, tuple(chain))
+                break
+            value = equation.outputs[0]
+
+
+def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUse]:
+    """Relate each layer's axes to the dimensions of its parameter; returns the layers for which that works.
+
+    Done after the walk, when all atoms are cut as finely as they will be. The parameter's dimensions are traced through
+    the view on atoms of their own, because one space may occur twice in one parameter.
+    """
+    kept = []
+    for layer in uses.layers:
+        traced = trace_view(program.parameters[layer.view.leaf], layer.view, axes)
+        if traced is None:
+            continue
+        operand = axes[layer.equation.inputs[layer.side]]
+        numbers = layer.equation.params["dimension_numbers"]
+        batch: tuple[int, ...] = ()
+        if layer.embedding:
+            contract = tuple(looked_up(layer.equation))
+        else:
+            contract, batch = numbers[0][layer.side], numbers[1][layer.side]
+        ok, set_batch = True, []
+        for scan, sliced in traced.sliced.items():
+            counter = resolve(axes[scan.index][0])
+            ok &= len(counter) == len(sliced)
+            layer.batch.extend(zip(counter, sliced))
+        layer.stacked = tuple(traced.sliced)
+        for d, (axis, dims) in enumerate(zip(operand, traced.axes)):
+            pairs = list(zip(resolve(axis), dims))
+            if len(resolve(axis)) != len(dims):
+                ok = False
+            elif any(dim is None for dim in dims):
+                # An axis that the view broadcast: elements of the set if the layer batches over it.
+                if d in batch and all(dim is None for dim in dims):
+                    set_batch.append(batch.index(d))
+                else:
+                    ok = False
+            else:
+                target = layer.inputs if d in contract else layer.batch if d in batch else layer.outputs
+                target.extend((atom, dim) for atom, dim in pairs if dim is not None)
+        layer.set_batch = tuple(set_batch)
+        if ok:
+            kept.append(layer)
+    return kept
+
+
+@dataclass
+class TracedView:
+    """The dimensions of a leaf's cut shape that are behind the axes of a view.
+
+    Attributes:
+        axes: for each axis of the view, the dimension behind each of its atoms (None: broadcast).
+        sliced: the same for the axis that each loop slices.
+    """
+
+    axes: list[list[int | None]]
+    sliced: dict[Scan, list[int]]
+
+
+def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView | None:
+    """Follow the dimensions of a leaf through a view; None where they cannot be told apart, or a loop broadcasts."""
+    atoms = Atoms()
+    cut = [sizes(resolve(axis)) for axis in axes[leaf]]
+    dims: dict[Atom, int] = {}
+    leaf_axes: list[Axis] = []
+    for axis_sizes in cut:
+        axis = tuple(atom for size in axis_sizes for atom in atoms.new(size))
+        for atom in axis:
+            dims[atom] = len(dims)
+        leaf_axes.append(axis)
+    current: Axes = tuple(leaf_axes)
+    slices: dict[Scan, Axis] = {}
+    for equation in view.chain:
+        if equation.name == "scan_slice":
+            slices[equation.params["scan"]] = current[0]
+        (current,) = apply_rule(atoms, equation, [current])
+    sliced = {scan: [dims.get(atom) for atom in resolve(axis)] for scan, axis in slices.items()}
+    if any(atom.parts is not None for atom in dims) or any(None in found for found in sliced.values()):
+        return None
+    found = [[dims.get(atom) for atom in resolve(axis)] for axis in current]
+    return TracedView(found, {scan: [d for d in part if d is not None] for scan, part in sliced.items()})

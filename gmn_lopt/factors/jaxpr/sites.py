@@ -1,0 +1,139 @@
+"""Sites: which activations and tangents belong to the same neurons, paired by dependence."""
+
+import functools
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+from gmn_lopt.factors.jaxpr.axes import Axis
+from gmn_lopt.factors.jaxpr.axis_rules import Axes
+from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow, neuron_dims
+from gmn_lopt.factors.jaxpr.layout import Arranged, arrange
+from gmn_lopt.factors.jaxpr.program import Program, Value
+
+
+@dataclass(eq=False)
+class Read:
+    """An activation: an array that one layer or several read over the same axes, or the token ids of a lookup."""
+
+    value: Value
+    arranged: Arranged
+    layers: list[LayerUse] = field(default_factory=list)
+
+    @property
+    def ids(self) -> bool:
+        """Whether these are token ids."""
+        return self.layers[0].embedding
+
+
+@dataclass(eq=False)
+class Write:
+    """A tangent: the output of a layer, or of several that are only ever summed with one another."""
+
+    arranged: Arranged
+    layers: list[LayerUse] = field(default_factory=list)
+
+
+@dataclass(eq=False)
+class FoundSite:
+    """A read, a write, or a pair of both."""
+
+    read: Read | None
+    write: Write | None
+
+    @property
+    def arranged(self) -> Arranged:
+        """Layout of either, equal in set and neurons."""
+        either = self.write or self.read
+        assert either is not None
+        return either.arranged
+
+    @property
+    def position(self) -> tuple[int, bool]:
+        """Place in program order; a read comes before the write of the layer that reads it."""
+        if self.write is not None:
+            return self.write.layers[0].index, True
+        assert self.read is not None
+        return self.read.layers[0].index, False
+
+
+def find_reads(layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Read]:
+    """The distinct activations, in program order."""
+    reads: dict[Any, Read] = {}
+    for layer in layers:
+        neurons, _ = neuron_dims(layer)
+        key = (layer.activation, frozenset(neurons), layer.embedding, layer.scans, layer.stacked)
+        if key not in reads:
+            shape, value_axes = layer.activation.shape, axes[layer.activation]
+            if layer.embedding:
+                shape, value_axes = (*shape[:-1], 1), (*value_axes[:-1], ())
+            reads[key] = Read(layer.activation, _arrange(layer, axes, shape, value_axes, neurons))
+        reads[key].layers.append(layer)
+    return list(reads.values())
+
+
+def _arrange(
+    layer: LayerUse, axes: dict[Value, Axes], shape: tuple[int, ...], value_axes: Axes, neurons: set[int]
+) -> Arranged:
+    """Lay out an array at a layer, with an axis in front for each loop around it."""
+    scans = layer.scans
+    around = {d for d, scan in enumerate(scans) if scan in layer.stacked}
+    return arrange(
+        (*(scan.length for scan in scans), *shape),
+        (*(axes[scan.index][0] for scan in scans), *value_axes),
+        around | {len(scans) + d for d in neurons},
+    )
+
+
+def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Write]:
+    """The distinct tangents, in program order."""
+    consumers = program.consumers()
+    writes: dict[tuple[Value, Axis, Axis], Write] = {}
+    for layer in layers:
+        end = layer.output
+        for equation in follow(layer, consumers):
+            end = equation.outputs[0]
+        arranged = arrange_output(layer, axes)
+        writes.setdefault((end, arranged.set_atoms, arranged.neuron_atoms), Write(arranged)).layers.append(layer)
+    return list(writes.values())
+
+
+def arrange_output(layer: LayerUse, axes: dict[Value, Axes]) -> Arranged:
+    """Lay out a layer's output: its neurons are the dimensions that come from the parameter."""
+    return _arrange(layer, axes, layer.output.shape, axes[layer.output], neuron_dims(layer)[1])
+
+
+def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
+    """Pair each read with the latest preceding write of its neurons that it depends on and that no read has taken.
+
+    In the body of a loop, a read that finds none takes the latest write that it depends on through the carry: of each
+    iteration what it begins by reading and what it ends by writing. Token ids are at no site.
+    """
+    partner: dict[Read, Write] = {}
+    dense = [read for read in reads if not read.ids]
+    for ancestors_of in (_ancestors, _ancestors_through_carries):
+        for read in dense:
+            ancestors = ancestors_of(read, uses)
+            candidates = [
+                write
+                for write in writes
+                if read not in partner
+                and write not in partner.values()
+                and write.arranged.neuron_atoms == read.arranged.neuron_atoms
+                and write.arranged.set_atoms == read.arranged.set_atoms
+                and any(ancestors >> layer.index & 1 for layer in write.layers)
+            ]
+            if candidates:
+                partner[read] = max(candidates, key=lambda write: write.layers[-1].index)
+    sites = [FoundSite(read, partner.get(read)) for read in dense]
+    sites += [FoundSite(None, write) for write in writes if write not in partner.values()]
+    return sorted(sites, key=lambda site: site.position)
+
+
+def _ancestors(read: Read, uses: Uses) -> int:
+    return uses.dependence[read.value].layers
+
+
+def _ancestors_through_carries(read: Read, uses: Uses) -> int:
+    carried = [value for scan in read.layers[0].scans for value in scan.next_carries]
+    return functools.reduce(operator.or_, (uses.dependence[value].layers for value in carried), 0)

@@ -1,0 +1,170 @@
+"""GradMetaNet++ (arXiv:2507.01649, section 5): attention over the set and over the neurons in place of means."""
+
+from collections.abc import Sequence
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.networks.attention import attention
+from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig, ProductLayer, matrix, vector
+from gmn_lopt.networks.site_features import SLOTS, FactorFeatures, NeuronFeatures, group_sites
+
+EPSILON = 1e-6
+
+
+def normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
+    """LayerNorm without scale and shift: a linear map with a bias follows it wherever it is used."""
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt((x**2).mean(-1, keepdims=True) + EPSILON)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention over the second axis, with its LayerNorm before and its residual.
+
+    Attributes:
+        width: number of features.
+        heads: number of heads, a divisor of the width.
+    """
+
+    width: int
+    heads: int
+
+    def setup(self) -> None:  # noqa: D102
+        names = ("query", "key", "value", "out")
+        self.kernels = [matrix(self, name, self.width, self.width) for name in names]
+        self.biases = [vector(self, f"{name}_bias", self.width) for name in names]
+
+    def __call__(self, x: Float[Array, "batch n width"]) -> Float[Array, "batch n width"]:
+        """Apply the attention, to each entry of the batch by itself."""
+        normal = normalize(x)
+        heads = (*x.shape[:2], self.heads, self.width // self.heads)
+        q, k, v = ((normal @ m + b).reshape(heads) for m, b in zip(self.kernels[:3], self.biases[:3]))
+        return x + attention(q, k, v).reshape(x.shape) @ self.kernels[3] + self.biases[3]
+
+
+class Block(nn.Module):
+    """Attention over the set for each neuron, over the neurons for each set element, then a pointwise perceptron.
+
+    Each has a LayerNorm before it and a residual around it. Where a neuron has several sites, the perceptron also reads
+    the mean over them, as in :class:`SetLayer`: nothing else tells that they are the same neuron.
+
+    Attributes:
+        width: number of features.
+        heads: number of heads.
+    """
+
+    width: int
+    heads: int
+
+    def setup(self) -> None:  # noqa: D102
+        self.over_set = SelfAttention(self.width, self.heads)
+        self.over_neurons = SelfAttention(self.width, self.heads)
+        for name in ("own", "copies_mean", "out"):
+            setattr(self, f"m_{name}", matrix(self, name, self.width, self.width))
+        self.bias, self.out_bias = (vector(self, name, self.width) for name in ("bias", "out_bias"))
+
+    def __call__(self, x: NeuronFeatures) -> NeuronFeatures:
+        """Apply the block to the features of one group of sites."""
+        values = self.over_set(x.values.swapaxes(0, 1)).swapaxes(0, 1)
+        values = self.over_neurons(values)
+        normal = x.after_layer(normalize(values))
+        hidden = normal.product(self.m_own) + self.bias
+        copies = normal.copies_product(self.m_copies_mean)
+        hidden = jax.nn.relu(hidden if copies is None else hidden + copies)
+        return x.after_layer(values + x.after_layer(hidden).product(self.m_out) + self.out_bias)
+
+
+class AttentionTrunk(nn.Module):
+    """From sets of factors to one feature vector for each neuron and each set element.
+
+    Sites that do not share their set (tokens before a pooling, examples after it) do not attend to one another.
+
+    Attributes:
+        structure: the structure of the model whose factors are read.
+        config: the architecture; ``set_layers`` is the number of blocks.
+        channels: number of channels of each activation and each tangent.
+    """
+
+    structure: GradientStructure
+    config: GradMetaNetConfig
+    channels: int = 1
+
+    def setup(self) -> None:  # noqa: D102
+        width, heads = self.config.width, self.config.attention_heads
+        self.m_own = matrix(self, "own", SLOTS * self.channels, width)
+        self.m_encoding = matrix(self, "encoding", ENCODING_FEATURES, width)
+        self.bias = vector(self, "bias", width)
+        self.blocks = [Block(width, heads) for _ in range(self.config.set_layers)]
+
+    def __call__(self, factors: Factors) -> tuple[Float[Array, "S neurons width"], ...]:
+        """Compute the features of all neurons.
+
+        Args:
+            factors: the factors with channels first: arrays ``[channels, S, d]``, the tangents at per-element scale.
+
+        Returns:
+            For each site of the structure, the features of its neurons for each element of its set.
+        """
+        sites: dict[int, jax.Array] = {}
+        encodings = encode_sites(self.structure)
+        for group in group_sites(self.structure):
+            read = FactorFeatures(self.structure, group, factors)
+            encoding = jnp.concatenate([encodings[s] for s in group.sites])
+            x = read.after_layer(read.product(self.m_own) + (encoding @ self.m_encoding + self.bias))
+            for block in self.blocks:
+                x = block(x)
+            sites.update(zip(group.sites, x.after_layer(normalize(x.values)).per_site()))
+        return tuple(sites[s] for s in range(len(self.structure.sites)))
+
+
+class SetProductLayer(ProductLayer):
+    """The product layer for each element of the set, averaged over the set.
+
+    One element is handled at a time, so the memory is that of the product layer. A parameter whose two sites do not
+    share their set gets the product of the means over each.
+    """
+
+    def __call__(
+        self, neurons: Sequence[Float[Array, "_ _ width"]], parameters: Sequence[Array] | None = None
+    ) -> tuple[Float[Array, "..."] | None, ...]:
+        """Compute the features of all parameter entries (see :class:`ProductLayer`).
+
+        Args:
+            neurons: the features of the neurons of each site, for each element of its set.
+            parameters: the values of the leaves, needed with ``config.use_parameter`` only.
+        """
+        self.check_values(parameters)
+        groups = group_sites(self.structure)
+        group_of = {site: g for g, group in enumerate(groups) for site in group.sites}
+        leaves = self.structure.parameters
+        sets = [{group_of[ref.site] for ref in p.sites} for p in leaves]
+        means = [x.mean(0) for x in neurons]
+        hidden = [self.hidden(i, means, parameters) if len(sets[i]) > 1 else None for i in range(len(leaves))]
+        for g, group in enumerate(groups):
+            mine = [i for i in range(len(leaves)) if sets[i] == {g}]
+            if not mine:
+                continue
+
+            @jax.checkpoint
+            def of_element(
+                features: list[jax.Array], mine: list[int] = mine, sites: tuple[int, ...] = group.sites
+            ) -> list[jax.Array]:
+                placed = list(means)
+                for site, x in zip(sites, features):
+                    placed[site] = x
+                return [h for i in mine if (h := self.hidden(i, placed, parameters)) is not None]
+
+            def add(total: list[jax.Array], features: list[jax.Array]) -> tuple[list[jax.Array], None]:
+                return jax.tree.map(jnp.add, total, of_element(features)), None
+
+            features = [neurons[s] for s in group.sites]
+            shapes = jax.eval_shape(of_element, [x[0] for x in features])
+            zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            totals = jax.lax.scan(add, zeros, features)[0]
+            for i, total in zip(mine, totals):
+                hidden[i] = total / len(features[0])  # a learned optimizer may read a subset of the set
+        return tuple(None if h is None else self.output(i, h) for i, h in enumerate(hidden))

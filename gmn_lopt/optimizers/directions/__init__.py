@@ -1,0 +1,1 @@
+"""The directions that the learned part of an update is added to."""

@@ -1,0 +1,1 @@
+"""What a per-parameter network reads."""

@@ -1,0 +1,74 @@
+"""Whether what a learned optimizer is given belongs to the model that was analysed, and to its architecture."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import PyTree
+
+from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError
+
+
+def check_meta_parameters(phi: PyTree, template: PyTree) -> None:
+    """Raise a ValueError unless ``phi`` is shaped like ``template``."""
+    given, expected = (
+        {jax.tree_util.keystr(path): jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (phi, template)
+    )
+    for name in [*expected, *given]:
+        if given.get(name) == expected.get(name):
+            continue
+        if name not in given:
+            problem = f"phi lacks {name}"
+        elif name not in expected:
+            problem = f"phi holds {name}, which this architecture does not have"
+        else:
+            problem = f"phi{name} has shape {given[name]}, but {expected[name]} in this architecture"
+        raise ValueError(f"{problem}: use meta-parameters from the init of the same LearnedOptimizer")
+
+
+def match_leaves(structure: GradientStructure, tree: PyTree, what: str) -> list[int]:
+    """The index in ``structure.parameters`` of each leaf of ``tree``, some of which optax may have masked.
+
+    Raises:
+        StructureError: if a leaf is not one of the structure's, has another shape, or is missing without a mask.
+    """
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+    index_of = {p.name: i for i, p in enumerate(structure.parameters)}
+    indices, masked = [], []
+    for path, leaf in jax.tree.flatten_with_path(tree, is_leaf=is_masked)[0]:
+        name = jax.tree_util.keystr(path)
+        if is_masked(leaf):
+            masked.append(name)
+            continue
+        if name not in index_of:
+            raise StructureError(
+                f"{what} {name or '(the root)'} is not in the analysed model, which has "
+                f"{', '.join(index_of)}: analyse the model that is being trained"
+            )
+        expected = structure.parameters[index_of[name]].shape
+        if jnp.shape(leaf) != expected:
+            raise StructureError(
+                f"{what} {name} has shape {jnp.shape(leaf)}, but {expected} in the analysed model: "
+                "analyse the model that is being trained"
+            )
+        indices.append(index_of[name])
+    missing = [n for n in index_of if index_of[n] not in set(indices) and not any(n.startswith(m) for m in masked)]
+    # A tree without any leaf is optax's placeholder in tree_map_params, or everything is masked.
+    if missing and (indices or masked):
+        raise StructureError(f"{what} {missing[0]} of the analysed model is missing: analyse the model being trained")
+    return indices
+
+
+def check_factors(structure: GradientStructure, factors: Any) -> None:
+    """Raise an error that says what to do unless ``factors`` are factors of this structure, of any batch size."""
+    if factors is None:
+        raise ValueError(
+            "this learned optimizer reads the factors of the gradient: compute them with "
+            "value, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, *args) "
+            "and call update(grads, state, params, factors=factors)"
+        )
+    if not isinstance(factors, Factors):
+        raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
+    structure.check_factors(factors, any_set_size=True)

@@ -1,0 +1,310 @@
+"""Saving and loading learned optimizers: a directory with JSON and safetensors, nothing executable."""
+
+import hashlib
+import inspect
+import itertools
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+import safetensors
+import safetensors.numpy
+from jaxtyping import PyTree
+
+from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.features.paper import DECAYS
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.util.errors import first_line
+
+FORMAT = "gmn_lopt learned optimizer"
+VERSION = 1
+# Settings that came after the format, and what optimizers that were saved before are taken to have. (None of these had
+# seen an output above 512 in training.)
+ADDED: dict[str, dict[str, Any]] = {
+    "optimizer": {"decay": False, "adapt": False},
+    "gradmetanet": {"attention_heads": 0, "max_output_size": 512, "factor_decays": DECAYS},
+}
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "phi.safetensors"
+SHIPPED = "pretrained"
+
+
+class SerializationError(ValueError):
+    """A saved learned optimizer cannot be written, or cannot be read back."""
+
+
+def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> None:
+    """Save a learned optimizer as a directory: ``config.json`` (architecture) and ``phi.safetensors`` (weights).
+
+    The directory is written under another name and then renamed, so that a reader never sees half of it and a failure
+    leaves what was saved before. The structure is not saved: the optimizer can be loaded for any other model. Only
+    ``unf`` belongs to the leaves of one model, so which spaces they have is saved with it.
+
+    Args:
+        path: the directory; one that holds a saved optimizer is replaced.
+        lopt: the learned optimizer.
+        phi: its meta-parameters.
+
+    Raises:
+        SerializationError: if ``path`` exists and is not a saved optimizer, cannot be written, or ``phi`` is not the
+            optimizer's.
+    """
+    path = Path(path)
+    arrays = {name: np.asarray(array) for name, array in _named_arrays(phi).items()}
+    _check_arrays(arrays, lopt, f"cannot save {path}: phi")
+    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "optimizer": _architecture(lopt)}
+    if lopt.tied_leaves is not None:
+        names = [p.name for p in lopt.structure.parameters]
+        config["leaves"] = [{"name": n, "spaces": list(s)} for n, s in zip(names, lopt.tied_leaves)]
+    if path.exists() and not (path / CONFIG_FILE).is_file():
+        raise SerializationError(f"cannot save {path}: it exists and is not a saved optimizer; choose another path")
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
+        _write(temporary / WEIGHTS_FILE, safetensors.numpy.save(arrays))
+        _write(temporary / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        temporary.chmod(0o755)
+        _replace_directory(temporary, path)
+    except OSError as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise SerializationError(f"cannot save {path}: {error.strerror or error}") from error
+
+
+def load(
+    path: str | os.PathLike[str], structure: GradientStructure, **settings: Any
+) -> optax.GradientTransformationExtraArgs:
+    """Load a saved learned optimizer as an optax transformation for the model with this structure.
+
+    Args:
+        path: a directory that :func:`save` wrote, or the name of an optimizer that ships with the package
+            (:func:`gmn_lopt.list_pretrained`).
+        structure: the structure of the model to train, from :func:`gmn_lopt.analyze`; not necessarily that of the
+            model on which the optimizer was meta-trained.
+        **settings: what this optimizer leaves to its user, such as ``learning_rate`` (a number or an optax schedule)
+            and ``weight_decay``; many optimizers take none. They are those of :meth:`LearnedOptimizer.optimizer`.
+
+    Returns:
+        The transformation.
+
+    Raises:
+        SerializationError: in one line, if there is no such optimizer, its files are damaged or of another version, or
+            it does not take one of the settings; or if it is an ``unf`` that was trained on a model with other leaves
+            or spaces (widths may differ).
+    """
+    lopt, phi = load_learned(path, structure)
+    return make_optimizer(lopt, phi, settings, str(path))
+
+
+def make_optimizer(
+    lopt: LearnedOptimizer, phi: PyTree, settings: Mapping[str, Any], what: str
+) -> optax.GradientTransformationExtraArgs:
+    """Make the transformation of a learned optimizer with settings that its user chose.
+
+    Args:
+        lopt: the learned optimizer.
+        phi: its meta-parameters.
+        settings: keyword arguments of ``lopt.optimizer``.
+        what: the optimizer's name in errors.
+
+    Raises:
+        SerializationError: in one line, if the optimizer does not take one of the settings, or refuses its value.
+    """
+    taken = list(inspect.signature(lopt.optimizer).parameters)[1:]
+    if unknown := [name for name in settings if name not in taken]:
+        raise SerializationError(
+            f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken) or 'no settings'}"
+        )
+    try:
+        return lopt.optimizer(phi, **settings)
+    except (TypeError, ValueError) as error:
+        raise SerializationError(f"{what}: {first_line(error)}") from error
+
+
+def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
+    """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`."""
+    directory = _find(path)
+    lopt = _read_architecture(directory / CONFIG_FILE, structure)
+    weights = directory / WEIGHTS_FILE
+    try:
+        arrays = safetensors.numpy.load(_read(weights))
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        if isinstance(error, SerializationError):
+            raise
+        raise SerializationError(f"{weights} is damaged or not a safetensors file: {first_line(error)}") from error
+    _check_arrays(arrays, lopt, str(weights))
+    template = lopt.template()
+    leaves = [jax.numpy.asarray(arrays[name]) for name in _named_arrays(template)]
+    return lopt, jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def shipped_names() -> tuple[str, ...]:
+    """The names of the learned optimizers that ship with the package."""
+    root = resources.files("gmn_lopt") / SHIPPED
+    if not root.is_dir():
+        return ()
+    # A hidden directory is one that is being written.
+    return tuple(sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+
+
+def digest(phi: PyTree) -> str:
+    """A digest of meta-parameters: equal for equal names, types and values, wherever they were saved."""
+    found = hashlib.sha256()
+    for name, leaf in sorted(_named_arrays(phi).items()):
+        array = np.asarray(leaf)
+        found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
+    return found.hexdigest()[:16]
+
+
+def _architecture(lopt: LearnedOptimizer) -> dict[str, Any]:
+    """Everything about a learned optimizer but its structure, as JSON values."""
+    values = {f.name: getattr(lopt, f.name) for f in fields(lopt) if f.name != "structure"}
+    return values | {"gradmetanet": None if lopt.gradmetanet is None else asdict(lopt.gradmetanet)}
+
+
+def _named_arrays(tree: PyTree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
+
+
+def _check_arrays(arrays: dict[str, np.ndarray], lopt: LearnedOptimizer, what: str) -> None:
+    """Raise an error that begins with ``what`` where the arrays are not meta-parameters of the learned optimizer."""
+    expected = _named_arrays(lopt.template())
+    for name in expected:
+        if name not in arrays:
+            raise SerializationError(f"{what} lacks {name}, which the architecture in {CONFIG_FILE} needs")
+    for name, array in sorted(arrays.items()):
+        if name not in expected:
+            raise SerializationError(f"{what} holds {name}, which the architecture in {CONFIG_FILE} does not have")
+        if array.shape != expected[name].shape:
+            raise SerializationError(
+                f"{what} holds {name} with shape {array.shape}, but the architecture in {CONFIG_FILE} needs "
+                f"{expected[name].shape}"
+            )
+        if array.dtype != expected[name].dtype:
+            raise SerializationError(f"{what} holds {name} as {array.dtype}, not {expected[name].dtype}")
+
+
+def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptimizer:
+    try:
+        config = json.loads(_read(file))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise SerializationError(f"{file} is damaged or not JSON: {first_line(error)}") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
+    if config.get("version") != VERSION:
+        raise SerializationError(
+            f"{file} has format version {config.get('version')!r}, but this gmn_lopt reads version {VERSION}: "
+            "install the gmn_lopt that wrote it"
+        )
+    architecture: Any = config.get("optimizer")
+    known = {f.name for f in fields(LearnedOptimizer)} - {"structure"}
+    if isinstance(architecture, dict):
+        architecture = ADDED["optimizer"] | architecture
+    _check_keys(architecture, known, f'{file}: "optimizer"')
+    gradmetanet = architecture["gradmetanet"]
+    if gradmetanet is not None:
+        gradmetanet = ADDED["gradmetanet"] | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
+        _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
+    try:
+        architecture["gradmetanet"] = None if gradmetanet is None else gradmetanet_from_json(gradmetanet)
+        lopt = LearnedOptimizer(structure, **architecture)
+    except (TypeError, ValueError) as error:
+        raise SerializationError(f"{file}: {first_line(error)}") from error
+    if lopt.tied_leaves is not None:
+        _check_leaves(config.get("leaves"), lopt, file)
+    return lopt
+
+
+def gradmetanet_from_json(values: Mapping[str, Any]) -> GradMetaNetConfig:
+    """The architecture of a GradMetaNet from JSON, which has lists for tuples.
+
+    Raises:
+        TypeError, ValueError: a setting is not known, or has a value that is not possible.
+    """
+    return GradMetaNetConfig(**{**values, "factor_decays": tuple(values.get("factor_decays", DECAYS))})
+
+
+def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
+    """Raise an error unless the model has the leaves, over the same spaces, that the optimizer was saved with."""
+    try:
+        there = [(str(leaf["name"]), tuple(leaf["spaces"])) for leaf in saved]
+    except (TypeError, KeyError) as error:
+        raise SerializationError(f'{file}: "leaves" is missing or damaged, which {lopt.backbone} needs') from error
+    here = [(p.name, spaces) for p, spaces in zip(lopt.structure.parameters, lopt.tied_leaves or ())]
+    if [spaces for _, spaces in there] == [spaces for _, spaces in here]:
+        return
+    different = (i for i, (a, b) in enumerate(itertools.zip_longest(there, here)) if not (a and b and a[1] == b[1]))
+    first = next(different)
+    leaf, other = (
+        f"{leaves[first][0]} over spaces {leaves[first][1]}" if first < len(leaves) else "missing"
+        for leaves in (there, here)
+    )
+    raise SerializationError(
+        f"{file}: {lopt.backbone} belongs to the model that it was trained on, of which only widths may change; leaf "
+        f"{first} was {leaf} there and is {other} in this model: meta-train {lopt.backbone} on this model, or use ds, "
+        "which fits any model"
+    )
+
+
+def _check_keys(value: Any, known: set[str], what: str) -> None:
+    if not isinstance(value, dict):
+        raise SerializationError(f"{what} is missing or not an object")
+    for problem, names in (("lacks", known - set(value)), ("has the unknown entry", set(value) - known)):
+        if names:
+            raise SerializationError(f"{what} {problem} {', '.join(sorted(names))}")
+
+
+def _find(path: str | os.PathLike[str]) -> Path:
+    """The directory of a saved optimizer, or of one that ships with the package."""
+    directory = Path(path)
+    if not directory.exists():
+        names = shipped_names()
+        if str(path) in names:
+            return Path(str(resources.files("gmn_lopt") / SHIPPED / str(path)))
+        ships = f"are {', '.join(names)}" if names else "do not exist in this version"
+        raise SerializationError(f"{path} is neither a directory nor a shipped optimizer (those {ships})")
+    if not directory.is_dir():
+        raise SerializationError(f"{path} is not a directory: give the one that gmn_lopt.save wrote")
+    return directory
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise SerializationError(f"{file} is missing: {file.parent} is not a saved optimizer") from error
+    except OSError as error:
+        raise SerializationError(f"{file} cannot be read: {error.strerror or error}") from error
+
+
+def _write(file: Path, data: bytes) -> None:
+    with file.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _replace_directory(new: Path, path: Path) -> None:
+    """Rename ``new`` to ``path``; a directory cannot be renamed onto a full one, so the old one steps aside first."""
+    if not path.exists():
+        new.rename(path)
+        return
+    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
+    path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

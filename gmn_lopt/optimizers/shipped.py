@@ -1,0 +1,48 @@
+"""The pretrained optimizers that ship with the package, and their model cards."""
+
+import json
+from importlib import resources
+from typing import Any
+
+from gmn_lopt.optimizers.saved import SHIPPED, SerializationError, shipped_names
+from gmn_lopt.util.errors import first_line
+
+CARD_FILE = "card.json"
+
+
+def list_pretrained() -> dict[str, str]:
+    """List the pretrained optimizers that ship with the package.
+
+    Returns:
+        For each name, which :func:`gmn_lopt.load` takes, one line on what the optimizer is.
+
+    Raises:
+        SerializationError: in one line, if a card is missing or damaged.
+    """
+    return {name: str(card(name).get("description", "")) for name in shipped_names()}
+
+
+def card(name: str) -> dict[str, Any]:
+    """Read the model card of a shipped optimizer: how it was trained, and all numbers of its evaluations.
+
+    Args:
+        name: one of :func:`list_pretrained`.
+
+    Returns:
+        JSON values. ``training`` has the tasks, the recipe with the time it took and the commands; ``evaluations`` one
+        entry for each report of ``eval.py``. Losses are as measured, times in seconds.
+
+    Raises:
+        SerializationError: in one line, if there is no such optimizer, or its card is missing or damaged.
+    """
+    names = shipped_names()
+    if name not in names:
+        raise SerializationError(f"{name} is not a shipped optimizer; there are: {', '.join(names) or 'none yet'}")
+    file = resources.files("gmn_lopt") / SHIPPED / name / CARD_FILE
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise SerializationError(f"{file} is missing or damaged: {first_line(error)}; reinstall gmn_lopt") from error
+    if not isinstance(content, dict):
+        raise SerializationError(f"{file} is damaged: not an object; reinstall gmn_lopt")
+    return content
