@@ -1,6 +1,6 @@
 """GradMetaNet as a drop-in optax optimizer: learned optimizers that read sets of decomposed gradients."""
 
-from gmn_lopt.factors.structure import (
+from gmn_lopt.factors import (
     Factors,
     GradientStructure,
     Layer,
@@ -9,32 +9,81 @@ from gmn_lopt.factors.structure import (
     SiteRef,
     Space,
     StructureError,
+    analyze,
+    value_grad_and_factors,
 )
-from gmn_lopt.factors.value_and_grad import analyze, value_grad_and_factors
-from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
-from gmn_lopt.optimizers.saved import SerializationError, load, save
-from gmn_lopt.optimizers.shipped import card, list_pretrained
+from gmn_lopt.networks import (
+    UNF,
+    GradMetaNet,
+    GradMetaNetConfig,
+    GradMetaNetPlusPlus,
+    GradMetaNetPlusPlusConfig,
+    InvariantGradMetaNet,
+    PointwiseMLP,
+)
+from gmn_lopt.optimizers import (
+    Additive,
+    Constant,
+    Denoised,
+    Feedback,
+    LearnedOptimizer,
+    LearnedOptimizerState,
+    Momentum,
+    Muon,
+    Normalized,
+    PaperFeatures,
+    PowerLaw,
+    Recipe,
+    Residual,
+    ScaleFree,
+    SerializationError,
+    SetReader,
+    card,
+    denoised,
+    list_pretrained,
+    load,
+    recipe,
+    save,
+)
 
 __all__ = [
+    "UNF",
+    "Additive",
+    "Constant",
+    "Denoised",
     "Factors",
+    "Feedback",
     "GradMetaNet",
     "GradMetaNetConfig",
+    "GradMetaNetPlusPlus",
+    "GradMetaNetPlusPlusConfig",
     "GradientStructure",
     "InvariantGradMetaNet",
     "Layer",
     "LearnedOptimizer",
     "LearnedOptimizerState",
+    "Momentum",
+    "Muon",
+    "Normalized",
+    "PaperFeatures",
     "Parameter",
+    "PointwiseMLP",
+    "PowerLaw",
+    "Recipe",
+    "Residual",
+    "ScaleFree",
     "SerializationError",
+    "SetReader",
     "Site",
     "SiteRef",
     "Space",
     "StructureError",
     "analyze",
     "card",
+    "denoised",
     "list_pretrained",
     "load",
+    "recipe",
     "save",
     "value_grad_and_factors",
 ]

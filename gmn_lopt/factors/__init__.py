@@ -1,1 +1,26 @@
 """What a gradient is made of: its rank-1 factors, and the structure of the model (arXiv:2507.01649, section 3)."""
+
+from gmn_lopt.factors.structure import (
+    Factors,
+    GradientStructure,
+    Layer,
+    Parameter,
+    Site,
+    SiteRef,
+    Space,
+    StructureError,
+)
+from gmn_lopt.factors.value_and_grad import analyze, value_grad_and_factors
+
+__all__ = [
+    "Factors",
+    "GradientStructure",
+    "Layer",
+    "Parameter",
+    "Site",
+    "SiteRef",
+    "Space",
+    "StructureError",
+    "analyze",
+    "value_grad_and_factors",
+]

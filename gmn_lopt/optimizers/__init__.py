@@ -1,1 +1,43 @@
-"""Learned optimizers as optax transformations (arXiv:2507.01649, section 6)."""
+"""Learned optimizers as optax transformations (arXiv:2507.01649, section 6), composed of parts: one file each."""
+
+from gmn_lopt.optimizers.alias import denoised
+from gmn_lopt.optimizers.directions import Denoised, Direction, Momentum, Muon
+from gmn_lopt.optimizers.features import Features, PaperFeatures, ScaleFree
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
+from gmn_lopt.optimizers.recipes import RECIPES, Recipe, recipe
+from gmn_lopt.optimizers.residual import Residual
+from gmn_lopt.optimizers.rules import Additive, Normalized, Rule
+from gmn_lopt.optimizers.saved import SerializationError, load, save
+from gmn_lopt.optimizers.set_reader import SetReader
+from gmn_lopt.optimizers.shipped import card, list_pretrained
+from gmn_lopt.optimizers.step_size import Constant, Feedback, PowerLaw, StepSize
+
+__all__ = [
+    "RECIPES",
+    "Additive",
+    "Constant",
+    "Denoised",
+    "Direction",
+    "Feedback",
+    "Features",
+    "LearnedOptimizer",
+    "LearnedOptimizerState",
+    "Momentum",
+    "Muon",
+    "Normalized",
+    "PaperFeatures",
+    "PowerLaw",
+    "Recipe",
+    "Residual",
+    "Rule",
+    "ScaleFree",
+    "SerializationError",
+    "SetReader",
+    "StepSize",
+    "card",
+    "denoised",
+    "list_pretrained",
+    "load",
+    "recipe",
+    "save",
+]

@@ -72,3 +72,19 @@ def check_factors(structure: GradientStructure, factors: Any) -> None:
     if not isinstance(factors, Factors):
         raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
     structure.check_factors(factors, any_set_size=True)
+
+
+def factors_per_element(structure: GradientStructure, factors: Any) -> Factors:
+    """The factors in float32 (token ids stay), the tangents at per-element scale; checked by :func:`check_factors`."""
+    check_factors(structure, factors)
+    ids = structure.token_ids
+    return Factors(
+        tuple(a if i in ids else jnp.asarray(a, jnp.float32) for i, a in enumerate(factors.activations)),
+        tuple(g.shape[0] * jnp.asarray(g, jnp.float32) for g in factors.tangents),
+    )
+
+
+def tied_leaves(structure: GradientStructure) -> tuple[tuple[int, ...], ...]:
+    """What the weights of ``UNF`` belong to: the spaces of each leaf, numbered as they come."""
+    numbers: dict[int, int] = {}
+    return tuple(tuple(numbers.setdefault(s, len(numbers)) for s in p.spaces) for p in structure.parameters)

@@ -1,76 +1,116 @@
-"""The update rules: how a base direction and the outputs of a backbone make the step of one leaf."""
+"""The update rules: how a direction and the residual make the step of one parameter."""
+
+import abc
+from dataclasses import dataclass
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmn_lopt.factors.matrices import is_kernel, orthogonalize
-from gmn_lopt.factors.structure import Parameter
+from gmn_lopt.util.checks import positive
 
-RULES = ("additive", "normalized")
-# How much an output of one of the backbone's second output changes the logarithm of a step.
-MAGNITUDE_SCALE, GATE_SCALE = 0.001, 0.5
+# How much the second output of the network changes the logarithm of the first, in the normalised rule.
+MAGNITUDE_SCALE = 0.001
 TINY = 1e-30
 
 
-def additive_step(
-    v: Float[Array, "*shape"],
-    outputs: Float[Array, "size outputs"],
-    beta: Float[Array, ""],
-    gate: bool,
-    bound: float | None,
-) -> Float[Array, "*shape"]:
-    """``v + beta F`` of one leaf, with its gate and bound (see :class:`gmn_lopt.LearnedOptimizer`).
+@dataclass(frozen=True)
+class Rule(abc.ABC):
+    """How a direction ``v`` and the residual ``beta F`` make a step ``D``; the update is ``-(step size) D``.
 
-    Args:
-        v: the base direction.
-        outputs: the backbone's outputs for the entries of the leaf in row-major order.
-        beta: the weight of the backbone's part.
-        gate: whether the second output scales ``v``.
-        bound: the largest size of the backbone's part relative to ``v``; None: no bound.
+    Attributes:
+        outputs: number of outputs for each parameter entry that the rule wants of the residual's network.
     """
-    learned = beta * outputs[:, 0].reshape(v.shape)
-    if bound is not None:
-        learned = jnp.minimum(1.0, bound * _rms(v) / _rms(learned)) * learned
-    return (_gated(v, outputs) if gate else v) + learned
+
+    outputs: ClassVar[int]
+
+    @abc.abstractmethod
+    def step(
+        self,
+        v: Float[Array, "*shape"],
+        outputs: Float[Array, "size outputs"] | None,
+        beta: Float[Array, ""] | None,
+        sized: bool,
+    ) -> Float[Array, "*shape"]:
+        """The step of one parameter.
+
+        Args:
+            v: the direction.
+            outputs: those of the network for the parameter's entries in row-major order; None without a residual.
+            beta: the weight of the residual; None without.
+            sized: whether the direction has a size of its own (:attr:`Direction.sized`).
+        """
 
 
-def normalized_step(
-    parameter: Parameter,
-    v: Float[Array, "*shape"],
-    outputs: Float[Array, "size outputs"] | None,
-    beta: Float[Array, ""] | None,
-    gamma: Float[Array, ""] | None,
-    gate: bool,
-    sized: bool,
-) -> Float[Array, "*shape"]:
-    """``N(v / rms(v) + beta F)`` of one leaf, with its gate (see :class:`gmn_lopt.LearnedOptimizer`).
+@dataclass(frozen=True)
+class Additive(Rule):
+    """The paper's rule, ``v + beta F`` (arXiv:2507.01649, section 6; Harrison et al. 2022, arXiv:2209.11208).
 
-    Args:
-        parameter: the leaf.
-        v: the base direction.
-        outputs: the backbone's outputs for the entries of the leaf in row-major order; None without a backbone.
-        beta: the weight of the backbone's part; None without a backbone.
-        gamma: the size of steps that are not orthogonalised; None where none are orthogonalised (the size is one).
-        gate: whether the second output scales the step.
-        sized: whether the step has the direction's size, where it is not orthogonalised, instead of one.
+    Attributes:
+        bound: the largest ``beta rms(F) / rms(v)``, per tensor; beyond, ``F`` is scaled down. None: no bound.
+
+    Raises:
+        ValueError: ``bound`` is not positive.
+
+    Example:
+        >>> Additive().step(jnp.ones(2), jnp.ones((2, 1)), jnp.array(0.5), sized=False)
+        Array([1.5, 1.5], dtype=float32)
     """
-    if outputs is None and sized and gamma is None:  # v as it is: nothing to add, and no other size
-        return v
-    size = _rms(v)
-    d = v / size
-    if outputs is not None and beta is not None:
-        learned = outputs[:, 0] if gate else outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])
-        d = d + beta * learned.reshape(v.shape)
-    if gamma is not None and is_kernel(parameter):
-        d = orthogonalize(parameter, d)
-    else:
-        d = d / _rms(d) * (gamma if gamma is not None else size if sized else 1.0)
-    return d if outputs is None or not gate else _gated(d, outputs)
+
+    bound: float | None = None
+    outputs = 1
+
+    def __post_init__(self) -> None:
+        if self.bound is not None:
+            positive(self, "bound", self.bound)
+
+    def step(
+        self,
+        v: Float[Array, "*shape"],
+        outputs: Float[Array, "size outputs"] | None,
+        beta: Float[Array, ""] | None,
+        sized: bool,
+    ) -> Float[Array, "*shape"]:
+        """``v + beta F``."""
+        if outputs is None or beta is None:
+            return v
+        residual = beta * outputs[:, 0].reshape(v.shape)
+        if self.bound is not None:
+            residual = jnp.minimum(1.0, self.bound * _rms(v) / _rms(residual)) * residual
+        return v + residual
 
 
-def _gated(d: jax.Array, outputs: jax.Array) -> jax.Array:
-    return d * jnp.exp(GATE_SCALE * outputs[:, 1]).reshape(d.shape)
+@dataclass(frozen=True)
+class Normalized(Rule):
+    """``N(v / rms(v) + beta F)``, ``F = direction x exp(0.001 magnitude)``: of a size that the residual has no say in.
+
+    ``N(D) = D / rms(D)``, per tensor, so that only the step size sets it: the rule of Celo2 (Moudgil et al. 2026,
+    arXiv:2602.19142) with a direction to start from. Where the direction has a size of its own the step keeps it:
+    ``N(D) = rms(v) D / rms(D)``.
+
+    Example:
+        >>> Normalized().step(jnp.full(2, 5.0), None, None, sized=False)
+        Array([1., 1.], dtype=float32)
+    """
+
+    outputs = 2
+
+    def step(
+        self,
+        v: Float[Array, "*shape"],
+        outputs: Float[Array, "size outputs"] | None,
+        beta: Float[Array, ""] | None,
+        sized: bool,
+    ) -> Float[Array, "*shape"]:
+        """``N(v / rms(v) + beta F)``."""
+        if outputs is None and sized:  # v as it is: nothing to add, and no other size
+            return v
+        size = _rms(v)
+        d = v / size
+        if outputs is not None and beta is not None:
+            d = d + beta * (outputs[:, 0] * jnp.exp(MAGNITUDE_SCALE * outputs[:, 1])).reshape(v.shape)
+        return d / _rms(d) * (size if sized else 1.0)
 
 
 def _rms(x: jax.Array) -> jax.Array:

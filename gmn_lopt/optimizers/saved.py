@@ -8,7 +8,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,22 +20,18 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
-from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
-from gmn_lopt.optimizers.features.paper import DECAYS
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.leaves import tied_leaves
+from gmn_lopt.optimizers.recipes import Recipe
+from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.errors import first_line
 
 FORMAT = "gmn_lopt learned optimizer"
-VERSION = 1
-# Settings that came after the format, and what optimizers that were saved before are taken to have. (None of these had
-# seen an output above 512 in training.)
-ADDED: dict[str, dict[str, Any]] = {
-    "optimizer": {"decay": False, "adapt": False},
-    "gradmetanet": {"attention_heads": 0, "max_output_size": 512, "factor_decays": DECAYS},
-}
+VERSION = 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
+SAVED_BEFORE = "it was saved by gmn_lopt 0.1: load it there, or meta-train it again with this version's recipes"
 
 
 class SerializationError(ValueError):
@@ -48,7 +43,7 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
 
     The directory is written under another name and then renamed, so that a reader never sees half of it and a failure
     leaves what was saved before. The structure is not saved: the optimizer can be loaded for any other model. Only
-    ``unf`` belongs to the leaves of one model, so which spaces they have is saved with it.
+    ``UNF`` belongs to the leaves of one model, so which spaces they have is saved with it.
 
     Args:
         path: the directory; one that holds a saved optimizer is replaced.
@@ -58,21 +53,27 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     Raises:
         SerializationError: if ``path`` exists and is not a saved optimizer, cannot be written, or ``phi`` is not the
             optimizer's.
+
+    Example:
+        >>> lopt = gmn_lopt.recipe("sgdm", gmn_lopt.analyze(lambda p, x: jnp.mean(x @ p), jnp.ones((2, 1)), jnp.ones((3, 2))))
+        >>> gmn_lopt.save(tmp_path / "my-optimizer", lopt, lopt.init(jax.random.key(0)))
     """
     path = Path(path)
     arrays = {name: np.asarray(array) for name, array in _named_arrays(phi).items()}
     _check_arrays(arrays, lopt, f"cannot save {path}: phi")
-    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "optimizer": _architecture(lopt)}
-    if lopt.tied_leaves is not None:
-        names = [p.name for p in lopt.structure.parameters]
-        config["leaves"] = [{"name": n, "spaces": list(s)} for n, s in zip(names, lopt.tied_leaves)]
+    weights = safetensors.numpy.save(arrays)
+    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "optimizer": to_json(Recipe.of(lopt))}
+    if _is_tied(lopt):
+        leaves = zip(lopt.structure.parameters, tied_leaves(lopt.structure))
+        config["leaves"] = [{"name": p.name, "spaces": list(spaces)} for p, spaces in leaves]
+    config["checksum"] = _checksum(config, weights)
     if path.exists() and not (path / CONFIG_FILE).is_file():
         raise SerializationError(f"cannot save {path}: it exists and is not a saved optimizer; choose another path")
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
-        _write(temporary / WEIGHTS_FILE, safetensors.numpy.save(arrays))
+        _write(temporary / WEIGHTS_FILE, weights)
         _write(temporary / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
         temporary.chmod(0o755)
         _replace_directory(temporary, path)
@@ -119,13 +120,11 @@ def make_optimizer(
         what: the optimizer's name in errors.
 
     Raises:
-        SerializationError: in one line, if the optimizer does not take one of the settings, or refuses its value.
+        SerializationError: in one line, if there is no such setting, or its value is refused.
     """
     taken = list(inspect.signature(lopt.optimizer).parameters)[1:]
     if unknown := [name for name in settings if name not in taken]:
-        raise SerializationError(
-            f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken) or 'no settings'}"
-        )
+        raise SerializationError(f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken)}")
     try:
         return lopt.optimizer(phi, **settings)
     except (TypeError, ValueError) as error:
@@ -135,15 +134,22 @@ def make_optimizer(
 def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
     """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`."""
     directory = _find(path)
-    lopt = _read_architecture(directory / CONFIG_FILE, structure)
-    weights = directory / WEIGHTS_FILE
+    file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    config = _read_config(file)
     try:
-        arrays = safetensors.numpy.load(_read(weights))
+        lopt = from_json(config.get("optimizer"), Recipe, "optimizer").build(structure)
+    except ValueError as error:
+        raise SerializationError(f"{file}: {first_line(error)}") from error
+    if _is_tied(lopt):
+        _check_leaves(config.get("leaves"), lopt, file)
+    content = _read(weights)
+    try:
+        arrays = safetensors.numpy.load(content)
     except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        if isinstance(error, SerializationError):
-            raise
         raise SerializationError(f"{weights} is damaged or not a safetensors file: {first_line(error)}") from error
     _check_arrays(arrays, lopt, str(weights))
+    if config.pop("checksum", None) != _checksum(config, content):
+        raise SerializationError(f"{directory} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not what was saved")
     template = lopt.template()
     leaves = [jax.numpy.asarray(arrays[name]) for name in _named_arrays(template)]
     return lopt, jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -167,10 +173,13 @@ def digest(phi: PyTree) -> str:
     return found.hexdigest()[:16]
 
 
-def _architecture(lopt: LearnedOptimizer) -> dict[str, Any]:
-    """Everything about a learned optimizer but its structure, as JSON values."""
-    values = {f.name: getattr(lopt, f.name) for f in fields(lopt) if f.name != "structure"}
-    return values | {"gradmetanet": None if lopt.gradmetanet is None else asdict(lopt.gradmetanet)}
+def _is_tied(lopt: LearnedOptimizer) -> bool:
+    """Whether the meta-parameters belong to the leaves of one model."""
+    return lopt.residual is not None and lopt.residual.network.tied
+
+
+def _checksum(config: Mapping[str, Any], weights: bytes) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()
 
 
 def _named_arrays(tree: PyTree) -> dict[str, Any]:
@@ -195,44 +204,20 @@ def _check_arrays(arrays: dict[str, np.ndarray], lopt: LearnedOptimizer, what: s
             raise SerializationError(f"{what} holds {name} as {array.dtype}, not {expected[name].dtype}")
 
 
-def _read_architecture(file: Path, structure: GradientStructure) -> LearnedOptimizer:
+def _read_config(file: Path) -> dict[str, Any]:
     try:
         config = json.loads(_read(file))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, SerializationError):
+            raise
         raise SerializationError(f"{file} is damaged or not JSON: {first_line(error)}") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
     if config.get("version") != VERSION:
-        raise SerializationError(
-            f"{file} has format version {config.get('version')!r}, but this gmn_lopt reads version {VERSION}: "
-            "install the gmn_lopt that wrote it"
-        )
-    architecture: Any = config.get("optimizer")
-    known = {f.name for f in fields(LearnedOptimizer)} - {"structure"}
-    if isinstance(architecture, dict):
-        architecture = ADDED["optimizer"] | architecture
-    _check_keys(architecture, known, f'{file}: "optimizer"')
-    gradmetanet = architecture["gradmetanet"]
-    if gradmetanet is not None:
-        gradmetanet = ADDED["gradmetanet"] | gradmetanet if isinstance(gradmetanet, dict) else gradmetanet
-        _check_keys(gradmetanet, {f.name for f in fields(GradMetaNetConfig)}, f'{file}: "gradmetanet"')
-    try:
-        architecture["gradmetanet"] = None if gradmetanet is None else gradmetanet_from_json(gradmetanet)
-        lopt = LearnedOptimizer(structure, **architecture)
-    except (TypeError, ValueError) as error:
-        raise SerializationError(f"{file}: {first_line(error)}") from error
-    if lopt.tied_leaves is not None:
-        _check_leaves(config.get("leaves"), lopt, file)
-    return lopt
-
-
-def gradmetanet_from_json(values: Mapping[str, Any]) -> GradMetaNetConfig:
-    """The architecture of a GradMetaNet from JSON, which has lists for tuples.
-
-    Raises:
-        TypeError, ValueError: a setting is not known, or has a value that is not possible.
-    """
-    return GradMetaNetConfig(**{**values, "factor_decays": tuple(values.get("factor_decays", DECAYS))})
+        hint = SAVED_BEFORE if config.get("version") == 1 else "install the gmn_lopt that wrote it"
+        found = str(config.get("version"))[:20]
+        raise SerializationError(f"{file} has format version {found}, this gmn_lopt reads version {VERSION}: {hint}")
+    return config
 
 
 def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
@@ -240,8 +225,8 @@ def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
     try:
         there = [(str(leaf["name"]), tuple(leaf["spaces"])) for leaf in saved]
     except (TypeError, KeyError) as error:
-        raise SerializationError(f'{file}: "leaves" is missing or damaged, which {lopt.backbone} needs') from error
-    here = [(p.name, spaces) for p, spaces in zip(lopt.structure.parameters, lopt.tied_leaves or ())]
+        raise SerializationError(f'{file}: "leaves" is missing or damaged, which UNF needs') from error
+    here = [(p.name, spaces) for p, spaces in zip(lopt.structure.parameters, tied_leaves(lopt.structure))]
     if [spaces for _, spaces in there] == [spaces for _, spaces in here]:
         return
     different = (i for i, (a, b) in enumerate(itertools.zip_longest(there, here)) if not (a and b and a[1] == b[1]))
@@ -251,18 +236,10 @@ def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
         for leaves in (there, here)
     )
     raise SerializationError(
-        f"{file}: {lopt.backbone} belongs to the model that it was trained on, of which only widths may change; leaf "
-        f"{first} was {leaf} there and is {other} in this model: meta-train {lopt.backbone} on this model, or use ds, "
-        "which fits any model"
+        f"{file}: UNF belongs to the model that it was trained on, of which only widths may change; leaf "
+        f"{first} was {leaf} there and is {other} in this model: meta-train it on this model, or use a "
+        "PointwiseMLP, which fits any"
     )
-
-
-def _check_keys(value: Any, known: set[str], what: str) -> None:
-    if not isinstance(value, dict):
-        raise SerializationError(f"{what} is missing or not an object")
-    for problem, names in (("lacks", known - set(value)), ("has the unknown entry", set(value) - known)):
-        if names:
-            raise SerializationError(f"{what} {problem} {', '.join(sorted(names))}")
 
 
 def _find(path: str | os.PathLike[str]) -> Path:

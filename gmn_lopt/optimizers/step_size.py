@@ -1,7 +1,7 @@
-"""The learned schedule of the step size: a power law in time, and a feedback that needs neither task nor horizon.
+"""The step size: constant or a power law in time, with or without a feedback that needs neither task nor horizon.
 
-The step size of a tensor is ``alpha (1 + t / tau)^-power exp(c)``. The power law is ``decay``; ``c`` is ``adapt``, one
-for each tensor, and moves by
+The step size of a tensor is ``alpha (1 + t / tau)^-power exp(c)``: a schedule, and :class:`Feedback`'s ``c``, one for
+each tensor, which moves by
 
     ``c <- c + gain (z + overshoot)``,  ``z = cos(-g, u)``, divided by its root mean square, cut to ``[-1, 1]``
 
@@ -20,13 +20,17 @@ law, and do more than it, but starts from the largest steps that there will be.
 A learning rate that the user gives sets the step size alone, without either.
 """
 
-from collections.abc import Sequence
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
+
+from gmn_lopt.util.checks import positive
 
 SQUARE_DECAY, TINY = 0.98, 1e-30
 SMALL = 2**12  # entries
@@ -47,30 +51,133 @@ class StepSizeState(NamedTuple):
     log_factor: Float[Array, " n"]
 
 
-def power_law(phi: PyTree, step: Int[Array, ""]) -> Float[Array, ""]:
-    """``(1 + step / tau)^-power``."""
-    return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
+@dataclass(frozen=True)
+class Feedback:
+    """Adapts the step size of each tensor by whether gradients agree with the steps before them; see above.
+
+    Attributes:
+        gain, overshoot: where the coefficients of these names start.
+
+    Raises:
+        ValueError: one of them is not positive.
+    """
+
+    gain: float = 0.02
+    overshoot: float = 0.02
+
+    def __post_init__(self) -> None:
+        positive(self, "gain", self.gain)
+        positive(self, "overshoot", self.overshoot)
 
 
-def init_step_size(zeros: PyTree) -> StepSizeState:
-    """The state before the first step; ``zeros`` are shaped like the parameters."""
-    each = jnp.zeros(len(jax.tree.leaves(zeros)))
-    return StepSizeState(zeros, each, each)
+@dataclass(frozen=True)
+class StepSize(abc.ABC):
+    """The step size of each tensor, ``alpha`` times a schedule, with or without feedback.
+
+    Attributes:
+        initial: where ``alpha`` starts.
+        feedback: adapts the step size of each tensor; None: all have the scheduled one.
+
+    Raises:
+        ValueError: a coefficient does not start above zero.
+    """
+
+    initial: float = 0.1
+    feedback: Feedback | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self) if f.name != "feedback"):
+            positive(self, name, getattr(self, name))
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether it changes by itself while training."""
+        return self.feedback is not None
+
+    def coefficients(self) -> dict[str, float]:
+        """``alpha``, the schedule's, and the feedback's."""
+        schedule = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("initial", "feedback")}
+        feedback = {} if self.feedback is None else asdict(self.feedback)
+        return {"alpha": self.initial} | schedule | feedback
+
+    @abc.abstractmethod
+    def schedule(self, phi: Mapping[str, Array], step: Int[Array, ""]) -> Float[Array, ""] | float:
+        """What ``alpha`` is multiplied by after ``step`` steps; at most one."""
+
+    def init(self, zeros: PyTree) -> StepSizeState | tuple[()]:
+        """The state before the first step; ``zeros`` are shaped like the parameters."""
+        each = jnp.zeros(len(jax.tree.leaves(zeros)), jnp.float32)
+        return () if self.feedback is None else StepSizeState(zeros, each, each)
+
+    def update(
+        self, phi: Mapping[str, Array], state: StepSizeState | tuple[()], grads: PyTree, step: Int[Array, ""]
+    ) -> tuple[list[Array], StepSizeState | tuple[()]]:
+        """The step size of each tensor, and the new state, whose update is still that of the step before.
+
+        Args:
+            phi: the coefficients, ``log_NAME`` each.
+            state: the state, with the last update.
+            grads: float32 gradients.
+            step: number of steps taken.
+        """
+        scheduled = self.schedule(phi, step)
+        size = jnp.exp(phi["log_alpha"]) * scheduled
+        if not isinstance(state, StepSizeState):
+            return [size] * len(jax.tree.leaves(grads)), state
+        state = _adapt(phi, state, grads, step, scheduled)
+        return list(size * jnp.exp(state.log_factor)), state
 
 
-def adapt_step_size(
-    phi: PyTree, state: StepSizeState, grads: PyTree, step: Int[Array, ""], scheduled: Float[Array, ""] | float = 1.0
+@dataclass(frozen=True)
+class Constant(StepSize):
+    """``alpha``.
+
+    Example:
+        >>> Constant(0.1).coefficients()
+        {'alpha': 0.1}
+    """
+
+    def schedule(self, phi: Mapping[str, Array], step: Int[Array, ""]) -> float:
+        """One."""
+        return 1.0
+
+
+@dataclass(frozen=True)
+class PowerLaw(StepSize):
+    """``alpha (1 + t / tau)^-power`` after ``t`` steps: it falls, and needs no horizon.
+
+    Attributes:
+        initial, feedback: see :class:`StepSize`.
+        tau, power: where the coefficients of these names start; ``tau`` in steps.
+
+    Example:
+        >>> PowerLaw(0.1, tau=30.0, power=1.0, feedback=Feedback()).coefficients()
+        {'alpha': 0.1, 'tau': 30.0, 'power': 1.0, 'gain': 0.02, 'overshoot': 0.02}
+    """
+
+    tau: float = 30.0
+    power: float = 1.0
+
+    @property
+    def scheduled(self) -> bool:
+        """True."""
+        return True
+
+    def schedule(self, phi: Mapping[str, Array], step: Int[Array, ""]) -> Float[Array, ""]:
+        """``(1 + step / tau)^-power``."""
+        return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
+
+
+def _adapt(
+    phi: Mapping[str, Array],
+    state: StepSizeState,
+    grads: PyTree,
+    step: Int[Array, ""],
+    scheduled: Float[Array, ""] | float,
 ) -> StepSizeState:
     """Advance ``c`` by one gradient; the first step leaves it alone.
 
     The cosine counts as data: nothing is differentiated through it, but ``c`` has a derivative by its coefficients.
-
-    Args:
-        phi: meta-parameters, of which the coefficients are read.
-        state: the state, with the last update.
-        grads: float32 gradients.
-        step: number of steps taken.
-        scheduled: what else the step size is multiplied by, such as the power law.
     """
     gain, overshoot = jnp.exp(phi["log_gain"]), jnp.exp(phi["log_overshoot"])
     correction = 1 - SQUARE_DECAY ** jnp.maximum(step, 1).astype(jnp.float32)

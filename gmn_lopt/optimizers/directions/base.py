@@ -1,0 +1,70 @@
+"""What a direction has to provide."""
+
+import abc
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from jaxtyping import Array, PyTree
+
+from gmn_lopt.factors.structure import Factors, GradientStructure
+
+
+@dataclass(frozen=True)
+class Direction(abc.ABC):
+    """The hand-designed part of an update, which the learned part is added to.
+
+    A direction is one file with one class: its fields are where its coefficients start, its state is explicit.
+
+    Attributes:
+        sized: whether its size is its own, such as that of an orthogonal matrix, in place of following the gradient's.
+    """
+
+    sized: ClassVar[bool]
+
+    @abc.abstractmethod
+    def coefficients(self) -> dict[str, float]:
+        """The coefficients to learn, and where they start. All are positive, and learned as ``log_NAME``."""
+
+    def needs_factors(self, structure: GradientStructure) -> bool:
+        """Whether :meth:`update` has to be given the factors of this model's gradient; most directions have no use."""
+        return False
+
+    def rescaled(self, structure: GradientStructure, indices: Sequence[int]) -> frozenset[int]:
+        """The positions in ``indices`` of parameters whose steps know the scale of the factors, not of the gradient."""
+        return frozenset()
+
+    @abc.abstractmethod
+    def init(self, structure: GradientStructure, indices: Sequence[int], zeros: PyTree) -> PyTree:
+        """The state before the first step.
+
+        Args:
+            structure: of the model.
+            indices: the parameters that are handled, indices into ``structure.parameters``, in their order in ``zeros``.
+            zeros: float32 zeros, shaped like the parameters.
+        """
+
+    @abc.abstractmethod
+    def update(
+        self,
+        phi: Mapping[str, Array],
+        structure: GradientStructure,
+        indices: Sequence[int],
+        grads: PyTree,
+        state: PyTree,
+        factors: Factors | None,
+    ) -> tuple[PyTree, PyTree]:
+        """Advance by one gradient.
+
+        Args:
+            phi: the coefficients, ``log_NAME`` each.
+            structure: of the model.
+            indices: the parameters that are handled.
+            grads: their gradients, float32.
+            state: the state.
+            factors: those of the whole model, float32, the tangents at per-element scale; None where they are not
+                needed.
+
+        Returns:
+            The direction, shaped like the gradients, and the new state.
+        """

@@ -1,0 +1,113 @@
+"""The denoised direction: layers take the step of :mod:`gmn_lopt.optimizers.directions.denoising`, the rest Muon's."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.optimizers.directions.base import Direction
+from gmn_lopt.optimizers.directions.denoised_layers import (
+    activations_and_tangents,
+    as_matrices,
+    from_matrices,
+    layer_groups,
+)
+from gmn_lopt.optimizers.directions.denoising import (
+    MOMENTUM_DECAY,
+    Preconditioner,
+    denoised_steps,
+    init_preconditioner,
+    update_preconditioners,
+)
+from gmn_lopt.optimizers.directions.muon import init_squares, muon_steps
+from gmn_lopt.util.checks import positive
+
+
+class DenoisedState(NamedTuple):
+    """State of the denoised direction.
+
+    Attributes:
+        step: number of steps taken.
+        momentum: shaped like the parameters.
+        squares: average squared gradient of parameters that take Adam's direction; zeros ``[]`` for others.
+        preconditioners: of each group of layers with the same numbers of inputs and outputs.
+    """
+
+    step: Int[Array, ""]
+    momentum: PyTree
+    squares: PyTree
+    preconditioners: tuple[Preconditioner, ...]
+
+
+@dataclass(frozen=True)
+class Denoised(Direction):
+    """White activations, and noise taken out of the momentum (of decay 0.8); what is no layer is treated as by Muon.
+
+    The mathematics is in :mod:`gmn_lopt.optimizers.directions.denoising`. It reads the factors.
+
+    Attributes:
+        gamma: where ``gamma`` starts, which multiplies Adam's direction of what is neither layer nor kernel.
+
+    Raises:
+        ValueError: ``gamma`` is not positive.
+
+    Example:
+        >>> Denoised().coefficients()
+        {'gamma': 0.3}
+    """
+
+    gamma: float = 0.3
+    sized = True
+
+    def __post_init__(self) -> None:
+        positive(self, "gamma", self.gamma)
+
+    def coefficients(self) -> dict[str, float]:
+        """``gamma``."""
+        return {"gamma": self.gamma}
+
+    def needs_factors(self, structure: GradientStructure) -> bool:
+        """Whether the model has layers at all."""
+        return bool(structure.layers)
+
+    def rescaled(self, structure: GradientStructure, indices: Sequence[int]) -> frozenset[int]:
+        """The parameters of the layers that take this step."""
+        return frozenset(place for group in layer_groups(structure, indices) for place in group.places)
+
+    def init(self, structure: GradientStructure, indices: Sequence[int], zeros: PyTree) -> DenoisedState:
+        """Zeros."""
+        squares = init_squares(structure, indices, zeros, self.rescaled(structure, indices))
+        preconditioners = tuple(map(init_preconditioner, layer_groups(structure, indices)))
+        return DenoisedState(jnp.zeros((), jnp.int32), zeros, squares, preconditioners)
+
+    def update(
+        self,
+        phi: Mapping[str, Array],
+        structure: GradientStructure,
+        indices: Sequence[int],
+        grads: PyTree,
+        state: DenoisedState,
+        factors: Factors | None,
+    ) -> tuple[PyTree, DenoisedState]:
+        """Advance by one gradient; see :meth:`Direction.update`."""
+        parameters, groups = [structure.parameters[i] for i in indices], layer_groups(structure, indices)
+        count = optax.safe_increment(state.step)
+        momentum = optax.tree.update_moment(grads, state.momentum, MOMENTUM_DECAY, 1)
+        corrected = optax.tree.scale(1.0 / (1.0 - MOMENTUM_DECAY ** count.astype(jnp.float32)), momentum)
+        momenta, preconditioners = jax.tree.leaves(corrected), state.preconditioners
+        denoised: dict[int, Array] = {}
+        if groups:
+            assert factors is not None
+            sets = [activations_and_tangents(group, parameters, factors) for group in groups]
+            matrices = [as_matrices(group, parameters, momenta) for group in groups]
+            preconditioners = update_preconditioners(state.preconditioners, groups, sets, matrices, state.step)
+            for group, preconditioner, stack in zip(groups, preconditioners, matrices):
+                denoised |= from_matrices(group, parameters, denoised_steps(group, preconditioner, stack))
+        steps, squares = muon_steps(parameters, phi, momenta, grads, state.squares, count, denoised)
+        direction = jax.tree.unflatten(jax.tree.structure(grads), steps)
+        return direction, DenoisedState(count, momentum, squares, preconditioners)
