@@ -9,10 +9,11 @@ from optimizing import analyzed, mlp, residual
 from gmn_lopt import Factors, GradientStructure
 from gmn_lopt.factors.structure import Site, Space
 from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
-from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet, init_gradmetanet
+from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
+from gmn_lopt.networks.invariant import InvariantGradMetaNet
 
 CHANNELS = 3
-CONFIG = GradMetaNetConfig(width=6, set_layers=3, neuron_layers=2, product_width=5, out_features=4, use_parameter=True)
+CONFIG = GradMetaNetConfig(width=6, set_layers=3, neuron_layers=2, product_width=5, out_features=4)
 MODELS = {"mlp": mlp(5, 7, 6, 4), "residual": residual()}
 
 
@@ -81,21 +82,21 @@ class Reference:
             hs = [relu(h @ own + everything @ mean + copy @ copied + bias) for h, copy in zip(hs, copies)]
         return hs
 
-    def parameter(self, parameter, value, hs):
+    def parameter(self, parameter, hs):
         """Entry by entry: look up the neurons that the entry belongs to, and apply the perceptron to them."""
         if not parameter.sites:
             return None
-        w, value = self.w["product"], np.asarray(value, np.float64).reshape(parameter.cut_shape)
+        w = self.w["product"]
         axes = len(parameter.sites)
         roles = ("write",) if axes == 1 else ("read", "write")
-        kernel = np.concatenate([w[f"axes{axes}_{name}"] for name in (*roles, "parameter")])
+        kernel = np.concatenate([w[f"axes{axes}_{name}"] for name in roles])
         result = np.zeros((*parameter.cut_shape, self.config.out_features))
         for index in np.ndindex(*parameter.cut_shape):
             inputs = []
             for ref in parameter.sites:
                 sizes = [self.structure.spaces[s].size for s in self.structure.sites[ref.site].spaces]
                 inputs.append(hs[ref.site][np.ravel_multi_index([index[d] for d in ref.dims], sizes)])
-            hidden = relu(np.concatenate([*inputs, [value[index]]]) @ kernel + w[f"axes{axes}_bias"])
+            hidden = relu(np.concatenate(inputs) @ kernel + w[f"axes{axes}_bias"])
             result[index] = hidden @ w[f"axes{axes}_out"] + w[f"axes{axes}_out_bias"]
         return result.reshape(*parameter.shape, -1)
 
@@ -120,14 +121,14 @@ def random_factors(structure, seed=0):
 
 def check_agrees(model, config, transcription, rtol, atol):
     """Check all features of a model against a transcription; return what it was done with."""
-    structure, parameters = analyzed(model), jax.tree.leaves(model[1])
-    module = GradMetaNet(structure, config, CHANNELS)
+    structure = analyzed(model)
+    module = config.module(structure, CHANNELS)
     weights, factors = lively_weights(module), random_factors(structure)
-    outputs = jax.jit(module.apply)({"params": weights}, factors, parameters)
+    outputs = jax.jit(module.apply)({"params": weights}, factors)
     reference = transcription(structure, weights, config)
     hs = reference.neurons(factors)
-    for parameter, value, output in zip(structure.parameters, parameters, outputs, strict=True):
-        expected = reference.parameter(parameter, value, hs)
+    for parameter, output in zip(structure.parameters, outputs, strict=True):
+        expected = reference.parameter(parameter, hs)
         assert output.shape == (*parameter.shape, config.out_features)
         np.testing.assert_allclose(output, expected, rtol=rtol, atol=atol * np.abs(expected).max())
     return structure, weights, factors, hs
@@ -211,7 +212,7 @@ def test_encodings_tell_many_sites_and_neurons_apart():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"width": 0}, {"set_layers": 1.5}, {"neuron_layers": -1}, {"use_parameter": 1}, {"factor_decays": (1.0,)}]
+    "bad", [{"width": 0}, {"width": True}, {"product_width": 5000}, {"set_layers": 1.5}, {"neuron_layers": -1}]
 )
 def test_impossible_architectures_are_refused(bad):
     # The run-time check of annotations, where it is on, comes first and raises a TypeError.

@@ -10,11 +10,11 @@ from test_gradmetanet import CHANNELS, Reference, check_agrees, lively_weights, 
 from gmn_lopt import Factors
 from gmn_lopt.networks.attention import attention
 from gmn_lopt.networks.encoding import encode_sites
-from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, InvariantGradMetaNet, init_gradmetanet
+from gmn_lopt.networks.gradmetanet import init_gradmetanet
+from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlus, GradMetaNetPlusPlusConfig
+from gmn_lopt.networks.invariant import InvariantGradMetaNet
 
-CONFIG = GradMetaNetConfig(
-    width=6, set_layers=2, product_width=5, out_features=4, use_parameter=True, attention_heads=2
-)
+CONFIG = GradMetaNetPlusPlusConfig(width=6, blocks=2, heads=2, product_width=5, out_features=4)
 MODELS = {"mlp": mlp(5, 7, 6, 4), "residual": residual()}
 
 
@@ -44,9 +44,9 @@ class AttentionReference(Reference):
 
     def self_attention(self, x, w):
         normal = self.normal(x)
-        width = x.shape[-1] // self.config.attention_heads
+        width = x.shape[-1] // self.config.heads
         q, k, v = (normal @ w[f"{name}"] + w[f"{name}_bias"] for name in ("query", "key", "value"))
-        heads = [slice(h * width, (h + 1) * width) for h in range(self.config.attention_heads)]
+        heads = [slice(h * width, (h + 1) * width) for h in range(self.config.heads)]
         mixed = np.concatenate([softmax_attention(q[:, h], k[:, h], v[:, h]) for h in heads], axis=-1)
         return x + mixed @ w["out"] + w["out_bias"]
 
@@ -80,17 +80,17 @@ class AttentionReference(Reference):
             x = np.concatenate([np.moveaxis(np.asarray(slot, np.float64), 0, -1) for slot in slots], axis=-1)
             x = x / np.sqrt((x**2).mean((0, 1)) + 1e-5)
             xs.append(x @ w["own"] + encoding @ w["encoding"] + w["bias"])
-        for i in range(self.config.set_layers):
+        for i in range(self.config.blocks):
             xs = self.block(xs, w[f"blocks_{i}"])
         return [self.normal(x) for x in xs]
 
-    def parameter(self, parameter, value, hs):
+    def parameter(self, parameter, hs):
         """The mean over the set, or of the means where the two sites have different sets."""
         sets = {self.structure.sites[ref.site].set_axes for ref in parameter.sites}
         if len(sets) != 1:
-            return super().parameter(parameter, value, [h.mean(0) for h in hs])
+            return super().parameter(parameter, [h.mean(0) for h in hs])
         elements = len(hs[parameter.sites[0].site])
-        of_element = [super(AttentionReference, self).parameter(parameter, value, hs) for hs in slices(hs, elements)]
+        of_element = [super(AttentionReference, self).parameter(parameter, hs) for hs in slices(hs, elements)]
         return np.mean(of_element, axis=0)
 
 
@@ -101,11 +101,11 @@ def test_agrees_with_a_literal_transcription(name):
 
 def test_it_reads_as_many_set_elements_as_it_is_given():
     """A set in which everything occurs twice is the same to it: attention and means do not count."""
-    structure, parameters = analyzed(MODELS["mlp"]), jax.tree.leaves(MODELS["mlp"][1])
-    module = GradMetaNet(structure, CONFIG, CHANNELS)
+    structure = analyzed(MODELS["mlp"])
+    module = GradMetaNetPlusPlus(structure, CONFIG, CHANNELS)
     weights, factors = lively_weights(module), random_factors(structure)
     twice = jax.tree.map(lambda x: jnp.concatenate([x, x], axis=1), factors)
-    once, both = (jax.jit(module.apply)({"params": weights}, f, parameters) for f in (factors, twice))
+    once, both = (jax.jit(module.apply)({"params": weights}, f) for f in (factors, twice))
     for a, b in zip(once, both, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
 
@@ -123,7 +123,7 @@ def test_the_invariant_head_reads_the_mean_over_neurons_and_set():
 
 def test_weights_do_not_depend_on_the_model():
     one, other = (
-        jax.tree.map(jnp.shape, init_gradmetanet(GradMetaNet(analyzed(model), CONFIG, CHANNELS), jax.random.key(0)))
+        jax.tree.map(jnp.shape, init_gradmetanet(CONFIG.module(analyzed(model), CHANNELS), jax.random.key(0)))
         for model in (MODELS["residual"], mlp(2, 3, batch=3))
     )
     assert one == other
@@ -132,8 +132,7 @@ def test_weights_do_not_depend_on_the_model():
 def peak(hidden, batch):
     """Bytes of temporary memory of one application, of its gradient as well, to a wide MLP."""
     structure = analyzed(mlp(3, hidden, 2, batch=batch))
-    config = GradMetaNetConfig(width=8, set_layers=1, product_width=4, out_features=2, attention_heads=2)
-    module = GradMetaNet(structure, config, 1)
+    module = GradMetaNetPlusPlusConfig(8, blocks=1, heads=2, product_width=4, out_features=2).module(structure, 1)
     weights = jax.eval_shape(lambda: init_gradmetanet(module, jax.random.key(0)))
     factors = jax.tree.map(lambda x: x[:1], random_factors(structure))
 
@@ -154,6 +153,9 @@ def test_memory_grows_linearly(which):
     assert large < scores
 
 
-def test_heads_must_divide_the_width():
-    with pytest.raises(ValueError, match="attention_heads is 5; it must divide the width, 32"):
-        GradMetaNetConfig(attention_heads=5)
+@pytest.mark.parametrize(
+    ("bad", "error"), [({"heads": 5}, "heads is 5; it must divide the width, 32"), ({"blocks": 0}, "blocks")]
+)
+def test_impossible_architectures_are_refused(bad, error):
+    with pytest.raises(ValueError, match=error):
+        GradMetaNetPlusPlusConfig(**bad)

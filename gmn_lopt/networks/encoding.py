@@ -15,7 +15,7 @@ ENCODING_FEATURES = len(KINDS) + SITE_FEATURES + NEURON_FEATURES + BLOCK_FEATURE
 
 
 def encode_sites(structure: GradientStructure) -> tuple[Float[np.ndarray, "neurons encoding"], ...]:
-    """Encode every neuron of every site (arXiv:2507.01649, section 4, and its appendix on implementation).
+    """Encode every neuron of every site (step 1 of :mod:`gmn_lopt.networks.gradmetanet`).
 
     An encoding of ``ENCODING_FEATURES`` numbers consists of the site's kind (one-hot: only read, inner, only written);
     sinusoids of the site's index; sinusoids of the neuron's index, at fixed sites; and sinusoids of the block index

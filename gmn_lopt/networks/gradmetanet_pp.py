@@ -1,6 +1,15 @@
-"""GradMetaNet++ (arXiv:2507.01649, section 5): attention over the set and over the neurons in place of means."""
+"""GradMetaNet++ (arXiv:2507.01649, section 5): attention over the set and over the neurons in place of means.
+
+Its steps, where they differ from those listed in :mod:`gmn_lopt.networks.gradmetanet`:
+
+- 1, ``x M + p M' + c``, and 2 to 4, blocks of attention without pooling: :class:`AttentionTrunk`, :class:`Block`;
+- 5 at each element of the set, then the mean over the set: :class:`SetProductLayer`.
+
+Time grows as ``(N^2 S + S^2 N) width``, memory as ``N S width`` for ``N`` neurons and a set of ``S``.
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import flax.linen as nn
 import jax
@@ -10,10 +19,48 @@ from jaxtyping import Array, Float
 from gmn_lopt.factors.structure import Factors, GradientStructure
 from gmn_lopt.networks.attention import attention
 from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
-from gmn_lopt.networks.gradmetanet import GradMetaNetConfig, ProductLayer, matrix, vector
+from gmn_lopt.networks.initialization import matrix, vector
+from gmn_lopt.networks.product_layer import ProductLayer
 from gmn_lopt.networks.site_features import SLOTS, FactorFeatures, NeuronFeatures, group_sites
+from gmn_lopt.util.checks import whole
 
 EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class GradMetaNetPlusPlusConfig:
+    """The architecture of GradMetaNet++.
+
+    Attributes:
+        width: number of features of each neuron in every layer.
+        blocks: number of blocks of attention.
+        heads: number of heads of the attention, a divisor of the width.
+        product_width: width of the hidden layer of the product layer's perceptrons.
+        out_features: number of features of each parameter entry (of the invariant head: number of outputs).
+
+    Raises:
+        ValueError: a size is impossible.
+    """
+
+    width: int = 32
+    blocks: int = 2
+    heads: int = 4
+    product_width: int = 32
+    out_features: int = 14
+
+    def __post_init__(self) -> None:
+        whole(self, "width", "heads", "product_width", "out_features")
+        whole(self, "blocks", most=64)
+        if self.width % self.heads:
+            raise ValueError(f"GradMetaNetPlusPlusConfig.heads is {self.heads}; it must divide the width, {self.width}")
+
+    def module(self, structure: GradientStructure, channels: int = 1) -> "GradMetaNetPlusPlus":
+        """The network for a model whose factors have so many channels."""
+        return GradMetaNetPlusPlus(structure, self, channels)
+
+    def trunk(self, structure: GradientStructure, channels: int) -> "AttentionTrunk":
+        """Steps 0 to 4."""
+        return AttentionTrunk(structure, self, channels)
 
 
 def normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
@@ -50,7 +97,7 @@ class Block(nn.Module):
     """Attention over the set for each neuron, over the neurons for each set element, then a pointwise perceptron.
 
     Each has a LayerNorm before it and a residual around it. Where a neuron has several sites, the perceptron also reads
-    the mean over them, as in :class:`SetLayer`: nothing else tells that they are the same neuron.
+    the mean over them, as in GradMetaNet's set layers: nothing else tells that they are the same neuron.
 
     Attributes:
         width: number of features.
@@ -85,20 +132,20 @@ class AttentionTrunk(nn.Module):
 
     Attributes:
         structure: the structure of the model whose factors are read.
-        config: the architecture; ``set_layers`` is the number of blocks.
+        config: the architecture.
         channels: number of channels of each activation and each tangent.
     """
 
     structure: GradientStructure
-    config: GradMetaNetConfig
+    config: GradMetaNetPlusPlusConfig
     channels: int = 1
 
     def setup(self) -> None:  # noqa: D102
-        width, heads = self.config.width, self.config.attention_heads
+        width = self.config.width
         self.m_own = matrix(self, "own", SLOTS * self.channels, width)
         self.m_encoding = matrix(self, "encoding", ENCODING_FEATURES, width)
         self.bias = vector(self, "bias", width)
-        self.blocks = [Block(width, heads) for _ in range(self.config.set_layers)]
+        self.blocks = [Block(width, self.config.heads) for _ in range(self.config.blocks)]
 
     def __call__(self, factors: Factors) -> tuple[Float[Array, "S neurons width"], ...]:
         """Compute the features of all neurons.
@@ -128,22 +175,18 @@ class SetProductLayer(ProductLayer):
     share their set gets the product of the means over each.
     """
 
-    def __call__(
-        self, neurons: Sequence[Float[Array, "_ _ width"]], parameters: Sequence[Array] | None = None
-    ) -> tuple[Float[Array, "..."] | None, ...]:
+    def __call__(self, neurons: Sequence[Float[Array, "_ _ width"]]) -> tuple[Float[Array, "..."] | None, ...]:
         """Compute the features of all parameter entries (see :class:`ProductLayer`).
 
         Args:
             neurons: the features of the neurons of each site, for each element of its set.
-            parameters: the values of the leaves, needed with ``config.use_parameter`` only.
         """
-        self.check_values(parameters)
         groups = group_sites(self.structure)
         group_of = {site: g for g, group in enumerate(groups) for site in group.sites}
         leaves = self.structure.parameters
         sets = [{group_of[ref.site] for ref in p.sites} for p in leaves]
         means = [x.mean(0) for x in neurons]
-        hidden = [self.hidden(i, means, parameters) if len(sets[i]) > 1 else None for i in range(len(leaves))]
+        hidden = [self.hidden(i, means) if len(sets[i]) > 1 else None for i in range(len(leaves))]
         for g, group in enumerate(groups):
             mine = [i for i in range(len(leaves)) if sets[i] == {g}]
             if not mine:
@@ -156,7 +199,7 @@ class SetProductLayer(ProductLayer):
                 placed = list(means)
                 for site, x in zip(sites, features):
                     placed[site] = x
-                return [h for i in mine if (h := self.hidden(i, placed, parameters)) is not None]
+                return [h for i in mine if (h := self.hidden(i, placed)) is not None]
 
             def add(total: list[jax.Array], features: list[jax.Array]) -> tuple[list[jax.Array], None]:
                 return jax.tree.map(jnp.add, total, of_element(features)), None
@@ -168,3 +211,34 @@ class SetProductLayer(ProductLayer):
             for i, total in zip(mine, totals):
                 hidden[i] = total / len(features[0])  # a learned optimizer may read a subset of the set
         return tuple(None if h is None else self.output(i, h) for i, h in enumerate(hidden))
+
+
+class GradMetaNetPlusPlus(nn.Module):
+    """GradMetaNet++: used as :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`, with the same symmetries.
+
+    Attributes:
+        structure: the structure of the model whose factors are read.
+        config: the architecture.
+        channels: number of channels of each activation and each tangent.
+
+    Example:
+        >>> import gmn_lopt
+        >>> structure = gmn_lopt.analyze(lambda w, x: jnp.sum((x @ w) ** 2), jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> module = GradMetaNetPlusPlusConfig(width=8, out_features=5).module(structure, channels=1)
+        >>> factors = Factors((jnp.ones((1, 4, 2)),), (jnp.ones((1, 4, 3)),))
+        >>> [f.shape for f in module.apply(module.init(jax.random.key(0), factors), factors)]
+        [(2, 3, 5)]
+    """
+
+    structure: GradientStructure
+    config: GradMetaNetPlusPlusConfig = GradMetaNetPlusPlusConfig()
+    channels: int = 1
+
+    def setup(self) -> None:  # noqa: D102
+        c = self.config
+        self.trunk = c.trunk(self.structure, self.channels)
+        self.product = SetProductLayer(self.structure, c.width, c.product_width, c.out_features)
+
+    def __call__(self, factors: Factors) -> tuple[Float[Array, "..."] | None, ...]:
+        """Compute the features of all parameter entries (``factors`` and result as for ``GradMetaNet``)."""
+        return self.product(self.trunk(factors))

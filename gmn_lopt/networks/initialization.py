@@ -1,8 +1,9 @@
-"""Drawing the weights of a network whose shapes are known, in one go."""
+"""The weights of the networks: LeCun-normal matrices and vectors of zeros, drawn in one go."""
 
 from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +11,16 @@ from jaxtyping import PyTree
 
 # The standard deviation of a standard normal variable truncated to [-2, 2].
 _TRUNCATED_STD = 0.87962566103423978
+
+
+def matrix(module: nn.Module, name: str, rows: int, columns: int) -> jax.Array:
+    """A LeCun-normal matrix among a module's parameters."""
+    return module.param(name, nn.initializers.lecun_normal(), (rows, columns))
+
+
+def vector(module: nn.Module, name: str, size: int) -> jax.Array:
+    """A vector of zeros among a module's parameters."""
+    return module.param(name, nn.initializers.zeros, (size,))
 
 
 def init_weights(init: Callable[..., Any], key: jax.Array, *args: Any) -> PyTree:
@@ -25,6 +36,11 @@ def init_weights(init: Callable[..., Any], key: jax.Array, *args: Any) -> PyTree
 
     Returns:
         The module's parameters.
+
+    Example:
+        >>> dense = nn.Dense(2)
+        >>> jax.tree.map(jnp.shape, init_weights(dense.init, jax.random.key(0), jnp.ones((1, 3))))
+        {'bias': (2,), 'kernel': (3, 2)}
     """
     shapes = jax.eval_shape(init, key, *args)["params"]
     leaves, treedef = jax.tree.flatten(shapes)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.structure import Factors, GradientStructure
@@ -106,7 +107,7 @@ class NeuronFeatures:
     def per_site(self) -> list[Float[Array, "S _ f"]]:
         """The features cut into the sites of the group."""
         sizes = [self.structure.sites[s].size for s in self.group.sites]
-        return jnp.split(self.values, [sum(sizes[:i]) for i in range(1, len(sizes))], axis=1)
+        return jnp.split(self.values, np.cumsum(sizes)[:-1], axis=1)
 
     def copies_product(self, matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"] | None:
         """The mean over the copies of each neuron times a matrix; None where no neuron has copies."""
@@ -119,7 +120,9 @@ class NeuronFeatures:
 
 
 class FactorFeatures:
-    """The network's input: for each site the channels of its two slots, activation and tangent, normalised.
+    """Step 0 of :mod:`gmn_lopt.networks.gradmetanet`: for each site the channels of its two slots, normalised.
+
+    The slots are the site's activation and its tangent.
 
     A one-sided site repeats its only factor in the other slot. Each channel of each site is divided by its root mean
     square over set and neurons (``EPSILON`` inside the root). Nothing of this is built: the division is folded into the

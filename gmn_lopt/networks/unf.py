@@ -1,18 +1,112 @@
-"""The linear layer of universal neural functionals (Zhou et al. 2024, arXiv:2402.05232, section 3)."""
+"""Universal neural functionals (Zhou et al. 2024, arXiv:2402.05232): a linear layer over all entries of a model."""
 
 import functools
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from gmn_lopt.factors.structure import Parameter
+from gmn_lopt.networks.initialization import matrix, vector
+from gmn_lopt.networks.pointwise import PointwiseModule
+from gmn_lopt.util.checks import whole
+
 # Dimensions of a leaf that have one index in common: one dimension, or a diagonal of several over the same space.
 Block = tuple[int, ...]
 Pattern = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class UNF:
+    """A perceptron for each parameter entry by itself, then one linear layer over all entries of the model.
+
+    The perceptron is that of :class:`~gmn_lopt.networks.pointwise.PointwiseMLP` but for its last layer, which is
+    :class:`EquivariantLinear` here: it mixes the entries of all tensors as far as the permutations of neuron spaces
+    allow (arXiv:2402.05232, section 3; arXiv:2507.01649, section 6). Neurons of fixed spaces are mixed alike.
+
+    Attributes:
+        width: width of the hidden layers.
+        hidden_layers: number of hidden layers, all of them per entry.
+        tied: whether the weights belong to the leaves of one model. These do, in their order, and to the spaces of
+            their axes, though not to the sizes of the spaces.
+
+    Raises:
+        ValueError: a size is impossible.
+
+    Example:
+        >>> import gmn_lopt
+        >>> params = {"w": jnp.ones((3, 2))}
+        >>> structure = gmn_lopt.analyze(lambda p, x: jnp.sum((x @ p["w"]) ** 2), params, jnp.ones((4, 3)))
+        >>> module = UNF(8).module(structure.parameters, (0,), 5, extra_channels=0, time_channels=2, outputs=1)
+        >>> arguments = [jnp.ones((6, 5))], [None], jnp.ones(2)
+        >>> [y.shape for y in module.apply(module.init(jax.random.key(0), *arguments), *arguments)]
+        [(6, 1)]
+    """
+
+    width: int = 32
+    hidden_layers: int = 3
+    tied: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        whole(self, "width")
+        whole(self, "hidden_layers", most=64)
+
+    def module(
+        self,
+        parameters: tuple[Parameter, ...],
+        indices: tuple[int, ...],
+        channels: int,
+        extra_channels: int,
+        time_channels: int,
+        outputs: int,
+    ) -> "UNFModule":
+        """The network for some leaves of a model (see :meth:`gmn_lopt.networks.pointwise.PointwiseMLP.module`).
+
+        Leaves that are not handled count as zero.
+        """
+        sizes = (channels, extra_channels, time_channels, self.width, self.hidden_layers, outputs)
+        return UNFModule(parameters, indices, *sizes)
+
+
+class UNFModule(nn.Module):
+    """The flax module of :class:`UNF`; attributes as for it and for :meth:`UNF.module`."""
+
+    parameters: tuple[Parameter, ...]
+    indices: tuple[int, ...]
+    parameter_channels: int
+    extra_channels: int
+    time_channels: int
+    width: int
+    hidden_layers: int
+    outputs: int
+
+    @property
+    def last_layer(self) -> str:
+        """The name of the weights of the last layer."""
+        return "layer"
+
+    def setup(self) -> None:  # noqa: D102
+        channels = (self.parameter_channels, self.extra_channels, self.time_channels)
+        self.mlp = PointwiseModule(*channels, self.width, self.hidden_layers - 1, outputs=self.width)
+        self.layer = EquivariantLinear(tuple(p.spaces for p in self.parameters), self.width, self.outputs)
+
+    def __call__(
+        self,
+        features: Sequence[Float[Array, "_ channels"]],
+        extra: Sequence[Float[Array, "_ extra"] | None],
+        time: Float[Array, "times"],
+    ) -> list[Float[Array, "_ outputs"]]:
+        """Compute the outputs for each parameter that is handled (as :class:`PointwiseModule` does)."""
+        inputs: list[Array | None] = [None] * len(self.parameters)
+        for index, x in zip(self.indices, self.mlp(features, extra, time), strict=True):
+            inputs[index] = jax.nn.relu(x).reshape(*self.parameters[index].cut_shape, self.width)
+        outputs = self.layer(inputs)
+        return [y.reshape(-1, self.outputs) for y in (outputs[index] for index in self.indices) if y is not None]
 
 
 @dataclass(frozen=True)
@@ -113,12 +207,10 @@ class EquivariantLinear(nn.Module):
                 rows[view] = terms[view.leaf]
                 terms[view.leaf] += len(reads[pattern])
         self.rows = rows
-        lecun, zeros = nn.initializers.lecun_normal(), nn.initializers.zeros
         diagonals = [len(partitions(spaces)) for spaces in self.leaves]
-        self.kernels = [
-            self.param(f"kernel_{i}", lecun, (n * self.in_features, self.out_features)) for i, n in enumerate(terms)
-        ]
-        self.biases = [self.param(f"bias_{i}", zeros, (n * self.out_features,)) for i, n in enumerate(diagonals)]
+        out = self.out_features
+        self.kernels = [matrix(self, f"kernel_{i}", n * self.in_features, out) for i, n in enumerate(terms)]
+        self.biases = [vector(self, f"bias_{i}", n * out) for i, n in enumerate(diagonals)]
 
     def __call__(
         self, inputs: Sequence[Float[Array, "... in_features"] | None]

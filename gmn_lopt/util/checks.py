@@ -30,18 +30,3 @@ def whole(owner: Any, *names: str, least: int = 1, most: int = 4096) -> None:
                 f"{type(owner).__name__}.{name} must be a whole number of at least {least} and at most {most}, "
                 f"not {value!r}"
             )
-
-
-def fraction(owner: object, name: str, value: object) -> None:
-    """Check that a setting is a number of at least 0 and below 1; arguments as for :func:`whole`.
-
-    Raises:
-        ValueError: the value is none.
-
-    Example:
-        >>> fraction("Momentum", "decay", 1.0)
-        Traceback (most recent call last):
-        ValueError: Momentum.decay must be at least 0 and below 1, not 1.0
-    """
-    if type(value) not in (int, float) or not 0 <= value < 1:  # type: ignore[operator]
-        raise ValueError(f"{_name(owner, name)} must be at least 0 and below 1, not {value!r}")
