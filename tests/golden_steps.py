@@ -24,20 +24,28 @@ MODELS = {
 
 @functools.cache
 def steps(name):
-    """The structure of a model, and parameters, gradients and factors of twenty steps of SGD on batches that differ."""
-    loss, params, (x, *rest) = MODELS[name]()
-    compute = jax.jit(gmn_lopt.value_grad_and_factors(loss))
-    recorded = []
-    for step in range(STEPS):
-        rng = np.random.default_rng(step)
-        if jnp.issubdtype(x.dtype, jnp.floating):
-            batch = x + jnp.asarray(0.3 * rng.normal(size=x.shape), jnp.float32)
-        else:
-            batch = jnp.asarray(rng.permutation(np.asarray(x).ravel()).reshape(x.shape))
-        _, grads, factors = compute(params, batch, *rest)
-        recorded.append((params, grads, factors))
-        params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
-    return gmn_lopt.analyze(loss, params, x, *rest), recorded
+    """The structure of a model, and parameters, gradients and factors of twenty steps, drawn at random.
+
+    They come from NumPy alone: what a compiler rounds otherwise must not be what the updates differ by.
+    """
+    loss, params, args = MODELS[name]()
+    structure = gmn_lopt.analyze(loss, params, *args)
+    rng, recorded = np.random.default_rng(0), []
+
+    def normal(shape, scale=1.0):
+        return jnp.asarray(scale * rng.normal(size=shape), jnp.float32)
+
+    constant = jax.tree.map(lambda p: normal(p.shape), params)
+    for _ in range(STEPS):
+        grads = jax.tree.map(lambda c: 0.1 * (c + normal(c.shape)), constant)
+        activations = tuple(
+            jnp.asarray(rng.integers(0, transformers.VOCABULARY, shape)) if i in structure.token_ids else normal(shape)
+            for i, shape in enumerate(structure.activation_shapes)
+        )
+        tangents = tuple(normal(shape, 1 / shape[0]) for shape in structure.tangent_shapes)
+        recorded.append((params, grads, gmn_lopt.Factors(activations, tangents)))
+        params = jax.tree.map(lambda p: p + normal(p.shape, 0.01), params)
+    return structure, recorded
 
 
 def draw(name, shape):

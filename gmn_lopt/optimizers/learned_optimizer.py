@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
@@ -34,8 +34,8 @@ class LearnedOptimizerState(NamedTuple):
 class LearnedOptimizer:
     """A learned optimizer for one model, composed of parts (arXiv:2507.01649, section 6).
 
-    The update is ``-eta D``, with ``D`` made by the ``rule`` of a ``direction`` ``v`` and a ``residual`` ``beta F``; the
-    paper's is ``D = v + beta F`` with momentum ``v`` and a constant ``eta``. Each part has its own coefficients and
+    The update is ``-eta D``, with ``D`` made by the ``rule`` of a ``direction`` ``v`` and a ``residual`` ``beta F``;
+    the paper's is ``D = v + beta F`` with momentum ``v`` and a constant ``eta``. Each part has its own coefficients and
     state, and can be replaced without touching the others; :data:`gmn_lopt.optimizers.recipes.RECIPES` has named
     compositions. Meta-parameters ``phi`` are nested alike: ``phi["direction"]``, ``phi["residual"]``,
     ``phi["step_size"]``, with a coefficient's logarithm as ``log_NAME`` and the weights of networks.
@@ -57,10 +57,10 @@ class LearnedOptimizer:
     """
 
     structure: GradientStructure
-    direction: Direction = Momentum()
+    direction: Direction = field(default_factory=Momentum)
     residual: Residual | None = None
-    rule: Rule = Additive()
-    step_size: StepSize = Constant()
+    rule: Rule = field(default_factory=Additive)
+    step_size: StepSize = field(default_factory=Constant)
 
     @property
     def needs_factors(self) -> bool:
@@ -182,9 +182,7 @@ class LearnedOptimizer:
             typed = [u.astype(jnp.result_type(p)) for u, p in zip(steps, jax.tree.leaves(params))]
             return (
                 jax.tree.unflatten(jax.tree.structure(updates), typed),
-                LearnedOptimizerState(
-                    optax.safe_increment(state.step), direction_state, residual_state, size_state
-                ),
+                LearnedOptimizerState(optax.safe_increment(state.step), direction_state, residual_state, size_state),
             )
 
         return optax.GradientTransformationExtraArgs(init, update)

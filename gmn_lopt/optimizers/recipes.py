@@ -3,7 +3,7 @@
 To make one of your own, copy one of these: a recipe is an optimizer without a model's structure.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
@@ -28,10 +28,10 @@ class Recipe:
         Momentum(decay=0.9)
     """
 
-    direction: Direction = Momentum()
+    direction: Direction = field(default_factory=Momentum)
     residual: Residual | None = None
-    rule: Rule = Additive()
-    step_size: StepSize = Constant()
+    rule: Rule = field(default_factory=Additive)
+    step_size: StepSize = field(default_factory=Constant)
 
     @classmethod
     def of(cls, lopt: LearnedOptimizer) -> "Recipe":

@@ -61,7 +61,7 @@ class Residual:
     output_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        positive(self, "weight", self.weight)
+        positive(self, "weight")
         if not 0 <= self.output_scale < float("inf"):
             raise ValueError(f"Residual.output_scale must not be negative, but is {self.output_scale!r}")
 

@@ -63,7 +63,7 @@ class Additive(Rule):
 
     def __post_init__(self) -> None:
         if self.bound is not None:
-            positive(self, "bound", self.bound)
+            positive(self, "bound")
 
     def step(
         self,

@@ -55,7 +55,8 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
             optimizer's.
 
     Example:
-        >>> lopt = gmn_lopt.recipe("sgdm", gmn_lopt.analyze(lambda p, x: jnp.mean(x @ p), jnp.ones((2, 1)), jnp.ones((3, 2))))
+        >>> structure = gmn_lopt.analyze(lambda p, x: jnp.mean(x @ p), jnp.ones((2, 1)), jnp.ones((3, 2)))
+        >>> lopt = gmn_lopt.recipe("sgdm", structure)
         >>> gmn_lopt.save(tmp_path / "my-optimizer", lopt, lopt.init(jax.random.key(0)))
     """
     path = Path(path)

@@ -54,11 +54,10 @@ class SetReader:
     def __post_init__(self) -> None:
         for name in ("max_set_size", "max_output_size"):
             if getattr(self, name) is not None:
-                whole(self, name, getattr(self, name), 1, LARGEST)
+                whole(self, name, most=LARGEST)
         if not isinstance(self.decays, tuple):
             raise ValueError(f"SetReader.decays must be a tuple, not {self.decays!r}")
-        for decay in self.decays:
-            fraction(self, "decays", decay)
+        fraction(self, "decays")
 
     def reads(self, structure: GradientStructure) -> bool:
         """Whether there is anything to read: a parameter that lies at a site."""

@@ -66,8 +66,7 @@ class Feedback:
     overshoot: float = 0.02
 
     def __post_init__(self) -> None:
-        positive(self, "gain", self.gain)
-        positive(self, "overshoot", self.overshoot)
+        positive(self, "gain", "overshoot")
 
 
 @dataclass(frozen=True)
@@ -86,8 +85,7 @@ class StepSize(abc.ABC):
     feedback: Feedback | None = field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
-        for name in (f.name for f in fields(self) if f.name != "feedback"):
-            positive(self, name, getattr(self, name))
+        positive(self, *(f.name for f in fields(self) if f.name != "feedback"))
 
     @property
     def scheduled(self) -> bool:

@@ -40,7 +40,7 @@ class Direction(abc.ABC):
 
         Args:
             structure: of the model.
-            indices: the parameters that are handled, indices into ``structure.parameters``, in their order in ``zeros``.
+            indices: into ``structure.parameters``: those that are handled, in their order in ``zeros``.
             zeros: float32 zeros, shaped like the parameters.
         """
 

@@ -65,7 +65,7 @@ class Denoised(Direction):
     sized = True
 
     def __post_init__(self) -> None:
-        positive(self, "gamma", self.gamma)
+        positive(self, "gamma")
 
     def coefficients(self) -> dict[str, float]:
         """``gamma``."""

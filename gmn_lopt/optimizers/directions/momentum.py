@@ -31,7 +31,7 @@ class Momentum(Direction):
     sized = False
 
     def __post_init__(self) -> None:
-        fraction(self, "decay", self.decay)
+        fraction(self, "decay")
 
     def coefficients(self) -> dict[str, float]:
         """``one_minus_mu``."""

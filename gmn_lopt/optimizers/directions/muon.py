@@ -50,7 +50,7 @@ class Muon(Direction):
     sized = True
 
     def __post_init__(self) -> None:
-        positive(self, "gamma", self.gamma)
+        positive(self, "gamma")
 
     def coefficients(self) -> dict[str, float]:
         """``gamma``."""
@@ -87,7 +87,9 @@ def init_squares(
     """``zeros`` for the parameters that take Adam's direction, ``[]`` for kernels and for the positions elsewhere."""
     leaves, treedef = jax.tree.flatten(zeros)
     parameters = [structure.parameters[i] for i in indices]
-    squares = [jnp.zeros(()) if i in elsewhere or is_kernel(p) else z for i, (p, z) in enumerate(zip(parameters, leaves))]
+    squares = [
+        jnp.zeros(()) if i in elsewhere or is_kernel(p) else z for i, (p, z) in enumerate(zip(parameters, leaves))
+    ]
     return jax.tree.unflatten(treedef, squares)
 
 

@@ -59,7 +59,9 @@ class PaperFeatures(Features):
         count: Int[Array, ""],
     ) -> Float[Array, "size channels"]:
         """The eight channels that differ between the entries."""
-        channels = jnp.concatenate([parameter.reshape(1, -1), gradient.reshape(1, -1), averages.reshape(len(DECAYS), -1)])
+        channels = jnp.concatenate(
+            [parameter.reshape(1, -1), gradient.reshape(1, -1), averages.reshape(len(DECAYS), -1)]
+        )
         clipped = jnp.clip(channels, -1.0, 1.0)
         return (clipped * jax.lax.rsqrt(jnp.mean(clipped**2, axis=1, keepdims=True) + EPSILON)).T
 

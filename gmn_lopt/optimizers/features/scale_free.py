@@ -68,7 +68,13 @@ class ScaleFree(Features):
         else:
             factored = squares
         whiten, whiten_factored = jax.lax.rsqrt(squares), jax.lax.rsqrt(factored)
-        channels = [gradient, parameter, *momenta, *(m * whiten for m in momenta), *(m * whiten_factored for m in momenta)]
+        channels = [
+            gradient,
+            parameter,
+            *momenta,
+            *(m * whiten for m in momenta),
+            *(m * whiten_factored for m in momenta),
+        ]
         channels += [gradient * whiten_factored, whiten, jax.lax.rsqrt(rows), jax.lax.rsqrt(columns)]
         flat = jnp.stack([jnp.broadcast_to(c, gradient.shape).reshape(-1) for c in channels])
         # Divided by the largest entry first: squares of small gradients would underflow.
