@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import gmn_lopt
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt import LearnedOptimizer, PaperFeatures, PointwiseMLP, Residual
 
 BATCH = 12
 
@@ -69,13 +69,38 @@ def analyzed(model):
     return gmn_lopt.analyze(loss, params, *args)
 
 
+def small(features=None, network=None, gradmetanet=None, **settings):
+    """A residual with small networks, in place of those that are not given."""
+    return Residual(features or PaperFeatures(), network or PointwiseMLP(8, 3), gradmetanet, **settings)
+
+
 def lively(lopt, seed=0, beta=1.0):
     """Meta-parameters with nonzero biases, under which the network decides most of the update."""
     rng = np.random.default_rng(seed)
-    phi = lopt.init(jax.random.key(seed))
-    coefficients = {name: value for name, value in phi.items() if name.startswith("log_")}
-    phi = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), phi) | coefficients
-    return phi | ({"log_beta": jnp.log(jnp.float32(beta))} if "log_beta" in phi else {})
+
+    def leaf(path, x):
+        name = path[-1].key
+        if name.startswith("log_"):
+            return jnp.log(jnp.float32(beta)) if name == "log_beta" else x
+        return x + jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32)
+
+    return jax.tree.map_with_path(leaf, lopt.init(jax.random.key(seed)))
+
+
+def with_coefficients(phi, **values):
+    """Meta-parameters with other coefficients, by name."""
+
+    def leaf(path, x):
+        name = path[-1].key.removeprefix("log_")
+        return jnp.log(jnp.float32(values[name])) if name in values else x
+
+    return jax.tree.map_with_path(leaf, phi)
+
+
+def common(phi, template):
+    """Of meta-parameters those that a template has."""
+    found = {jax.tree_util.keystr(path): x for path, x in jax.tree.leaves_with_path(phi)}
+    return jax.tree.map_with_path(lambda path, _: found[jax.tree_util.keystr(path)], template)
 
 
 def record(model, steps=3, rate=0.3):

@@ -3,30 +3,49 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import unf_reference
-from optimizing import analyzed, lively, mlp, play, record, relative_difference
+from optimizing import analyzed, lively, mlp, play, record, relative_difference, small
 
 import gmn_lopt
-from gmn_lopt import Factors, StructureError
-from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig
-from gmn_lopt.optimizers.base_direction import BASES
-from gmn_lopt.optimizers.features.paper import DECAYS, parameter_features, time_features, update_averages
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt import (
+    UNF,
+    Denoised,
+    Factors,
+    GradMetaNetConfig,
+    LearnedOptimizer,
+    Momentum,
+    Muon,
+    PaperFeatures,
+    PointwiseMLP,
+    Recipe,
+    SetReader,
+    StructureError,
+)
+from gmn_lopt.optimizers.features.paper import DECAYS, update_averages
 
-SMALL = GradMetaNetConfig(width=8, product_width=8)
+READER = SetReader(GradMetaNetConfig(width=8, product_width=8))
+RESIDUALS = {
+    "sgdm": None,
+    "ds": small(),
+    "ds+gmn": small(gradmetanet=READER),
+    "unf": small(network=UNF(8, 3)),
+    "unf+gmn": small(network=UNF(8, 3), gradmetanet=READER),
+}
+DIRECTIONS = (Momentum(), Muon(), Denoised())
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)
 RECORDED = record(MODEL, steps=4)
 
 
 @functools.cache
-def optimizer(**options):
-    lopt = LearnedOptimizer(STRUCTURE, width=8, **{"gradmetanet": SMALL} | options)
+def optimizer(residual="ds+gmn", direction=DIRECTIONS[0]):
+    lopt = LearnedOptimizer(STRUCTURE, direction, RESIDUALS[residual])
     return lopt, lively(lopt)
 
 
@@ -47,9 +66,9 @@ def test_features_are_clipped_then_normalised():
     averages = (rng.normal(size=(6, 3, 4)) * 10.0 ** np.arange(-4, 2)[:, None, None]).astype(np.float32)
     expected = numpy_features(parameter, gradient, averages, 17)
     np.testing.assert_allclose(
-        parameter_features(*map(jnp.asarray, (parameter, gradient, averages))), expected[:, :8], rtol=1e-5
+        PaperFeatures().of_entries(*map(jnp.asarray, (parameter, gradient, averages, 17))), expected[:, :8], rtol=1e-5
     )
-    np.testing.assert_allclose(time_features(jnp.array(17)), expected[0, 8:], rtol=1e-5)
+    np.testing.assert_allclose(PaperFeatures().of_time(jnp.array(17)), expected[0, 8:], rtol=1e-5)
     assert expected.shape[1] == 19
 
 
@@ -57,18 +76,18 @@ def test_averages_are_exponential_moving_averages():
     values = np.random.default_rng(0).normal(size=(5, 3)).astype(np.float32)
     averages = jnp.zeros((6, 3))
     for value in values:
-        averages = update_averages(averages, jnp.asarray(value))
+        averages = update_averages(averages, jnp.asarray(value), DECAYS)
     for decay, average in zip((0.1, 0.5, 0.9, 0.99, 0.999, 0.9999), averages, strict=True):
         weights = (1 - decay) * decay ** np.arange(4, -1, -1.0)
         np.testing.assert_allclose(average, weights @ values, rtol=1e-4)
 
 
-def numpy_updates(lopt, phi, base):
+def numpy_updates(lopt, phi):
     """The whole rule for all recorded steps, with every channel concatenated and repeated as section 5 says."""
     w = jax.tree.map(lambda x: np.asarray(x, np.float64), phi)
     leaves = [[np.asarray(g, np.float64) for g in jax.tree.leaves(grads)] for _, grads, _ in RECORDED]
     averages = [np.zeros((6, *g.shape)) for g in leaves[0]]
-    momentum, second = [np.zeros_like(g) for g in leaves[0]], [np.zeros_like(g) for g in leaves[0]]
+    momentum = [np.zeros_like(g) for g in leaves[0]]
     factor_averages = [np.zeros((6, *x.shape)) for x in jax.tree.leaves(RECORDED[0][2])]
     decays, updates = np.array(DECAYS), []
     for t, ((params, _, factors), grads) in enumerate(zip(RECORDED, leaves)):
@@ -81,73 +100,70 @@ def numpy_updates(lopt, phi, base):
             factor_averages = [ema * a + (1 - ema) * x for a, x in zip(factor_averages, slots)]
             channels = [jnp.asarray(np.stack([x, *a]), jnp.float32) for x, a in zip(slots, factor_averages)]
             channels = gmn_lopt.Factors(tuple(channels[:kinds]), tuple(channels[kinds:]))
-            module = GradMetaNet(STRUCTURE, lopt.gradmetanet, 7)
-            extra = jax.jit(module.apply)({"params": phi["gradmetanet"]}, channels)
+            module = READER.network.module(STRUCTURE, 7)
+            extra = jax.jit(module.apply)({"params": phi["residual"]["gradmetanet"]}, channels)
         directions, inputs = [], []
         for i, (parameter, gradient) in enumerate(zip(jax.tree.leaves(params), grads)):
             shape = (6,) + (1,) * gradient.ndim
             averages[i] = decays.reshape(shape) * averages[i] + (1 - decays).reshape(shape) * gradient
-            if base == "adam":
-                momentum[i] = 0.9 * momentum[i] + 0.1 * gradient
-                second[i] = 0.999 * second[i] + 0.001 * gradient**2
-                v = momentum[i] / (1 - 0.9 ** (t + 1)) / (np.sqrt(second[i] / (1 - 0.999 ** (t + 1))) + 1e-8)
-            else:
-                one_minus_mu = np.exp(w["log_one_minus_mu"])
-                v = momentum[i] = (1 - one_minus_mu) * momentum[i] + one_minus_mu * gradient
-            if lopt.backbone != "sgdm":
+            one_minus_mu = np.exp(w["direction"]["log_one_minus_mu"])
+            v = momentum[i] = (1 - one_minus_mu) * momentum[i] + one_minus_mu * gradient
+            if lopt.residual is not None:
                 x = numpy_features(parameter, gradient, averages[i], t)
                 if extra[i] is not None:
                     x = np.concatenate([x[:, :8], np.asarray(extra[i]).reshape(len(x), -1), x[:, 8:]], axis=1)
                 inputs.append(x)
             directions.append(v)
-        outputs = numpy_backbone(lopt, w["backbone"], inputs) if inputs else []
-        beta = np.exp(w.get("log_beta", -np.inf))
+        outputs = numpy_network(lopt.residual.network, w["residual"]["network"], inputs) if inputs else []
         for i, out in enumerate(outputs):
-            directions[i] = directions[i] + beta * out.reshape(directions[i].shape)
-        updates.append([-np.exp(w["log_alpha"]) * v for v in directions])
+            directions[i] = directions[i] + np.exp(w["residual"]["log_beta"]) * out.reshape(directions[i].shape)
+        updates.append([-np.exp(w["step_size"]["log_alpha"]) * v for v in directions])
     return updates
 
 
-def numpy_backbone(lopt, w, inputs):
-    """The backbone's outputs for the channels of each leaf."""
-    mlp = w if lopt.backbone == "ds" else w["mlp"]
+def numpy_network(network, w, inputs):
+    """The network's outputs for the channels of each leaf."""
+    mlp = w["mlp"] if network.tied else w
     for k in range(3):
         inputs = [np.maximum(x @ mlp[f"kernel_{k}"] + mlp[f"bias_{k}"], 0) for x in inputs]
-    if lopt.backbone == "ds":
+    if not network.tied:
         return [x @ w["kernel_3"] + w["bias_3"] for x in inputs]
     shaped = [x.reshape(*p.shape, -1) for x, p in zip(inputs, STRUCTURE.parameters)]
     return unf_reference.apply([p.spaces for p in STRUCTURE.parameters], w["layer"], shaped)
 
 
-@pytest.mark.parametrize("base", ["momentum", "adam"])
-@pytest.mark.parametrize(
-    "options",
-    [{"backbone": "sgdm"}, {"gradmetanet": None}, {}, {"backbone": "unf"}],
-    ids=["sgdm", "ds", "ds+gmn", "unf+gmn"],
-)
-def test_the_update_is_the_rule(options, base):
-    lopt, phi = optimizer(base=base, **options)
-    for update, expected in zip(play(lopt, phi, RECORDED), numpy_updates(lopt, phi, base), strict=True):
+@pytest.mark.parametrize("residual", RESIDUALS)
+def test_the_update_is_the_rule(residual):
+    lopt, phi = optimizer(residual)
+    for update, expected in zip(play(lopt, phi, RECORDED), numpy_updates(lopt, phi), strict=True):
         assert relative_difference(update, expected) < 1e-4
 
 
 def test_starting_coefficients():
-    lopt = LearnedOptimizer(STRUCTURE)
+    lopt = gmn_lopt.recipe("ds", STRUCTURE)
     start = {name: float(value) for name, value in lopt.scalars(lopt.init(jax.random.key(0))).items()}
     assert start == pytest.approx({"alpha": 0.1, "beta": 0.001, "mu": 0.9})
-    adam = LearnedOptimizer(STRUCTURE, backbone="sgdm", base="adam")
-    assert float(adam.scalars(adam.init(jax.random.key(0)))["alpha"]) == pytest.approx(1e-3)
-    assert not adam.needs_factors
+    assert not lopt.needs_factors and gmn_lopt.recipe("ds+gmn", STRUCTURE).needs_factors
 
 
 def test_meta_parameters_fit_other_widths_depths_and_batch_sizes():
-    _, phi = optimizer()
+    lopt, phi = optimizer()
     for model in (mlp(3, 20, 2, batch=5), mlp(4, 6, 5, 7, 3)):
-        other = LearnedOptimizer(analyzed(model), gradmetanet=SMALL, width=8)
+        other = Recipe.of(lopt).build(analyzed(model))
         assert jax.tree.map(jnp.shape, other.template()) == jax.tree.map(jnp.shape, phi)
         update = play(other, phi, record(model, steps=1))[0]
         assert jax.tree.map(jnp.shape, update) == jax.tree.map(jnp.shape, model[1])
         assert all(jnp.isfinite(u).all() and jnp.any(u != 0) for u in jax.tree.leaves(update))
+
+
+@pytest.mark.parametrize("name", gmn_lopt.optimizers.RECIPES)
+def test_every_recipe_makes_steps(name):
+    lopt = gmn_lopt.recipe(name, STRUCTURE)
+    updates = play(lopt, lopt.init(jax.random.key(0)), RECORDED[:1])[0]
+    chex.assert_trees_all_equal_shapes_and_dtypes(updates, MODEL[1])
+    assert all(jnp.isfinite(u).all() and jnp.any(u != 0) for u in jax.tree.leaves(updates))
+    with pytest.raises(ValueError, match="unknown recipe 'sgd': choose one of sgdm, ds"):
+        gmn_lopt.recipe("sgd", STRUCTURE)
 
 
 def run(tx, params=MODEL[1], **extra):
@@ -164,7 +180,7 @@ def run(tx, params=MODEL[1], **extra):
 
 
 def test_unknown_arguments_are_ignored_and_factors_too_where_not_needed():
-    plain, phi = optimizer(gradmetanet=None)
+    plain, phi = optimizer("ds")
     tx = plain.optimizer(phi)
     updates, _ = tx.update(RECORDED[0][1], tx.init(MODEL[1]), MODEL[1])
     more, _ = tx.update(RECORDED[0][1], tx.init(MODEL[1]), MODEL[1], factors=3, value=jnp.ones(()), other="x")
@@ -172,7 +188,7 @@ def test_unknown_arguments_are_ignored_and_factors_too_where_not_needed():
 
 
 def test_chains_with_clipping_weight_decay_and_schedules():
-    lopt, phi = optimizer(gradmetanet=None)
+    lopt, phi = optimizer("ds")
     tx = lopt.optimizer(phi)
     plain = run(tx)
     chained = run(optax.chain(tx, optax.add_decayed_weights(-0.1), optax.scale_by_schedule(lambda t: 1.0 + t)))
@@ -184,10 +200,10 @@ def test_chains_with_clipping_weight_decay_and_schedules():
     assert relative_difference(injected, jax.tree.map(lambda u: 1.5 * u, plain)) < 1e-5
 
 
-@pytest.mark.parametrize("backbone", ["ds", "unf"])
-def test_without_its_last_layer_an_untrained_optimizer_is_its_base(backbone):
-    lopt = LearnedOptimizer(STRUCTURE, backbone=backbone, gradmetanet=None, output_scale=0.0, gate=True)
-    base = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+@pytest.mark.parametrize("network", [PointwiseMLP(8, 3), UNF(8, 3)])
+def test_without_its_last_layer_an_untrained_optimizer_is_its_direction(network):
+    lopt = LearnedOptimizer(STRUCTURE, residual=small(network=network, output_scale=0.0))
+    base = LearnedOptimizer(STRUCTURE)
     phi = lopt.init(jax.random.key(0))
     assert relative_difference(play(lopt, phi, RECORDED), play(base, base.init(jax.random.key(0)), RECORDED)) < 1e-6
 
@@ -203,7 +219,7 @@ def test_masked_and_partitioned_parameters_get_the_updates_they_get_among_all(pr
     masked = run(optax.masked(tx, mask))
     assert relative_difference(masked, jax.tree.map(lambda m, u, g: u if m else g, full, plain, grads)) < 1e-5
     # unf mixes the parameters, so those that it is not given are missing in the update of the others.
-    unf, weights = optimizer(backbone="unf")
+    unf, weights = optimizer("unf+gmn")
     other = run(optax.masked(unf.optimizer(weights), mask))
     assert jax.tree.map(jnp.shape, other) == jax.tree.map(jnp.shape, plain)
     assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(other))
@@ -228,16 +244,15 @@ def test_multi_steps_update_with_the_mean_gradient():
     assert int(state.inner_opt_state.step) == 1
 
 
-@pytest.mark.parametrize("base", BASES)
-def test_optax_can_map_over_the_state(base):
-    lopt, phi = optimizer(base=base)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_optax_can_map_over_the_state(direction):
+    lopt, phi = optimizer(direction=direction)
     tx = lopt.optimizer(phi)
     state = optax.tree_map_params(tx, lambda x: x + 1.0, tx.init(MODEL[1]))
     per_layer = getattr(state.direction, "preconditioners", ())
-    momentum = {"momentum": state.direction, "adam": getattr(state.direction, "mu", None)}.get(base)
-    momentum = state.direction.momentum if momentum is None else momentum
-    assert all((x == 1.0).all() for x in jax.tree.leaves((momentum, state.gradient_averages)))
-    assert all((x == 0.0).all() for x in jax.tree.leaves((state.step, state.factor_averages, per_layer)))
+    momentum = getattr(state.direction, "momentum", state.direction)
+    assert all((x == 1.0).all() for x in jax.tree.leaves((momentum, state.residual.gradients)))
+    assert all((x == 0.0).all() for x in jax.tree.leaves((state.step, state.residual.factors, per_layer)))
 
 
 def test_updates_have_the_parameters_dtypes():
@@ -280,7 +295,7 @@ def test_missing_arguments_say_what_is_needed():
     state = tx.init(params)
     with pytest.raises(ValueError, match="value_grad_and_factors"):
         tx.update(grads, state, params)
-    with pytest.raises(ValueError, match="not passing `params`"):
+    with pytest.raises(ValueError, match="reads the parameters"):
         tx.update(grads, state, factors=factors)
     with pytest.raises(StructureError, match="Factors"):
         tx.update(grads, state, params, factors=(factors.activations, factors.tangents))
@@ -311,17 +326,17 @@ def test_parameters_gradients_and_factors_of_another_model_are_refused():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("direction", "residual"),
     [
-        {"base": "denoised", "gradmetanet": None},
-        {"gradmetanet": dataclasses.replace(SMALL, max_set_size=5)},
-        {"gradmetanet": dataclasses.replace(SMALL, factor_decays=())},
+        (Denoised(), small()),
+        (Momentum(), small(gradmetanet=dataclasses.replace(READER, max_set_size=5))),
+        (Momentum(), small(gradmetanet=dataclasses.replace(READER, decays=()))),
     ],
 )
-def test_batches_of_another_size_are_taken_where_nothing_belongs_to_their_slots(options):
+def test_batches_of_another_size_are_taken_where_nothing_belongs_to_their_slots(direction, residual):
     model, (loss, params, (x, y)) = mlp(5, 7, 4), mlp(5, 7, 4)
     smaller = loss, params, (x[:9], y[:9])
-    lopts = [LearnedOptimizer(analyzed(m), width=8, **options) for m in (model, smaller)]
+    lopts = [LearnedOptimizer(analyzed(m), direction, residual) for m in (model, smaller)]
     phi, steps = lively(lopts[0]), [*record(model, steps=2), *record(smaller, steps=2)]
     update = jax.jit(lambda lopt, *a, factors: lopt.optimizer(phi).update(*a, factors=factors), static_argnums=0)
     state = lopts[0].optimizer(phi).init(params)
@@ -333,32 +348,22 @@ def test_batches_of_another_size_are_taken_where_nothing_belongs_to_their_slots(
         state = results[0][1]
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"backbone": "dss"}, "dss.*ds, unf, celo, sgdm"),
-        ({"base": "sgd"}, "sgd.*momentum, adam"),
-        ({"width": 0}, "width"),
-    ],
-)
-def test_unknown_architectures_are_refused(options, message):
-    with pytest.raises(ValueError, match=message):
-        LearnedOptimizer(STRUCTURE, **options)
-
-
 def test_meta_parameters_of_another_architecture_are_refused():
     lopt, phi = optimizer()
-    _, without = optimizer(gradmetanet=None)
-    with pytest.raises(ValueError, match=r"phi\['backbone'\]\['kernel_0'\] has shape \(19, 8\)"):
+    _, without = optimizer("ds")
+    with pytest.raises(ValueError, match=r"phi lacks \['residual'\]\['gradmetanet'\]"):
         lopt.optimizer(without)
-    with pytest.raises(ValueError, match=r"phi lacks \['log_beta'\]"):
-        lopt.optimizer({name: value for name, value in phi.items() if name != "log_beta"})
+    wider = LearnedOptimizer(STRUCTURE, residual=small(network=PointwiseMLP(9, 3), gradmetanet=READER))
+    with pytest.raises(ValueError, match=r"\['network'\]\['kernel_0'\] has shape \(33, 9\), but \(33, 8\)"):
+        lopt.optimizer(wider.init(jax.random.key(0)))
+    with pytest.raises(ValueError, match=r"phi lacks \['step_size'\]\['log_alpha'\]"):
+        lopt.optimizer({name: value for name, value in phi.items() if name != "step_size"})
 
 
 def test_a_model_without_any_factors_is_optimized_all_the_same():
     params = {"loose": jnp.arange(3.0)}
     structure = gmn_lopt.analyze(lambda p: (p["loose"] ** 2).sum(), params)
-    lopt = LearnedOptimizer(structure, gradmetanet=SMALL, width=8)
+    lopt = LearnedOptimizer(structure, residual=RESIDUALS["ds+gmn"])
     assert not lopt.needs_factors
     tx = lopt.optimizer(optimizer()[1])
     updates, _ = tx.update(params, tx.init(params), params)

@@ -1,24 +1,49 @@
-"""The step size that adapts itself while training."""
+"""The step size: its power law, and the feedback that adapts it while training."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from optimizing import analyzed, lively, mlp, play, record, relative_difference
+from optimizing import (
+    analyzed,
+    common,
+    lively,
+    mlp,
+    play,
+    record,
+    relative_difference,
+    small,
+)
 
 import gmn_lopt
-from gmn_lopt import LearnedOptimizer
-from gmn_lopt.optimizers.step_size import adapt_step_size, init_step_size
+from gmn_lopt import (
+    Additive,
+    Constant,
+    Denoised,
+    Feedback,
+    LearnedOptimizer,
+    Momentum,
+    Muon,
+    Normalized,
+    PowerLaw,
+    ScaleFree,
+)
+from gmn_lopt.optimizers.step_size import adapt_step_size
 
 MODEL = mlp(5, 6, 3)
 STRUCTURE, RECORDED = analyzed(MODEL), record(MODEL, steps=8)
 GAIN, OVERSHOOT = 0.7, 0.2
+ADAPTING = Feedback(GAIN, OVERSHOOT)
 ROOM = jnp.float32(1e-6)  # a power law that leaves feedback room to grow
 
 
-def with_coefficients(phi, gain=GAIN, overshoot=OVERSHOOT):
-    return phi | {"log_gain": jnp.log(gain), "log_overshoot": jnp.log(overshoot)}
+def coefficients(gain=GAIN, overshoot=OVERSHOOT):
+    return {"log_gain": jnp.log(gain), "log_overshoot": jnp.log(overshoot)}
+
+
+def start(zeros):
+    return Constant(feedback=ADAPTING).init(zeros)
 
 
 def literal_factors(updates):
@@ -40,24 +65,44 @@ def literal_factors(updates):
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("direction", "residual", "rule"),
     [
-        {"backbone": "sgdm", "base": "adam"},
-        {"backbone": "ds", "width": 4, "gradmetanet": None},
-        {"backbone": "celo", "width": 4, "gradmetanet": None, "rule": "normalized", "base": "denoised"},
+        (Muon(), None, Additive()),
+        (Momentum(), small(), Additive()),
+        (Denoised(), small(ScaleFree()), Normalized()),
     ],
 )
-def test_steps_are_multiplied_by_what_the_formula_says(options):
-    plain, adapting = (LearnedOptimizer(STRUCTURE, adapt=adapt, decay=True, **options) for adapt in (False, True))
+def test_steps_are_multiplied_by_what_the_formula_says(direction, residual, rule):
     # A power law that falls fast leaves feedback all the room it needs.
-    phi = lively(plain) | {"log_tau": jnp.log(0.03), "log_power": jnp.log(2.0)}
-    expected = play(plain, phi, RECORDED)
-    found = play(adapting, with_coefficients(phi), RECORDED)
+    plain, adapting = (
+        LearnedOptimizer(STRUCTURE, direction, residual, rule, PowerLaw(0.1, 0.03, 2.0, feedback=feedback))
+        for feedback in (None, ADAPTING)
+    )
+    phi = lively(adapting)
+    expected = play(plain, common(phi, plain.template()), RECORDED)
+    found = play(adapting, phi, RECORDED)
     factors = literal_factors(expected)
     assert np.abs(np.log(factors[-1])).max() > 1 and np.ptp(factors[-1]) > 0.01
     for t, (a, b) in enumerate(zip(found, expected)):
         scaled = jax.tree.unflatten(jax.tree.structure(b), [f * x for f, x in zip(factors[t], jax.tree.leaves(b))])
         assert relative_difference(a, scaled) < 1e-4
+
+
+def test_the_power_law_falls_with_the_steps_taken():
+    plain, falling = (
+        LearnedOptimizer(STRUCTURE, Muon(), step_size=s) for s in (Constant(0.1), PowerLaw(0.1, 4.0, 0.5))
+    )
+    params, grads, _ = RECORDED[0]
+
+    def update(lopt, count, **settings):
+        tx = lopt.optimizer(lopt.init(jax.random.key(0)), **settings)
+        return tx.update(grads, tx.init(params)._replace(step=jnp.int32(count)), params)[0]
+
+    for count, factor in ((0, 1.0), (12, 0.5), (60, 0.25)):
+        expected = jax.tree.map(lambda u, factor=factor: factor * u, update(plain, count))
+        assert relative_difference(update(falling, count), expected) < 1e-5
+        given = update(falling, count, learning_rate=0.1)  # the user's own replaces it
+        assert relative_difference(given, update(plain, count)) < 1e-5
 
 
 @pytest.mark.parametrize("alpha", [0.003, 0.01, 0.3])
@@ -73,9 +118,9 @@ def test_a_step_size_that_is_off_mends_itself(alpha):
     structure = gmn_lopt.analyze(loss, params, jnp.zeros(30))
 
     def final(adapt):
-        lopt = LearnedOptimizer(structure, "sgdm", base="adam", adapt=adapt)
-        phi = lopt.init(jax.random.key(0)) | {"log_alpha": jnp.log(alpha)}
-        tx = lopt.optimizer(phi)
+        step_size = Constant(alpha, feedback=Feedback() if adapt else None)
+        lopt = LearnedOptimizer(structure, Muon(gamma=1.0), step_size=step_size)  # Adam's direction: w is no kernel
+        tx = lopt.optimizer(lopt.init(jax.random.key(0)))
 
         def step(carry, key):
             params, state = carry
@@ -95,7 +140,7 @@ def test_a_step_size_that_is_off_mends_itself(alpha):
 
 @pytest.mark.parametrize("scheduled", [1.0, 0.01])
 def test_step_sizes_grow_back_to_the_first_and_no_further(scheduled):
-    state, phi = init_step_size({"w": jnp.zeros(3)}), with_coefficients({}, gain=0.1)
+    state, phi = start({"w": jnp.zeros(3)}), coefficients(gain=0.1)
     for t in range(100):  # a gradient that never changes
         state = adapt_step_size(phi, state, {"w": jnp.ones(3)}, jnp.asarray(t), jnp.float32(scheduled))
         state = state._replace(update={"w": -jnp.ones(3)})
@@ -103,12 +148,15 @@ def test_step_sizes_grow_back_to_the_first_and_no_further(scheduled):
 
 
 def test_a_learning_rate_that_is_given_is_left_alone():
-    options = {"backbone": "celo", "width": 4, "gradmetanet": None, "rule": "normalized", "base": "adam"}
-    plain, adapting = (LearnedOptimizer(STRUCTURE, adapt=adapt, decay=True, **options) for adapt in (False, True))
-    phi = with_coefficients(lively(plain))
+    plain, adapting = (
+        LearnedOptimizer(STRUCTURE, Muon(), small(ScaleFree()), Normalized(), PowerLaw(feedback=feedback))
+        for feedback in (None, ADAPTING)
+    )
+    phi = lively(adapting)
+    without = common(phi, plain.template())
     (params, grads, _), *_ = RECORDED
     for rate in (0.01, optax.cosine_decay_schedule(0.01, 10)):
-        tx, reference = adapting.optimizer(phi, rate), plain.optimizer(lively(plain), rate)
+        tx, reference = adapting.optimizer(phi, rate), plain.optimizer(without, rate)
         state, other = tx.init(params), reference.init(params)
         assert state.step_size == ()
         for _ in range(3):
@@ -118,11 +166,11 @@ def test_a_learning_rate_that_is_given_is_left_alone():
 
 
 def test_neither_the_gradients_size_nor_zeros_matter():
-    phi = with_coefficients({}, overshoot=1e-9)
+    phi = coefficients(overshoot=1e-9)
 
     def factors(scale, update_scale=None):
         update_scale = 1 / scale if update_scale is None else update_scale
-        state = init_step_size(jax.tree.map(jnp.zeros_like, MODEL[1]))
+        state = start(jax.tree.map(jnp.zeros_like, MODEL[1]))
         for t, (_, grads, _) in enumerate(RECORDED):
             state = adapt_step_size(phi, state, jax.tree.map(lambda g: scale * g, grads), jnp.asarray(t), ROOM)
             state = state._replace(update=jax.tree.map(lambda g: -update_scale * g, grads))
@@ -137,8 +185,8 @@ def test_neither_the_gradients_size_nor_zeros_matter():
 
 def test_derivatives_go_through_the_coefficients_only():
     def total(log_gain, scale):
-        phi = with_coefficients({}) | {"log_gain": log_gain}
-        state = init_step_size(jax.tree.map(jnp.zeros_like, MODEL[1]))
+        phi = coefficients() | {"log_gain": log_gain}
+        state = start(jax.tree.map(jnp.zeros_like, MODEL[1]))
         for t, (_, grads, _) in enumerate(RECORDED):
             state = adapt_step_size(phi, state, grads, jnp.asarray(t), ROOM)
             state = state._replace(update=jax.tree.map(lambda g: -scale * g - 0.1, grads))

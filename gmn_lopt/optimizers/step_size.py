@@ -122,7 +122,7 @@ class StepSize(abc.ABC):
         size = jnp.exp(phi["log_alpha"]) * scheduled
         if not isinstance(state, StepSizeState):
             return [size] * len(jax.tree.leaves(grads)), state
-        state = _adapt(phi, state, grads, step, scheduled)
+        state = adapt_step_size(phi, state, grads, step, scheduled)
         return list(size * jnp.exp(state.log_factor)), state
 
 
@@ -166,7 +166,7 @@ class PowerLaw(StepSize):
         return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
 
 
-def _adapt(
+def adapt_step_size(
     phi: Mapping[str, Array],
     state: StepSizeState,
     grads: PyTree,

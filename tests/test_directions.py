@@ -1,14 +1,17 @@
-"""Base directions, orthogonalisation and denoising, against NumPy's decompositions and optax's Muon."""
+"""Directions, orthogonalisation and denoising, against NumPy's decompositions and optax's Muon."""
 
 from dataclasses import replace
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from optimizing import analyzed, mlp, play, record, residual
 
 import gmn_lopt
+from gmn_lopt import Denoised, LearnedOptimizer, Muon
 from gmn_lopt.factors.matrices import is_kernel, orthogonalize
 from gmn_lopt.factors.structure import Factors
 from gmn_lopt.optimizers.directions.denoised_layers import layer_groups
@@ -22,10 +25,13 @@ from gmn_lopt.optimizers.directions.denoising import (
     init_preconditioner,
     update_preconditioners,
 )
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 MODEL = mlp(6, 9, 4)
 STRUCTURE = analyzed(MODEL)
+
+
+def alpha(phi):
+    return float(jnp.exp(phi["step_size"]["log_alpha"]))
 
 
 def in_singular_basis(matrix, result):
@@ -58,17 +64,17 @@ def test_kernels_of_many_axes_are_stacks_of_matrices():
 
 def test_muon_orthogonalizes_nesterov_momentum_and_takes_adam_s_direction_elsewhere():
     recorded = record(MODEL)
-    lopt = LearnedOptimizer(STRUCTURE, "sgdm", base="muon")
+    lopt = LearnedOptimizer(STRUCTURE, Muon())
     phi = lopt.init(jax.random.key(0))
     step = play(lopt, phi, recorded)[-1]
     weights = 0.05 * np.array([0.95**3, 0.95**2, 0.95 + 1])
     gradients = np.stack([np.asarray(grads[0]["w"], np.float64) for _, grads, _ in recorded])
-    turned = in_singular_basis(np.tensordot(weights, gradients, 1), -step[0]["w"] / jnp.exp(phi["log_alpha"]))
+    turned = in_singular_basis(np.tensordot(weights, gradients, 1), -step[0]["w"] / alpha(phi))
     assert np.abs(turned - np.diag(np.diag(turned))).max() < 1e-2
     assert np.all((np.diag(turned) / np.sqrt(9 / 6) > 0.4) & (np.diag(turned) / np.sqrt(9 / 6) < 1.3))
     gradients = np.stack([np.asarray(grads[0]["b"], np.float64) for _, grads, _ in recorded])
     squares = (np.array([0.999**2, 0.999, 1.0]) * 0.001) @ gradients**2 / (1 - 0.999**3)
-    expected = -np.exp(float(phi["log_alpha"] + phi["log_gamma"])) * weights @ gradients / (1 - 0.95**4)
+    expected = -alpha(phi) * 0.3 * weights @ gradients / (1 - 0.95**4)
     np.testing.assert_allclose(step[0]["b"], expected / (np.sqrt(squares) + 1e-8), rtol=1e-4)
 
 
@@ -90,7 +96,7 @@ def literal_step(momentum, covariance, noise):
 def test_denoised_steps_are_those_of_the_moments_of_the_set(widths):
     model = mlp(*widths)
     structure, recorded = analyzed(model), record(model)
-    lopt = LearnedOptimizer(structure, "sgdm", gradmetanet=None, base="denoised")
+    lopt = LearnedOptimizer(structure, Denoised())
     assert lopt.needs_factors
     phi = lopt.init(jax.random.key(0))
     step = play(lopt, phi, recorded)[-1]
@@ -111,7 +117,9 @@ def test_denoised_steps_are_those_of_the_moments_of_the_set(widths):
         momentum = sum(w * g for w, g in zip(weights[1], gradients))
         noise = sum(weights[1] ** 2) * sum(w * g.T @ g for w, g in zip(weights[0], tangents))
         noise = len(covariance) * noise if group.outputs <= group.inputs else np.trace(noise)
-        full = -np.concatenate([step[i]["w"], step[i]["b"][None]]).astype(np.float64) / np.exp(float(phi["log_alpha"]))
+        full = -np.concatenate([step[i]["w"], step[i]["b"][None]]).astype(np.float64) / np.exp(
+            float(phi["step_size"]["log_alpha"])
+        )
         expected = literal_step(momentum, covariance, noise)
         assert np.abs(full - expected).max() < 0.02 * np.abs(expected).max()
 
@@ -141,7 +149,7 @@ def test_a_table_of_embeddings_is_denoised_by_how_often_each_token_occurs():
 
     structure = analyzed((loss, params, (tokens,)))
     (table,) = [group.layers[0] for group in layer_groups(structure, range(2)) if group.embedding]
-    lopt = LearnedOptimizer(structure, "sgdm", base="denoised")
+    lopt = LearnedOptimizer(structure, Denoised())
     phi = lopt.init(jax.random.key(0))
     _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, tokens)
     tx = lopt.optimizer(phi)
@@ -149,7 +157,7 @@ def test_a_table_of_embeddings_is_denoised_by_how_often_each_token_occurs():
     one_hot = np.eye(5)[np.asarray(tokens).reshape(-1)]
     covariance, tangents = one_hot.T @ one_hot / 8, np.asarray(factors.tangents[table.tangent], np.float64)
     expected = literal_step(np.asarray(grads["table"], np.float64), covariance, 5 * tangents.T @ tangents)
-    np.testing.assert_allclose(-updates["table"] / jnp.exp(phi["log_alpha"]), expected, rtol=0.02, atol=1e-3)
+    np.testing.assert_allclose(-updates["table"] / alpha(phi), expected, rtol=0.02, atol=1e-3)
     assert (updates["table"][jnp.array([2, 4])] == 0).all()  # tokens that have not occurred
     # The state is as large as the table, and a number for each token, not for each pair of them.
     assert max(x.size for x in jax.tree.leaves(state)) == params["table"].size
@@ -167,7 +175,7 @@ def test_a_kernel_that_two_layers_use_is_left_to_muon():
     (group,) = layer_groups(structure, range(2))
     assert [structure.parameters[layer.kernel].name for layer in group.layers] == ["['out']"]
     recorded = record(model)
-    denoised, muon = (LearnedOptimizer(structure, "sgdm", base=base) for base in ("denoised", "muon"))
+    denoised, muon = (LearnedOptimizer(structure, direction) for direction in (Denoised(), Muon()))
     phi = muon.init(jax.random.key(0))
     updates = play(denoised, phi, recorded[:1])[0], play(muon, phi, recorded[:1])[0]
     np.testing.assert_allclose(updates[0]["w"], updates[1]["w"], rtol=1e-3, atol=1e-6)
@@ -179,11 +187,25 @@ def test_a_layer_of_which_a_part_is_masked_is_left_to_muon():
     assert len(group.layers) == 1
 
 
+def test_the_alias_is_the_direction_with_a_learning_rate_and_weight_decay():
+    (params, grads, factors), *_ = record(MODEL, steps=1)
+    lopt = LearnedOptimizer(STRUCTURE, Denoised())
+    reference = lopt.optimizer(lopt.init(jax.random.key(0)))  # of step size 0.1
+    expected, _ = reference.update(grads, reference.init(params), params, factors=factors)
+    schedule = optax.constant_schedule(0.02)
+    tx = gmn_lopt.denoised(STRUCTURE, schedule, weight_decay=0.5)
+    found, _ = tx.update(grads, tx.init(params), params, factors=factors)
+    scaled = jax.tree.map(lambda u, p: 0.2 * u - 0.02 * 0.5 * p, expected, params)
+    chex.assert_trees_all_close(found, scaled, rtol=1e-5, atol=1e-8)
+    with pytest.raises(ValueError, match="value_grad_and_factors"):
+        tx.update(grads, tx.init(params), params)
+
+
 def test_units_that_are_all_dead_do_not_break_the_step():
     loss, params, args = MODEL
     params = [params[0] | {"b": params[0]["b"] - 100.0}, params[1]]
-    for base in ("muon", "denoised"):
-        lopt = LearnedOptimizer(STRUCTURE, "sgdm", base=base)
+    for direction in (Muon(), Denoised()):
+        lopt = LearnedOptimizer(STRUCTURE, direction)
         tx = lopt.optimizer(lopt.init(jax.random.key(0)))
         _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *args)
         updates, _ = tx.update(grads, tx.init(params), params, factors=factors)

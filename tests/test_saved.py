@@ -2,50 +2,62 @@
 
 import json
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import safetensors.numpy
-from optimizing import analyzed, lively, mlp
+from optimizing import analyzed, lively, mlp, small, with_coefficients
 
-from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
-from gmn_lopt.optimizers import saved as serialization
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt import (
+    UNF,
+    Additive,
+    Denoised,
+    Feedback,
+    GradMetaNetConfig,
+    GradMetaNetPlusPlusConfig,
+    LearnedOptimizer,
+    Muon,
+    Normalized,
+    PointwiseMLP,
+    PowerLaw,
+    Recipe,
+    ScaleFree,
+    SetReader,
+)
+from gmn_lopt.optimizers import saved as saved_module
 from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, save
 
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)
-OPTIONS = {
-    "sgdm": {"backbone": "sgdm"},
-    "ds": {"gradmetanet": None, "width": 12},
-    "unf+gmn": {"backbone": "unf", "gradmetanet": GradMetaNetConfig(width=6), "width": 5, "gate": True},
-    "ds+gmn++": {"gradmetanet": GradMetaNetConfig(width=6, set_layers=1, attention_heads=3)},
-    "ds+gmn": {
-        "gradmetanet": GradMetaNetConfig(width=6, set_layers=1, use_parameter=True, factor_decays=(0.5,)),
-        "base": "adam",
-    },
+RECIPES = {
+    "sgdm": Recipe(),
+    "ds": Recipe(Muon(), small(ScaleFree(), PointwiseMLP(12)), Normalized()),
+    "unf+gmn": Recipe(residual=small(network=UNF(5), gradmetanet=SetReader(GradMetaNetConfig(width=6)))),
+    "ds+gmn++": Recipe(residual=small(gradmetanet=SetReader(GradMetaNetPlusPlusConfig(6, 1, 3), 7, None, (0.5,)))),
+    "denoised": Recipe(Denoised(), None, Additive(0.5), PowerLaw(0.1, feedback=Feedback())),
 }
 
 
 @pytest.fixture
 def saved(tmp_path):
-    lopt = LearnedOptimizer(STRUCTURE, gradmetanet=None, width=4)
+    lopt = LearnedOptimizer(STRUCTURE, residual=small(network=PointwiseMLP(4)))
     save(tmp_path / "saved", lopt, lively(lopt))
     return tmp_path / "saved"
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize("name", RECIPES)
 def test_round_trip(tmp_path, name):
-    lopt = LearnedOptimizer(STRUCTURE, **OPTIONS[name])
+    lopt = RECIPES[name].build(STRUCTURE)
     phi = lively(lopt)
     save(tmp_path / "deep" / "saved", lopt, phi)
     assert sorted(p.name for p in (tmp_path / "deep" / "saved").iterdir()) == ["config.json", "phi.safetensors"]
 
     other = analyzed(mlp(3, 6, 2) if name == "unf+gmn" else mlp(3, 6, 5, 2))
     loaded, weights = load_learned(str(tmp_path / "deep" / "saved"), other)
-    assert loaded == LearnedOptimizer(other, **OPTIONS[name])
+    assert loaded == RECIPES[name].build(other)
     assert jax.tree.structure(weights) == jax.tree.structure(phi)
     assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(weights), jax.tree.leaves(phi)))
 
@@ -60,12 +72,14 @@ def test_round_trip(tmp_path, name):
     ids=["deeper", "shallower", "fewer axes"],
 )
 def test_unf_is_not_loaded_for_another_model(tmp_path, model, message):
-    lopt = LearnedOptimizer(STRUCTURE, backbone="unf", gradmetanet=None, width=4)
+    lopt = LearnedOptimizer(STRUCTURE, residual=small(network=UNF(4)))
     save(tmp_path / "saved", lopt, lively(lopt))
-    with pytest.raises(SerializationError, match=message + ".*meta-train unf on this model, or use ds") as error:
+    with pytest.raises(
+        SerializationError, match=message + ".*meta-train it on this model, or use a PointwiseMLP"
+    ) as error:
         load(tmp_path / "saved", analyzed(model))
     assert "\n" not in str(error.value)
-    edit_config(leaves=3)(tmp_path / "saved")
+    edit_config("leaves", value=3)(tmp_path / "saved")
     with pytest.raises(SerializationError, match=r'config.json: "leaves" is missing or damaged'):
         load(tmp_path / "saved", STRUCTURE)
 
@@ -80,7 +94,7 @@ def test_load_gives_the_transformation(saved):
 
 
 def test_saving_again_replaces_all_of_it(saved):
-    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    lopt = LearnedOptimizer(STRUCTURE)
     save(saved, lopt, lopt.init(jax.random.key(0)))
     assert load_learned(saved, STRUCTURE)[0] == lopt
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
@@ -91,8 +105,8 @@ def test_a_failing_save_leaves_what_was_there(saved, monkeypatch):
         raise OSError(28, "No space left on device")
 
     before = {p.name: p.read_bytes() for p in saved.iterdir()}
-    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
-    monkeypatch.setattr(serialization.os, "fsync", fail)
+    lopt = LearnedOptimizer(STRUCTURE)
+    monkeypatch.setattr(saved_module.os, "fsync", fail)
     with pytest.raises(SerializationError, match="saved: No space left"):
         save(saved, lopt, lopt.init(jax.random.key(0)))
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
@@ -100,7 +114,7 @@ def test_a_failing_save_leaves_what_was_there(saved, monkeypatch):
 
 
 def test_nothing_else_is_overwritten(tmp_path):
-    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    lopt = LearnedOptimizer(STRUCTURE)
     (tmp_path / "thesis.tex").write_text("years of work")
     for path in (tmp_path, tmp_path / "thesis.tex"):
         with pytest.raises(SerializationError, match="not a saved optimizer"):
@@ -109,26 +123,43 @@ def test_nothing_else_is_overwritten(tmp_path):
 
 
 def test_meta_parameters_of_another_optimizer_are_not_saved(tmp_path):
-    lopt = LearnedOptimizer(STRUCTURE, gradmetanet=None)
-    with pytest.raises(SerializationError, match=r"phi lacks backbone/bias_0"):
-        save(tmp_path / "saved", lopt, LearnedOptimizer(STRUCTURE, backbone="sgdm").init(jax.random.key(0)))
+    lopt = LearnedOptimizer(STRUCTURE, residual=small())
+    with pytest.raises(SerializationError, match=r"phi lacks residual/log_beta"):
+        save(tmp_path / "saved", lopt, LearnedOptimizer(STRUCTURE).init(jax.random.key(0)))
     assert not (tmp_path / "saved").exists()
 
 
-def edit_config(**changes):
+def edit_config(*path, value):
+    """Put a value at a place in config.json."""
+
     def edit(saved):
         config = json.loads((saved / "config.json").read_text())
-        for key, value in changes.items():
-            (config if key in config else config["optimizer"])[key] = value
+        place = config
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = value
         (saved / "config.json").write_text(json.dumps(config))
 
     return edit
 
 
+def edit_part(*path, value):
+    return edit_config("optimizer", *path, value=value)
+
+
 def drop_from_config(saved):
     config = json.loads((saved / "config.json").read_text())
-    del config["optimizer"]["base"]
+    del config["optimizer"]["rule"]
     (saved / "config.json").write_text(json.dumps(config))
+
+
+def flip_a_bit(file, place):
+    def flip(saved):
+        content = bytearray((saved / file).read_bytes())
+        content[place] ^= 1
+        (saved / file).write_bytes(content)
+
+    return flip
 
 
 def edit_weights(change):
@@ -143,6 +174,7 @@ def truncate(file, keep):
     return lambda saved: (saved / file).write_bytes((saved / file).read_bytes()[:keep])
 
 
+ALPHA = "step_size/log_alpha"
 DAMAGE = {
     "empty weights": (truncate("phi.safetensors", 0), "phi.safetensors is damaged"),
     "truncated header": (truncate("phi.safetensors", 20), "phi.safetensors is damaged"),
@@ -153,44 +185,47 @@ DAMAGE = {
     ),
     "no weights": (lambda d: (d / "phi.safetensors").unlink(), "phi.safetensors is missing"),
     "wrong shape": (
-        edit_weights(lambda a: a | {"backbone/kernel_1": np.zeros((4, 5), np.float32)}),
-        r"phi.safetensors holds backbone/kernel_1 with shape \(4, 5\).*needs \(4, 4\)",
+        edit_weights(lambda a: a | {"residual/network/kernel_1": np.zeros((4, 5), np.float32)}),
+        r"phi.safetensors holds residual/network/kernel_1 with shape \(4, 5\).*needs \(4, 4\)",
     ),
     "wrong dtype": (
-        edit_weights(lambda a: a | {"log_alpha": a["log_alpha"].astype(np.float16)}),
-        "phi.safetensors holds log_alpha as float16, not float32",
+        edit_weights(lambda a: a | {ALPHA: a[ALPHA].astype(np.float16)}),
+        "phi.safetensors holds step_size/log_alpha as float16, not float32",
     ),
-    "one too many": (edit_weights(lambda a: a | {"extra": a["log_alpha"]}), "phi.safetensors holds extra"),
-    "one too few": (
-        edit_weights(lambda a: {k: v for k, v in a.items() if k != "log_alpha"}),
-        "lacks log_alpha",
-    ),
+    "one too many": (edit_weights(lambda a: a | {"extra": a[ALPHA]}), "phi.safetensors holds extra"),
+    "one too few": (edit_weights(lambda a: {k: v for k, v in a.items() if k != ALPHA}), "lacks step_size/log_alpha"),
+    "other weights": (edit_weights(lambda a: a | {ALPHA: np.asarray(a[ALPHA] + 1)}), "not what was saved"),
+    "a flipped bit": (flip_a_bit("phi.safetensors", -2), "not what was saved"),
     "truncated config": (truncate("config.json", 40), "config.json is damaged"),
     "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
+    "nested config": (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json is damaged"),
     "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json does not describe"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
-    "other format": (edit_config(format="else"), "config.json does not describe"),
-    "unknown version": (edit_config(version=99), "config.json has format version 99.*reads version 1"),
-    "no architecture": (edit_config(optimizer=3), "config.json.*missing or not an object"),
-    "lacking entry": (drop_from_config, "config.json.*lacks base"),
-    "unknown entry": (edit_config(depth=3), "config.json.*unknown entry depth"),
-    "unknown backbone": (edit_config(backbone="resnet"), "config.json: unknown backbone 'resnet'"),
-    "wrong type": (edit_config(width=True), "config.json: width must be a whole number.*not True"),
-    "other width": (edit_config(width=5), r"phi.safetensors holds backbone/\S+ with shape \(4,.*but.*needs \(5,"),
-    "other base": (edit_config(base="adam"), "phi.safetensors holds log_one_minus_mu"),
-    "GradMetaNet claimed": (edit_config(gradmetanet={"width": 3}), "config.json.*lacks .*neuron_layers"),
+    "other format": (edit_config("format", value="else"), "config.json does not describe"),
+    "old version": (edit_config("version", value=1), "version 1, .*reads version 2: it was saved by gmn_lopt 0.1"),
+    "unknown version": (edit_config("version", value=99), "version 99, .*reads version 2: install the gmn_lopt"),
+    "no architecture": (edit_config("optimizer", value=3), "config.json: optimizer must be an object, not 3"),
+    "lacking entry": (drop_from_config, "config.json: optimizer lacks 'rule'"),
+    "unknown entry": (edit_part("depth", value=3), "config.json: optimizer has the unknown entry 'depth'"),
+    "unknown part": (
+        edit_part("residual", "network", "name", value="ResNet"),
+        "optimizer.residual.network must be one of PointwiseMLP, UNF, not 'ResNet'",
+    ),
+    "part of a later version": (edit_part("rule", "version", value=2), "optimizer.rule is version 2 of Additive"),
+    "wrong type": (edit_part("residual", "network", "width", value=True), "width must be a whole number, not True"),
+    "a list for a number": (edit_part("step_size", "initial", value=[1]), "initial must be a finite number, not .1."),
+    "not finite": (edit_part("step_size", "initial", value=float("nan")), "initial must be a finite number, not nan"),
+    "huge": (
+        edit_part("residual", "network", "hidden_layers", value=100000),
+        "hidden_layers must be a whole",
+    ),
+    "other width": (
+        edit_part("residual", "network", "width", value=5),
+        r"phi.safetensors holds residual/network/\S+ with shape \(4,.*but.*needs \(5,",
+    ),
+    "other start": (edit_part("residual", "weight", value=0.5), "not what was saved"),
+    "GradMetaNet claimed": (edit_part("residual", "gradmetanet", value={"width": 3}), "one of SetReader, not None"),
 }
-
-
-def test_what_was_saved_before_a_setting_came_still_loads(saved):
-    before = load_learned(saved, STRUCTURE)[0]
-    config = json.loads((saved / "config.json").read_text())
-    places = {"optimizer": config["optimizer"], "gradmetanet": config["optimizer"]["gradmetanet"]}
-    for place, settings in serialization.ADDED.items():
-        for name in settings if places[place] else ():
-            del places[place][name]
-    (saved / "config.json").write_text(json.dumps(config))
-    assert load_learned(saved, STRUCTURE)[0] == before
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
@@ -206,10 +241,10 @@ def test_unknown_names_list_what_there_is(tmp_path, monkeypatch):
     with pytest.raises(SerializationError, match="no-such-optimizer"):
         load("no-such-optimizer", STRUCTURE)
     (tmp_path / "pretrained" / "shipped").mkdir(parents=True)
-    monkeypatch.setattr(serialization.resources, "files", lambda _: tmp_path)
+    monkeypatch.setattr(saved_module.resources, "files", lambda _: tmp_path)
     with pytest.raises(SerializationError, match=r"no-such-optimizer.*\(those are shipped\)"):
         load("no-such-optimizer", STRUCTURE)
-    lopt = LearnedOptimizer(STRUCTURE, backbone="sgdm")
+    lopt = LearnedOptimizer(STRUCTURE)
     (tmp_path / "pretrained" / "shipped").rmdir()
     save(tmp_path / "pretrained" / "shipped", lopt, lopt.init(jax.random.key(0)))
     assert load_learned("shipped", STRUCTURE)[0] == lopt
@@ -221,36 +256,22 @@ def test_a_file_is_not_a_directory(tmp_path):
         load(tmp_path / "file", STRUCTURE)
 
 
-class Tunable(LearnedOptimizer):
-    """A learned optimizer that takes settings, as rules with a learning rate of the user's do."""
+def test_settings_reach_the_optimizer_and_others_are_refused(saved):
+    grads = jax.tree.map(jnp.ones_like, MODEL[1])
 
-    def optimizer(self, phi, learning_rate=None, weight_decay=0.0):
-        if weight_decay < 0:
-            raise ValueError("weight_decay must not be negative\nin detail")
-        decay = optax.add_decayed_weights(weight_decay)
-        return optax.with_extra_args_support(optax.chain(decay, optax.scale_by_learning_rate(learning_rate)))
+    def first(**settings):
+        tx = load(saved, STRUCTURE, **settings)
+        return tx.update(grads, tx.init(MODEL[1]), MODEL[1])[0]
 
-
-def test_settings_reach_an_optimizer_that_takes_them(saved, monkeypatch):
-    monkeypatch.setattr(serialization, "LearnedOptimizer", Tunable)
-    params, grads = jnp.array([2.0]), jnp.array([1.0])
-    tx = load(saved, STRUCTURE, learning_rate=optax.constant_schedule(0.5), weight_decay=0.1)
-    updates, _ = tx.update(grads, tx.init(params), params)
-    np.testing.assert_allclose(updates, [-0.5 * (1.0 + 0.1 * 2.0)], rtol=1e-6)
+    plain = first(learning_rate=optax.constant_schedule(0.5))
+    decayed = jax.tree.map(lambda u, p: u - 0.5 * 0.1 * p, plain, MODEL[1])
+    chex.assert_trees_all_close(first(learning_rate=0.5, weight_decay=0.1), decayed, rtol=1e-5, atol=1e-7)
     with pytest.raises(SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay$"):
         load(saved, STRUCTURE, rate=1.0)
-    with pytest.raises(SerializationError, match=r"saved: weight_decay must not be negative$"):
-        load(saved, STRUCTURE, learning_rate=0.5, weight_decay=-1.0)
-
-
-def test_settings_that_an_optimizer_does_not_take_are_refused(saved, monkeypatch):
-    monkeypatch.setattr(LearnedOptimizer, "optimizer", lambda self, phi: optax.identity())
-    with pytest.raises(SerializationError, match=r"saved does not take momentum, rate: it takes no settings$"):
-        load(saved, STRUCTURE, momentum=0.9, rate=1.0)
 
 
 def test_the_digest_is_that_of_the_values(saved):
     lopt, phi = load_learned(saved, STRUCTURE)
     assert digest(phi) == digest(lively(lopt)) == digest(jax.tree.map(np.asarray, phi))
-    assert digest(phi) != digest(phi | {"log_alpha": phi["log_alpha"] + 1e-3})
-    assert digest(phi) != digest({k: v for k, v in phi.items() if k != "log_alpha"})
+    assert digest(phi) != digest(with_coefficients(phi, alpha=0.11))
+    assert digest(phi) != digest({k: v for k, v in phi.items() if k != "step_size"})
