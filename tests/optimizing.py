@@ -72,10 +72,19 @@ def analyzed(model):
 def lively(lopt, seed=0, beta=1.0):
     """Meta-parameters with nonzero biases, under which the network decides most of the update."""
     rng = np.random.default_rng(seed)
-    phi = lopt.init(jax.random.key(seed))
-    coefficients = {name: value for name, value in phi.items() if name.startswith("log_")}
-    phi = jax.tree.map(lambda x: x + jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32), phi) | coefficients
-    return phi | ({"log_beta": jnp.log(jnp.float32(beta))} if "log_beta" in phi else {})
+
+    def shaken(path, x):
+        is_coefficient = path[-1].key.startswith("log_")
+        return x if is_coefficient else x + jnp.asarray(rng.normal(size=x.shape) * 0.2, jnp.float32)
+
+    return with_beta(jax.tree_util.tree_map_with_path(shaken, lopt.init(jax.random.key(seed))), beta)
+
+
+def with_beta(phi, beta):
+    """Meta-parameters with another weight of the residual, if they have one."""
+    if "residual" not in phi:
+        return phi
+    return phi | {"residual": phi["residual"] | {"log_beta": jnp.log(jnp.float32(beta))}}
 
 
 def record(model, steps=3, rate=0.3):
