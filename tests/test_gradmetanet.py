@@ -8,9 +8,16 @@ from optimizing import analyzed, mlp, residual
 
 from gmn_lopt import Factors, GradientStructure
 from gmn_lopt.factors.structure import Site, Space
+from gmn_lopt.networks import (
+    UNF,
+    GradMetaNet,
+    GradMetaNetConfig,
+    GradMetaNetPlusPlusConfig,
+    InvariantGradMetaNet,
+    PointwiseMLP,
+    init_gradmetanet,
+)
 from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
-from gmn_lopt.networks.gradmetanet import GradMetaNet, GradMetaNetConfig, init_gradmetanet
-from gmn_lopt.networks.invariant import InvariantGradMetaNet
 
 CHANNELS = 3
 CONFIG = GradMetaNetConfig(width=6, set_layers=3, neuron_layers=2, product_width=5, out_features=4)
@@ -212,9 +219,15 @@ def test_encodings_tell_many_sites_and_neurons_apart():
 
 
 @pytest.mark.parametrize(
-    "bad", [{"width": 0}, {"width": True}, {"product_width": 5000}, {"set_layers": 1.5}, {"neuron_layers": -1}]
+    ("config", "bad"),
+    [
+        *((GradMetaNetConfig, {name: value}) for name, value in (("width", True), ("product_width", 5000))),
+        *((GradMetaNetConfig, {name: value}) for name, value in (("set_layers", 1.5), ("neuron_layers", -1))),
+        (GradMetaNetPlusPlusConfig, {"blocks": 0}),
+        *((config, bad) for config in (PointwiseMLP, UNF) for bad in ({"width": 0}, {"hidden_layers": 65})),
+    ],
 )
-def test_impossible_architectures_are_refused(bad):
+def test_impossible_architectures_are_refused(config, bad):
     # The run-time check of annotations, where it is on, comes first and raises a TypeError.
     with pytest.raises((ValueError, TypeError), match=next(iter(bad))):
-        GradMetaNetConfig(**bad)
+        config(**bad)

@@ -8,11 +8,9 @@ from optimizing import analyzed, mlp, residual
 from test_gradmetanet import CHANNELS, Reference, check_agrees, lively_weights, random_factors, relu
 
 from gmn_lopt import Factors
+from gmn_lopt.networks import GradMetaNetPlusPlus, GradMetaNetPlusPlusConfig, InvariantGradMetaNet, init_gradmetanet
 from gmn_lopt.networks.attention import attention
 from gmn_lopt.networks.encoding import encode_sites
-from gmn_lopt.networks.gradmetanet import init_gradmetanet
-from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlus, GradMetaNetPlusPlusConfig
-from gmn_lopt.networks.invariant import InvariantGradMetaNet
 
 CONFIG = GradMetaNetPlusPlusConfig(width=6, blocks=2, heads=2, product_width=5, out_features=4)
 MODELS = {"mlp": mlp(5, 7, 6, 4), "residual": residual()}
@@ -153,9 +151,6 @@ def test_memory_grows_linearly(which):
     assert large < scores
 
 
-@pytest.mark.parametrize(
-    ("bad", "error"), [({"heads": 5}, "heads is 5; it must divide the width, 32"), ({"blocks": 0}, "blocks")]
-)
-def test_impossible_architectures_are_refused(bad, error):
-    with pytest.raises(ValueError, match=error):
-        GradMetaNetPlusPlusConfig(**bad)
+def test_heads_must_divide_the_width():
+    with pytest.raises(ValueError, match="heads is 5; it must divide the width, 32"):
+        GradMetaNetPlusPlusConfig(heads=5)

@@ -26,6 +26,14 @@ def attention(
         keys: likewise.
         values: likewise.
         rows: the number of queries that are handled at a time.
+
+    Returns:
+        For each query the weighted mean of the values.
+
+    Example:
+        >>> q = jnp.ones((2, 5, 3, 4))
+        >>> attention(q, q, q, rows=2).shape
+        (2, 5, 3, 4)
     """
     batch, n, heads, d = queries.shape
 

@@ -63,6 +63,11 @@ class GradMetaNetConfig:
 
     Raises:
         ValueError: a size is impossible.
+
+    Example:
+        >>> GradMetaNetConfig(set_layers=0)
+        Traceback (most recent call last):
+        ValueError: GradMetaNetConfig.set_layers must be a whole number of at least 1 and at most 64, not 0
     """
 
     width: int = 32
@@ -277,7 +282,11 @@ def init_gradmetanet(module: Any, key: jax.Array) -> PyTree:
         key: a random key.
 
     Returns:
-        Its parameters: ``module.apply({"params": weights}, factors)`` (for an example see :class:`GradMetaNet`).
+        Its parameters: ``module.apply({"params": weights}, factors)``.
+
+    Example:
+        >>> sorted(init_gradmetanet(GradMetaNet(_ONE_NEURON), jax.random.key(0)))
+        ['product', 'trunk']
     """
 
     def init(key: jax.Array, channels: Float[Array, "channels 1 1"]) -> Any:

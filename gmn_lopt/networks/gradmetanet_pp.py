@@ -40,6 +40,11 @@ class GradMetaNetPlusPlusConfig:
 
     Raises:
         ValueError: a size is impossible.
+
+    Example:
+        >>> GradMetaNetPlusPlusConfig(heads=5)
+        Traceback (most recent call last):
+        ValueError: GradMetaNetPlusPlusConfig.heads is 5; it must divide the width, 32
     """
 
     width: int = 32

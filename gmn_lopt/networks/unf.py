@@ -192,6 +192,13 @@ class EquivariantLinear(nn.Module):
         leaves: for each leaf the spaces of its dimensions (arbitrary numbers, equal where the space is the same).
         in_features: number of features of each entry.
         out_features: number of features after the layer.
+
+    Example:
+        >>> layer = EquivariantLinear(((0, 1), (1,)), in_features=4, out_features=2)  # a kernel and its bias
+        >>> inputs = [jnp.ones((3, 5, 4)), jnp.ones((5, 4))]
+        >>> outputs = layer.apply(layer.init(jax.random.key(0), inputs), inputs)
+        >>> [y.shape for y in outputs]
+        [(3, 5, 2), (5, 2)]
     """
 
     leaves: tuple[tuple[int, ...], ...]

@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -161,12 +161,14 @@ class LearnedOptimizer:
 
             handled = self.structure, indices, grads
             direction, direction_state = self.direction.update(phi["direction"], *handled, state.direction, read)
-            outputs, beta, residual_state = [None] * len(values), None, state.residual
+            outputs: Sequence[Any] = [None] * len(values)
+            beta, residual_state = None, state.residual
             if self.residual is not None:
                 outputs, residual_state = self.residual.update(
                     *(phi["residual"], *handled, values, state.residual, read, state.step, self.rule.outputs)
                 )
                 beta = jnp.exp(phi["residual"]["log_beta"])
+            sizes: Sequence[Any]
             if learning_rate is None:
                 sizes, size_state = self.step_size.update(phi["step_size"], state.step_size, grads, state.step)
             else:
