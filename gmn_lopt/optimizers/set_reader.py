@@ -55,8 +55,6 @@ class SetReader:
         for name in ("max_set_size", "max_output_size"):
             if getattr(self, name) is not None:
                 whole(self, name, most=LARGEST)
-        if not isinstance(self.decays, tuple):
-            raise ValueError(f"SetReader.decays must be a tuple, not {self.decays!r}")
         fraction(self, "decays")
 
     def reads(self, structure: GradientStructure) -> bool:
