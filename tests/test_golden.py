@@ -51,4 +51,5 @@ def test_updates_are_what_they_were(case):
     found, expected = golden_steps.summarise(optimizer(name, structure), recorded), GOLDEN[case]
     # Relative to the leaf's root mean square, the first column; products with random directions are as large.
     difference = np.abs(found - expected).max(-1) / expected[..., 0]
-    assert difference.max() < 1e-6
+    # Of the generalists alpha is kept as its logarithm now, which moves it by a rounding, and the feedback with it.
+    assert difference.max() < (2e-6 if name in ("default", "default+celo", "default+gmn") else 1e-6)
