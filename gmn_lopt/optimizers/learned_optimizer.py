@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.factors.structure import GradientStructure, StructureError
 from gmn_lopt.optimizers.directions import Direction, Momentum
-from gmn_lopt.optimizers.leaves import check_meta_parameters, factors_per_element, match_leaves
+from gmn_lopt.optimizers.leaves import Gradient, check_meta_parameters, factors_per_element, match_leaves
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive, Rule
 from gmn_lopt.optimizers.step_size import Constant, StepSize, StepSizeState
@@ -158,14 +158,14 @@ class LearnedOptimizer:
             grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), updates)
             values = [jnp.asarray(p, jnp.float32) for p in jax.tree.leaves(params)]
             read = factors_per_element(self.structure, factors) if self.needs_factors else None
+            gradient = Gradient(self.structure, indices, grads, read)
 
-            handled = self.structure, indices, grads
-            direction, direction_state = self.direction.update(phi["direction"], *handled, state.direction, read)
+            direction, direction_state = self.direction.update(phi["direction"], gradient, state.direction)
             outputs: Sequence[Any] = [None] * len(values)
             beta, residual_state = None, state.residual
             if self.residual is not None:
                 outputs, residual_state = self.residual.update(
-                    *(phi["residual"], *handled, values, state.residual, read, state.step, self.rule.outputs)
+                    phi["residual"], gradient, values, state.residual, state.step, self.rule.outputs
                 )
                 beta = jnp.exp(phi["residual"]["log_beta"])
             sizes: Sequence[Any]
@@ -180,10 +180,10 @@ class LearnedOptimizer:
                 steps = [d + weight_decay * theta for d, theta in zip(steps, values)]
             steps = [-size * d for size, d in zip(sizes, steps)]
             if isinstance(size_state, StepSizeState):
-                size_state = size_state._replace(update=jax.tree.unflatten(jax.tree.structure(updates), steps))
+                size_state = size_state._replace(update=gradient.like_grads(steps))
             typed = [u.astype(jnp.result_type(p)) for u, p in zip(steps, jax.tree.leaves(params))]
             return (
-                jax.tree.unflatten(jax.tree.structure(updates), typed),
+                gradient.like_grads(typed),
                 LearnedOptimizerState(optax.safe_increment(state.step), direction_state, residual_state, size_state),
             )
 

@@ -1,13 +1,38 @@
 """Whether what a learned optimizer is given belongs to the model that was analysed, and to its architecture."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
-from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError
+from gmn_lopt.factors.structure import Factors, GradientStructure, Parameter, StructureError
+
+
+class Gradient(NamedTuple):
+    """The gradient of a step, and what it is the gradient of.
+
+    Attributes:
+        structure: of the model.
+        indices: which of the structure's parameters are handled, in their order in ``grads``; optax may mask some.
+        grads: their gradients, float32.
+        factors: those of the whole model, float32, the tangents at per-element scale; None where they are not needed.
+    """
+
+    structure: GradientStructure
+    indices: list[int]
+    grads: PyTree
+    factors: Factors | None
+
+    @property
+    def parameters(self) -> list[Parameter]:
+        """The parameters that are handled."""
+        return [self.structure.parameters[i] for i in self.indices]
+
+    def like_grads(self, leaves: Any) -> PyTree:
+        """Arrays for each leaf as a tree shaped like the gradients."""
+        return jax.tree.unflatten(jax.tree.structure(self.grads), leaves)
 
 
 def check_meta_parameters(phi: PyTree, template: PyTree) -> None:

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.networks.gradmetanet import init_gradmetanet
 from gmn_lopt.networks.initialization import init_weights
 from gmn_lopt.networks.pointwise import PointwiseMLP
 from gmn_lopt.networks.unf import UNF
 from gmn_lopt.optimizers.features import Features, PaperFeatures
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.optimizers.set_reader import SetReader
 from gmn_lopt.util.checks import positive
 
@@ -106,12 +107,9 @@ class Residual:
     def update(
         self,
         phi: Mapping[str, PyTree],
-        structure: GradientStructure,
-        indices: Sequence[int],
-        grads: PyTree,
+        gradient: Gradient,
         params: Sequence[Float[Array, "..."]],
         state: ResidualState,
-        factors: Factors | None,
         step: Int[Array, ""],
         outputs: int,
     ) -> tuple[Sequence[Float[Array, "size outputs"]], ResidualState]:
@@ -119,32 +117,30 @@ class Residual:
 
         Args:
             phi: ``network`` and ``gradmetanet``, as :meth:`init_weights` draws them.
-            structure: of the model.
-            indices: the parameters that are handled.
-            grads: their gradients, float32.
-            params: their values, float32.
+            gradient: the gradient.
+            params: the parameters that are handled, float32.
             state: the state.
-            factors: as for :meth:`gmn_lopt.optimizers.directions.Direction.update`.
             step: number of steps taken.
             outputs: number of outputs for each entry.
 
         Returns:
             The network's outputs for the entries of each parameter in row-major order, and the new state.
         """
-        leaves, treedef = jax.tree.flatten(grads)
-        averages = [self.features.advance(a, g) for a, g in zip(jax.tree.leaves(state.gradients), leaves)]
-        remembered, extra = state.factors, [None] * len(leaves)
+        structure, grads = gradient.structure, jax.tree.leaves(gradient.grads)
+        averages = [self.features.advance(a, g) for a, g in zip(jax.tree.leaves(state.gradients), grads)]
+        remembered, extra = state.factors, [None] * len(grads)
         if self.gradmetanet is not None and self.gradmetanet.reads(structure):
-            assert factors is not None
-            channels, remembered = self.gradmetanet.advance(state.factors, factors, step)
+            assert gradient.factors is not None
+            channels, remembered = self.gradmetanet.advance(state.factors, gradient.factors, step)
             of_set: Any = self.gradmetanet.module(structure).apply({"params": phi["gradmetanet"]}, channels)
-            extra = [None if of_set[i] is None else of_set[i].reshape(-1, of_set[i].shape[-1]) for i in indices]
-        features = [self.features.of_entries(p, g, a, step) for p, g, a in zip(params, leaves, averages)]
+            chosen = [of_set[i] for i in gradient.indices]
+            extra = [None if x is None else x.reshape(-1, x.shape[-1]) for x in chosen]
+        features = [self.features.of_entries(p, g, a, step) for p, g, a in zip(params, grads, averages)]
         made: Any = []
         if features:
-            module = self._module(structure, indices, outputs)
+            module = self._module(structure, gradient.indices, outputs)
             made = module.apply({"params": phi["network"]}, features, extra, self.features.of_time(step))
-        return made, ResidualState(jax.tree.unflatten(treedef, averages), remembered)
+        return made, ResidualState(gradient.like_grads(averages), remembered)
 
     def _module(self, structure: GradientStructure, indices: Sequence[int], outputs: int) -> nn.Module:
         extra = 0 if self.gradmetanet is None else self.gradmetanet.network.out_features

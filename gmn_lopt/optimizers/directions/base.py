@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.optimizers.leaves import Gradient
 
 
 @dataclass(frozen=True)
@@ -45,25 +46,8 @@ class Direction(abc.ABC):
         """
 
     @abc.abstractmethod
-    def update(
-        self,
-        phi: Mapping[str, Array],
-        structure: GradientStructure,
-        indices: Sequence[int],
-        grads: PyTree,
-        state: PyTree,
-        factors: Factors | None,
-    ) -> tuple[PyTree, PyTree]:
-        """Advance by one gradient.
-
-        Args:
-            phi: the coefficients, ``log_NAME`` each.
-            structure: of the model.
-            indices: the parameters that are handled.
-            grads: their gradients, float32.
-            state: the state.
-            factors: those of the whole model, float32, the tangents at per-element scale; None where they are not
-                needed.
+    def update(self, phi: Mapping[str, Array], gradient: Gradient, state: PyTree) -> tuple[PyTree, PyTree]:
+        """Advance by one gradient; ``phi`` holds the coefficients, ``log_NAME`` each.
 
         Returns:
             The direction, shaped like the gradients, and the new state.

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
-from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.directions.base import Direction
 from gmn_lopt.optimizers.directions.denoised_layers import (
     activations_and_tangents,
@@ -25,6 +25,7 @@ from gmn_lopt.optimizers.directions.denoising import (
     update_preconditioners,
 )
 from gmn_lopt.optimizers.directions.muon import init_squares, muon_steps
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.util.checks import positive
 
 
@@ -86,28 +87,21 @@ class Denoised(Direction):
         return DenoisedState(jnp.zeros((), jnp.int32), zeros, squares, preconditioners)
 
     def update(
-        self,
-        phi: Mapping[str, Array],
-        structure: GradientStructure,
-        indices: Sequence[int],
-        grads: PyTree,
-        state: DenoisedState,
-        factors: Factors | None,
+        self, phi: Mapping[str, Array], gradient: Gradient, state: DenoisedState
     ) -> tuple[PyTree, DenoisedState]:
         """Advance by one gradient; see :meth:`Direction.update`."""
-        parameters, groups = [structure.parameters[i] for i in indices], layer_groups(structure, indices)
+        parameters, groups = gradient.parameters, layer_groups(gradient.structure, gradient.indices)
         count = optax.safe_increment(state.step)
-        momentum = optax.tree.update_moment(grads, state.momentum, MOMENTUM_DECAY, 1)
+        momentum = optax.tree.update_moment(gradient.grads, state.momentum, MOMENTUM_DECAY, 1)
         corrected = optax.tree.scale(1.0 / (1.0 - MOMENTUM_DECAY ** count.astype(jnp.float32)), momentum)
         momenta, preconditioners = jax.tree.leaves(corrected), state.preconditioners
         denoised: dict[int, Array] = {}
         if groups:
-            assert factors is not None
-            sets = [activations_and_tangents(group, parameters, factors) for group in groups]
+            assert gradient.factors is not None
+            sets = [activations_and_tangents(group, parameters, gradient.factors) for group in groups]
             matrices = [as_matrices(group, parameters, momenta) for group in groups]
             preconditioners = update_preconditioners(state.preconditioners, groups, sets, matrices, state.step)
             for group, preconditioner, stack in zip(groups, preconditioners, matrices):
                 denoised |= from_matrices(group, parameters, denoised_steps(group, preconditioner, stack))
-        steps, squares = muon_steps(parameters, phi, momenta, grads, state.squares, count, denoised)
-        direction = jax.tree.unflatten(jax.tree.structure(grads), steps)
+        direction, squares = muon_steps(phi, gradient, momenta, state.squares, count, denoised)
         return direction, DenoisedState(count, momentum, squares, preconditioners)

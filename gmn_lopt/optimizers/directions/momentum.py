@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.directions.base import Direction
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.util.checks import fraction
 
 
@@ -41,16 +42,8 @@ class Momentum(Direction):
         """Zeros."""
         return zeros
 
-    def update(
-        self,
-        phi: Mapping[str, Array],
-        structure: GradientStructure,
-        indices: Sequence[int],
-        grads: PyTree,
-        state: PyTree,
-        factors: Factors | None,
-    ) -> tuple[PyTree, PyTree]:
+    def update(self, phi: Mapping[str, Array], gradient: Gradient, state: PyTree) -> tuple[PyTree, PyTree]:
         """Advance by one gradient; see :meth:`Direction.update`."""
         # As an increment: 1 - mu is exact, where mu would have lost digits.
-        momentum = jax.tree.map(lambda v, g: v + jnp.exp(phi["log_one_minus_mu"]) * (g - v), state, grads)
+        momentum = jax.tree.map(lambda v, g: v + jnp.exp(phi["log_one_minus_mu"]) * (g - v), state, gradient.grads)
         return momentum, momentum

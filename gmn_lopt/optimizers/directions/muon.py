@@ -10,8 +10,9 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.factors.matrices import is_kernel, orthogonalize
-from gmn_lopt.factors.structure import Factors, GradientStructure, Parameter
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.directions.base import Direction
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.util.checks import positive
 
 DECAY, ADAM_DECAY, EPSILON = 0.95, 0.999, 1e-8
@@ -60,25 +61,15 @@ class Muon(Direction):
         """Zeros."""
         return MuonState(jnp.zeros((), jnp.int32), zeros, init_squares(structure, indices, zeros))
 
-    def update(
-        self,
-        phi: Mapping[str, Array],
-        structure: GradientStructure,
-        indices: Sequence[int],
-        grads: PyTree,
-        state: MuonState,
-        factors: Factors | None,
-    ) -> tuple[PyTree, MuonState]:
+    def update(self, phi: Mapping[str, Array], gradient: Gradient, state: MuonState) -> tuple[PyTree, MuonState]:
         """Advance by one gradient; see :meth:`Direction.update`."""
         count = optax.safe_increment(state.step)
-        momentum = optax.tree.update_moment(grads, state.momentum, DECAY, 1)
-        ahead = optax.tree.update_moment(grads, momentum, DECAY, 1)
+        momentum = optax.tree.update_moment(gradient.grads, state.momentum, DECAY, 1)
+        ahead = optax.tree.update_moment(gradient.grads, momentum, DECAY, 1)
         # Bias-corrected by all the weight that momentum and look-ahead give the gradients so far.
         corrected = optax.tree.scale(1.0 / (1.0 - DECAY ** (count.astype(jnp.float32) + 1.0)), ahead)
-        steps, squares = muon_steps(
-            [structure.parameters[i] for i in indices], phi, jax.tree.leaves(corrected), grads, state.squares, count
-        )
-        return jax.tree.unflatten(jax.tree.structure(grads), steps), MuonState(count, momentum, squares)
+        direction, squares = muon_steps(phi, gradient, jax.tree.leaves(corrected), state.squares, count)
+        return direction, MuonState(count, momentum, squares)
 
 
 def init_squares(
@@ -94,31 +85,30 @@ def init_squares(
 
 
 def muon_steps(
-    parameters: Sequence[Parameter],
     phi: Mapping[str, Array],
+    gradient: Gradient,
     momenta: Sequence[Float[Array, "..."]],
-    grads: PyTree,
     squares: PyTree,
     count: Int[Array, ""],
-    elsewhere: Mapping[int, Array] | None = None,
-) -> tuple[list[Array], PyTree]:
+    given: Mapping[int, Array] | None = None,
+) -> tuple[PyTree, PyTree]:
     """The steps of kernels and of other parameters, from their momenta.
 
     Args:
-        parameters: what is handled.
         phi: ``log_gamma``.
-        momenta: corrected for their start.
-        grads: the gradients.
+        gradient: the gradient.
+        momenta: of its leaves, corrected for their start.
         squares: the average squared gradients, as :func:`init_squares` began them.
         count: number of steps, this one included.
-        elsewhere: steps that are given, by position.
+        given: steps that are known, by position.
 
     Returns:
-        The steps, and the new averages.
+        The direction, shaped like the gradients, and the new averages.
     """
-    given, gamma = elsewhere or {}, jnp.exp(phi["log_gamma"])
+    given, gamma = given or {}, jnp.exp(phi["log_gamma"])
+    leaves = zip(gradient.parameters, jax.tree.leaves(gradient.grads), momenta, jax.tree.leaves(squares))
     steps, new = [], []
-    for i, (p, g, m, s) in enumerate(zip(parameters, jax.tree.leaves(grads), momenta, jax.tree.leaves(squares))):
+    for i, (p, g, m, s) in enumerate(leaves):
         if i in given or is_kernel(p):
             steps.append(given[i] if i in given else orthogonalize(p, m))
             new.append(s)
@@ -126,4 +116,4 @@ def muon_steps(
             new.append(ADAM_DECAY * s + (1 - ADAM_DECAY) * g**2)
             root = jnp.sqrt(new[-1] / (1.0 - ADAM_DECAY ** count.astype(jnp.float32)))
             steps.append(gamma * m / (root + EPSILON))
-    return steps, jax.tree.unflatten(jax.tree.structure(squares), new)
+    return gradient.like_grads(steps), gradient.like_grads(new)
