@@ -80,7 +80,7 @@ def test_layers_that_are_scanned_over_take_the_steps_of_the_same_layers_one_by_o
     assert left == {name for name in names if "norm" in name and "blocks" in name}
 
     def updates(loss, params):
-        lopt = gmn_lopt.LearnedOptimizer(gmn_lopt.analyze(loss, params, *batch), "sgdm", base="denoised")
+        lopt = gmn_lopt.LearnedOptimizer(gmn_lopt.analyze(loss, params, *batch), gmn_lopt.Denoised())
         tx = lopt.optimizer(lopt.init(jax.random.key(0)))
         state = tx.init(params)
         for shrink in (1.0, 0.9, 0.7):
