@@ -9,6 +9,7 @@ import transformers
 from optimizing import relative_difference
 
 import gmn_lopt
+from gmn_lopt.factors import Embedding
 from gmn_lopt.optimizers.directions.denoised_layers import (
     activations_and_tangents,
     as_matrices,
@@ -53,7 +54,7 @@ def test_matrices_of_the_gradient_are_the_products_of_those_of_the_factors(name)
         assert len(activations) <= len(tangents) == len(matrices)
         for matrix, read, tangent in zip(matrices, group.reads, tangents):
             activation = activations[read]
-            if group.embedding:
+            if group.kind == Embedding():
                 activation = np.eye(group.inputs)[activation[:, 0]]
             elif group.biased:
                 activation = np.concatenate([activation, np.ones((len(activation), 1))], 1)
@@ -79,7 +80,7 @@ def test_layers_that_are_scanned_over_take_the_steps_of_the_same_layers_one_by_o
     assert left == {name for name in names if "norm" in name and "blocks" in name}
 
     def updates(loss, params):
-        lopt = gmn_lopt.LearnedOptimizer(gmn_lopt.analyze(loss, params, *batch), "sgdm", base="denoised")
+        lopt = gmn_lopt.LearnedOptimizer(gmn_lopt.analyze(loss, params, *batch), gmn_lopt.Denoised())
         tx = lopt.optimizer(lopt.init(jax.random.key(0)))
         state = tx.init(params)
         for shrink in (1.0, 0.9, 0.7):

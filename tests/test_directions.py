@@ -12,6 +12,7 @@ from optimizing import analyzed, mlp, play, record, residual
 
 import gmn_lopt
 from gmn_lopt import Denoised, LearnedOptimizer, Muon
+from gmn_lopt.factors import Embedding
 from gmn_lopt.factors.matrices import is_kernel, orthogonalize
 from gmn_lopt.factors.structure import Factors
 from gmn_lopt.optimizers.directions.denoised_layers import layer_groups
@@ -148,7 +149,7 @@ def test_a_table_of_embeddings_is_denoised_by_how_often_each_token_occurs():
         return jnp.mean((params["table"][tokens] @ params["out"] - 1.0) ** 2)
 
     structure = analyzed((loss, params, (tokens,)))
-    (table,) = [group.layers[0] for group in layer_groups(structure, range(2)) if group.embedding]
+    (table,) = [group.layers[0] for group in layer_groups(structure, range(2)) if group.kind == Embedding()]
     lopt = LearnedOptimizer(structure, Denoised())
     phi = lopt.init(jax.random.key(0))
     _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, tokens)

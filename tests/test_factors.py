@@ -1,3 +1,6 @@
+import doctest
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,8 @@ from hypothesis import strategies as st
 from models import MODELS, cross_entropy, data, jnp_mlp, linen_mlp, remat_mlp
 
 from gmn_lopt import Factors, StructureError, analyze, value_grad_and_factors
+from gmn_lopt.factors import structure as structure_module
+from gmn_lopt.factors import value_and_grad
 
 
 def relative_error(a, b):
@@ -60,9 +65,8 @@ def test_transformations():
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf, 2 * leaf]), params)
     _, _, batched = jax.jit(jax.vmap(f, in_axes=(0, None, None)))(stacked, x, labels)
     _, scanned = jax.lax.scan(lambda c, p: (c, f(p, x, labels)[2]), 0, stacked)
-    for one, many, each in zip(*map(jax.tree.leaves, (expected, batched, scanned)), strict=True):
-        np.testing.assert_allclose(many[0], one, rtol=1e-5, atol=1e-7)
-        np.testing.assert_allclose(each[0], one, rtol=1e-5, atol=1e-7)
+    for stack in (batched, scanned):
+        chex.assert_trees_all_close(jax.tree.map(lambda x: x[0], stack), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_aux_and_static_arguments():
@@ -122,8 +126,12 @@ def test_any_widths_and_batch_size(widths, batch, bias):
 
     structure = analyze(loss, params, x, strict=True)
     _, grads, factors = value_grad_and_factors(loss)(params, x)
-    for got, want in zip(jax.tree.leaves(structure.reconstruct(factors)), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(structure.reconstruct(factors), grads, rtol=1e-5, atol=1e-6)
+    for arrays, shapes in (
+        (factors.activations, structure.activation_shapes),
+        (factors.tangents, structure.tangent_shapes),
+    ):
+        chex.assert_shape(arrays, shapes)
 
 
 def test_wrong_input_is_one_clear_line():
@@ -140,3 +148,9 @@ def test_wrong_input_is_one_clear_line():
         structure.reconstruct(small)
     with pytest.raises(StructureError, match="arrays, but 3 in the analysed model"):
         structure.reconstruct(Factors(small.activations[:1], small.tangents))
+
+
+@pytest.mark.parametrize("module", [structure_module, value_and_grad], ids=lambda module: module.__name__)
+def test_examples_in_docstrings(module):
+    failed, attempted = doctest.testmod(module)
+    assert attempted > 3 and not failed

@@ -1,5 +1,6 @@
 """Loops: layers that are stacked and scanned over, layers that every iteration shares, and what is not claimed."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -115,8 +116,7 @@ def test_a_recurrent_layer_has_time_in_its_set():
     structure = analyze(loss, params, strict=True)
     assert [site.set_size for site in structure.sites] == [24] * len(structure.sites)
     _, grads, factors = jax.jit(value_grad_and_factors(loss))(params)
-    for got, want in zip(jax.tree.leaves(structure.reconstruct(factors)), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(structure.reconstruct(factors), grads, rtol=1e-4, atol=1e-6)
 
 
 def test_loops_in_loops():
@@ -133,5 +133,4 @@ def test_loops_in_loops():
 
     structure = analyze(loss, params, strict=True)
     _, grads, factors = jax.jit(value_grad_and_factors(loss))(params)
-    for got, want in zip(jax.tree.leaves(structure.reconstruct(factors)), jax.tree.leaves(grads), strict=True):
-        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+    chex.assert_trees_all_close(structure.reconstruct(factors), grads, rtol=1e-4, atol=1e-6)

@@ -5,14 +5,10 @@ import numpy as np
 import permute
 import pytest
 import transformers
-from optimizing import lively, play, relative_difference
+from optimizing import lively, play, relative_difference, small
 
-from gmn_lopt import analyze, value_grad_and_factors
+from gmn_lopt import LearnedOptimizer, SetReader, analyze, value_grad_and_factors
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
-from gmn_lopt.optimizers.factor_averages import init_factor_averages
-from gmn_lopt.optimizers.features.paper import DECAYS
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
-from gmn_lopt.optimizers.output_sites import without_large_outputs
 
 LIBRARIES = {"haiku": "haiku", "equinox": "equinox"}
 
@@ -68,7 +64,8 @@ def test_permuting_neurons_permutes_the_update(scan):
     """Of the stream, heads, each feed-forward layer and, head by head, the values; with factors of the real loss."""
     loss, params, args = transformers.plain(tied=True, scan=scan, blocks=2 if scan else 1)
     structure = analyze(loss, params, *args)
-    lopt = LearnedOptimizer(structure, width=8, gradmetanet=GradMetaNetConfig(8, product_width=8, out_features=4))
+    reader = SetReader(GradMetaNetConfig(8, product_width=8, out_features=4))
+    lopt = LearnedOptimizer(structure, residual=small(gradmetanet=reader))
     phi = lively(lopt)
     differentiate = jax.jit(value_grad_and_factors(loss))
 
@@ -102,9 +99,9 @@ def test_nothing_of_the_size_of_the_vocabulary_but_parameters_and_the_logits_the
     wide = [i for i, site in enumerate(structure.sites) if site.size == transformers.VOCABULARY]
     assert [structure.sites[i].kind for i in wide] == ["output"]
     assert all(shape[1] != transformers.VOCABULARY for shape in structure.activation_shapes)
-    averages, _ = init_factor_averages(structure, None, DECAYS)
+    averages, _ = SetReader(max_output_size=None).init(structure)
     assert [i for i, average in enumerate(averages) if average is None] == [ids]
-    averages = init_factor_averages(without_large_outputs(structure, transformers.VOCABULARY - 1), None, DECAYS)
+    averages = SetReader(max_output_size=transformers.VOCABULARY - 1).init(structure)
     assert all(x.shape[-1] != transformers.VOCABULARY for x in jax.tree.leaves(averages))
 
 

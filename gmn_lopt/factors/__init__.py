@@ -1,5 +1,6 @@
 """What a gradient is made of: its rank-1 factors, and the structure of the model (arXiv:2507.01649, section 3)."""
 
+from gmn_lopt.factors.kinds import KINDS, Dense, Embedding, LayerKind
 from gmn_lopt.factors.structure import (
     Factors,
     GradientStructure,
@@ -10,17 +11,22 @@ from gmn_lopt.factors.structure import (
     Space,
     StructureError,
 )
-from gmn_lopt.factors.value_and_grad import analyze, value_grad_and_factors
+from gmn_lopt.factors.value_and_grad import analyze, value_grad_and_extra, value_grad_and_factors
 
 __all__ = [
+    "KINDS",
+    "Dense",
+    "Embedding",
     "Factors",
     "GradientStructure",
     "Layer",
+    "LayerKind",
     "Parameter",
     "Site",
     "SiteRef",
     "Space",
     "StructureError",
     "analyze",
+    "value_grad_and_extra",
     "value_grad_and_factors",
 ]

@@ -1,4 +1,8 @@
-"""Kernels as matrices, from the neurons that they read from to those that they write to; their orthogonalisation."""
+"""Kernels as stacks of matrices, from the neurons that they read to those that they write; their orthogonalisation.
+
+A matrix is what lies between the neurons of a kernel's first site and those of its second. Axes that belong to neither
+site, or to both (heads, stacked layers), make the stack.
+"""
 
 import math
 
@@ -6,30 +10,12 @@ import jax.numpy as jnp
 import optax.contrib
 from jaxtyping import Array, Float
 
-from gmn_lopt.factors.structure import Parameter
+from gmn_lopt.factors.spaces import Parameter
 
 
 def is_kernel(parameter: Parameter) -> bool:
     """Whether a parameter maps the neurons of one site to those of another, so that it is a matrix (or a stack)."""
     return len(parameter.sites) == 2 and min(_layout(parameter)[1][1:]) > 1
-
-
-def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
-
-    By the Newton-Schulz iteration of Muon (Jordan et al. 2024) in optax, whose factor for the width this is: the step
-    it gives then changes a layer's output by about the same, however wide it is. Axes that belong to neither site, or
-    to both (heads, stacked layers), are batch axes.
-
-    Args:
-        parameter: a kernel (:func:`is_kernel`).
-        value: an array of its shape.
-
-    Returns:
-        An array of its shape.
-    """
-    stack = as_stack(parameter, value)
-    return from_stack(parameter, orthogonal_factor(stack) * math.sqrt(max(1.0, stack.shape[2] / stack.shape[1])))
 
 
 def stack_shape(parameter: Parameter) -> tuple[int, int, int]:
@@ -59,6 +45,46 @@ def _layout(parameter: Parameter) -> tuple[tuple[int, ...], list[int]]:
     write = tuple(d for d in write if d not in shared)
     batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
     return (*batch, *read, *write), [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
+
+
+def stacked_rows(kernel: Parameter, side: int, rows: Float[Array, "S n"]) -> Float[Array, "count S m"]:
+    """Cut what runs over all neurons that a kernel reads (side 0) or writes (1) into those of each of its matrices."""
+    dims, shared = kernel.sites[side].dims, shared_dims(kernel)
+    split = rows.reshape(len(rows), *(kernel.cut_shape[d] for d in dims))
+    moved = jnp.moveaxis(split, [1 + dims.index(d) for d in shared], range(len(shared)))
+    return moved.reshape(math.prod(kernel.cut_shape[d] for d in shared), len(rows), -1)
+
+
+def written_rows(kernel: Parameter, stack: Float[Array, "count S m"]) -> Float[Array, "S n"]:
+    """Undo :func:`stacked_rows` of the neurons that a kernel writes."""
+    dims, shared = kernel.sites[1].dims, shared_dims(kernel)
+    rest = [kernel.cut_shape[d] for d in dims if d not in shared]
+    split = stack.reshape(*(kernel.cut_shape[d] for d in shared), stack.shape[1], *rest)
+    moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])
+    return moved.reshape(stack.shape[1], -1)
+
+
+def shared_dims(kernel: Parameter) -> list[int]:
+    """The dimensions of a kernel's cut shape that both of its sites run over."""
+    read, write = (ref.dims for ref in kernel.sites)
+    return sorted({*read} & {*write})
+
+
+def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
+
+    By the Newton-Schulz iteration of Muon (Jordan et al. 2024) in optax, whose factor for the width this is: the step
+    it gives then changes a layer's output by about the same, however wide it is.
+
+    Args:
+        parameter: a kernel (:func:`is_kernel`).
+        value: an array of its shape.
+
+    Returns:
+        An array of its shape.
+    """
+    stack = as_stack(parameter, value)
+    return from_stack(parameter, orthogonal_factor(stack) * math.sqrt(max(1.0, stack.shape[2] / stack.shape[1])))
 
 
 def orthogonal_factor(stack: Float[Array, "batch rows columns"]) -> Float[Array, "batch rows columns"]:

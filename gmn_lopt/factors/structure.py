@@ -3,112 +3,28 @@
 A structure is found by :func:`gmn_lopt.analyze`; this file only says what it consists of and how it prints.
 """
 
-import math
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import jax
 from jaxtyping import Array, PyTree
 
+from gmn_lopt.factors.kinds import LayerKind
+from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space, StructureError
 
-class StructureError(ValueError):
-    """The model, its parameters or its factors do not fit what an operation needs."""
+__all__ = [
+    "Factors",
+    "GradientStructure",
+    "Layer",
+    "Parameter",
+    "Site",
+    "SiteRef",
+    "Space",
+    "StructureError",
+]
 
-
-@dataclass(frozen=True)
-class Space:
-    """A set of neurons that may only be permuted together.
-
-    Attributes:
-        size: number of neurons.
-        permutable: whether the loss is unchanged when the space's neurons are permuted in every parameter at once. A
-            space that is not permutable is *fixed*: something in the model uses its neurons by their position.
-        stack: indices of the spaces at each of whose positions the neurons may be permuted by themselves: the scanned
-            axis, for the hidden neurons of layers that are stacked and scanned over. Empty for most spaces.
-    """
-
-    size: int
-    permutable: bool
-    stack: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place in the model where neurons have factors: an activation, a tangent, or one of each.
-
-    Attributes:
-        spaces: indices into ``GradientStructure.spaces``; the site's neurons are their product, row-major (one space
-            for most sites; heads and the dimensions of a head for attention).
-        size: number of neurons, the product of the sizes of the spaces.
-        set_size: number of elements ``S`` of the set that the factors at this site run over.
-        set_axes: names the axes that the set consists of; sites with equal ``set_axes`` share their set, element by
-            element.
-        activation: index into ``Factors.activations``, or None at a site that is only written.
-        tangent: index into ``Factors.tangents``, or None at a site that is only read.
-        copies: positions in ``spaces`` of axes along which the same neurons are repeated: the scanned axis, at sites in
-            the residual stream of layers that are stacked and scanned over. Empty for most sites.
-    """
-
-    spaces: tuple[int, ...]
-    size: int
-    set_size: int
-    set_axes: tuple[int, ...]
-    activation: int | None
-    tangent: int | None
-    copies: tuple[int, ...] = ()
-
-    @property
-    def kind(self) -> str:
-        """``"input"`` (only read), ``"output"`` (only written) or ``"inner"``."""
-        if self.tangent is None:
-            return "input"
-        return "output" if self.activation is None else "inner"
-
-
-@dataclass(frozen=True)
-class SiteRef:
-    """Where the neurons of a site lie in a parameter.
-
-    Attributes:
-        site: index into ``GradientStructure.sites``.
-        dims: for each space of the site, the dimension of the parameter *in its cut shape* that runs over it.
-    """
-
-    site: int
-    dims: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Parameter:
-    """One leaf of the parameters.
-
-    Attributes:
-        name: its path in the tree, as :func:`jax.tree_util.keystr` writes it.
-        shape: its shape.
-        dtype: name of its dtype.
-        cut_shape: its shape with each axis cut into the spaces it is a product of; ``leaf.reshape(cut_shape)`` is
-            always valid. Equal to ``shape`` unless an axis is a product.
-        spaces: for each dimension of ``cut_shape`` an index into ``GradientStructure.spaces``.
-        sites: the sites whose neurons describe it: ``()``, one (a bias, a scale), or two (a kernel: the site it reads
-            from, then the site it writes to).
-        status: ``"factored"``: its factors give its whole gradient. ``"partial"``: it has factors, which give only a
-            part of its gradient. ``"unfactored"``: it has none. ``"unused"``: the loss does not depend on it.
-        reason: why the status is not ``"factored"``; empty otherwise.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    cut_shape: tuple[int, ...]
-    spaces: tuple[int, ...]
-    sites: tuple[SiteRef, ...]
-    status: str
-    reason: str = ""
-
-    @property
-    def size(self) -> int:
-        """Number of entries."""
-        return math.prod(self.shape)
+WIDTH = 120  # of the printed structure
 
 
 @dataclass(frozen=True)
@@ -116,23 +32,22 @@ class Layer:
     """One linear map ``u = a W + b`` of the model; of layers that are stacked and scanned over, the whole stack.
 
     Attributes:
+        kind: what kind of layer it is (:mod:`gmn_lopt.factors.kinds`).
         kernel: index into ``GradientStructure.parameters``.
         bias: index into ``GradientStructure.parameters``, or None.
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
         kernel_gradient: ``(activation, tangent, kernel) -> dense gradient``; not part of the comparison of structures.
         bias_gradient: ``(tangent, bias) -> dense gradient``, or None; likewise.
-        embedding: whether it looks up rows of its kernel; the activations are then indices (token ids) ``[S, 1]``, at
-            no site, in place of one-hot rows, which are never built.
     """
 
+    kind: LayerKind
     kernel: int
     bias: int | None
     activation: int
     tangent: int
     kernel_gradient: Callable[..., Array] | None = field(default=None, compare=False, repr=False)
     bias_gradient: Callable[..., Array] | None = field(default=None, compare=False, repr=False)
-    embedding: bool = False
 
 
 @jax.tree_util.register_dataclass
@@ -147,6 +62,16 @@ class Factors:
         activations: one array ``[S, d_in]`` for each distinct activation that a layer reads; for an embedding, the
             token ids, integers ``[S, 1]``.
         tangents: one array ``[S, d_out]`` for each distinct tangent at the output of a layer.
+
+    Example:
+        Two layers that read the same array share its activation; the set is the batch, of 5.
+
+        >>> import gmn_lopt, jax, jax.numpy as jnp
+        >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["a"]) * (x @ params["b"]))
+        >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+        >>> _, _, factors = gmn_lopt.value_grad_and_factors(loss)(params, jnp.ones((5, 2)))
+        >>> jax.tree.map(jnp.shape, factors)
+        Factors(activations=((5, 2),), tangents=((5, 3), (5, 3)))
     """
 
     activations: tuple[jax.Array, ...]
@@ -179,8 +104,8 @@ class GradientStructure:
 
     @property
     def token_ids(self) -> frozenset[int]:
-        """Indices of the activations that are token ids, integers ``[S, 1]`` read by embeddings."""
-        return frozenset(layer.activation for layer in self.layers if layer.embedding)
+        """Indices of the activations that are at no site: token ids, integers ``[S, 1]`` read by embeddings."""
+        return frozenset(layer.activation for layer in self.layers if not layer.kind.reads_neurons)
 
     def is_permutable(self, site: Site) -> bool:
         """Whether any neurons of a site may be permuted; otherwise it is fixed throughout, like the logits."""
@@ -197,24 +122,29 @@ class GradientStructure:
 
         Raises:
             StructureError: the factors have other shapes than the structure.
+
+        Example:
+            >>> import gmn_lopt, jax.numpy as jnp
+            >>> def loss(params, x):
+            ...     return jnp.mean((x @ params["w"] * params["scale"]) ** 2)
+            >>> params, x = {"scale": jnp.ones(3), "w": jnp.ones((2, 3))}, jnp.ones((5, 2))
+            >>> _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, x)
+            >>> rebuilt = gmn_lopt.analyze(loss, params, x).reconstruct(factors)
+            >>> rebuilt["scale"] is None, bool(jnp.allclose(rebuilt["w"], grads["w"]))
+            (True, True)
         """
         self.check_factors(factors)
-        gradients: list[Array | None] = [None] * len(self.parameters)
-
-        def add(leaf: int, gradient: Array) -> None:
-            previous = gradients[leaf]
-            gradients[leaf] = gradient if previous is None else previous + gradient
-
-        def wanted(leaf: int) -> jax.ShapeDtypeStruct | None:
-            parameter = self.parameters[leaf]
-            return jax.ShapeDtypeStruct(parameter.shape, parameter.dtype) if parameter.status == "factored" else None
-
+        parts: dict[int, list[Array]] = {}
         for layer in self.layers:
             activation, tangent = factors.activations[layer.activation], factors.tangents[layer.tangent]
-            if (kernel := wanted(layer.kernel)) is not None and layer.kernel_gradient is not None:
-                add(layer.kernel, layer.kernel_gradient(activation, tangent, kernel))
-            if layer.bias is not None and layer.bias_gradient is not None and (bias := wanted(layer.bias)) is not None:
-                add(layer.bias, layer.bias_gradient(tangent, bias))
+            for leaf, gradient, given in (
+                (layer.kernel, layer.kernel_gradient, (activation, tangent)),
+                (layer.bias, layer.bias_gradient, (tangent,)),
+            ):
+                if leaf is not None and gradient is not None and self.parameters[leaf].status == "factored":
+                    like = jax.ShapeDtypeStruct(self.parameters[leaf].shape, self.parameters[leaf].dtype)
+                    parts.setdefault(leaf, []).append(gradient(*given, like))
+        gradients = [sum(parts[i][1:], parts[i][0]) if i in parts else None for i in range(len(self.parameters))]
         return jax.tree.unflatten(self.treedef, gradients)
 
     def check_factors(self, factors: Factors, any_set_size: bool = False) -> None:
@@ -224,6 +154,9 @@ class GradientStructure:
             factors: the factors.
             any_set_size: whether their sets may have other sizes, such as those of a batch of another size; sets that
                 were of one size must still be.
+
+        Raises:
+            StructureError: they have not; the message says which and what to do.
         """
         sizes: dict[int, int] = {}
         for kind, shapes in (("activations", self.activation_shapes), ("tangents", self.tangent_shapes)):
@@ -247,6 +180,43 @@ class GradientStructure:
                 )
 
     def __str__(self) -> str:
-        from gmn_lopt.factors.table import table
+        """Layers, spaces, sites, and every parameter whose factors do not give its whole gradient, with the reason."""
+        lines = [f"{len(self.layers)} layers"]
+        lines += [f"  {_describe_layer(self, layer)}" for layer in self.layers]
 
-        return table(self)
+        lines.append(f"{len(self.spaces)} neuron spaces")
+        for i, space in enumerate(self.spaces):
+            users = [parameter.name for parameter in self.parameters if i in parameter.spaces]
+            kind = "permutable" if space.permutable else "fixed"
+            each = f" in each of space {' x '.join(map(str, space.stack))} by itself" if space.stack else ""
+            lines.append(f"  {i}: {space.size} neurons, {kind}{each}, in {_shorten(users)}")
+
+        lines.append(f"{len(self.sites)} sites")
+        for i, site in enumerate(self.sites):
+            has = {"input": "activation", "output": "tangent", "inner": "activation and tangent"}[site.kind]
+            spaces = " x ".join(map(str, site.spaces)) or "(one neuron)"
+            copies = "".join(f", copies along space {site.spaces[d]}" for d in site.copies)
+            lines.append(f"  {i}: {site.size} neurons of space {spaces}, set of {site.set_size}, {has}{copies}")
+
+        odd: dict[tuple[str, str], list[str]] = {}
+        for parameter in self.parameters:
+            if parameter.status != "factored":
+                odd.setdefault((parameter.status, parameter.reason), []).append(parameter.name)
+        count = len(self.parameters)
+        lines.append(f"{count - sum(map(len, odd.values()))} of {count} parameters factored")
+        for (status, reason), names in odd.items():
+            text = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {status}: {reason}"
+            lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+        return "\n".join(lines)
+
+
+def _describe_layer(structure: GradientStructure, layer: Layer) -> str:
+    kernel = structure.parameters[layer.kernel]
+    bias = "" if layer.bias is None else f" + {structure.parameters[layer.bias].name}"
+    reads = layer.kind.describe_read([i for i, s in enumerate(structure.sites) if s.activation == layer.activation])
+    writes = next(i for i, site in enumerate(structure.sites) if site.tangent == layer.tangent)
+    return f"{kernel.name} [{'x'.join(map(str, kernel.shape))}]{bias}: {reads} -> site {writes}"
+
+
+def _shorten(names: list[str], most: int = 2) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

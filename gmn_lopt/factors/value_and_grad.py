@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
+from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.factors.jaxpr import Path, Tap, Traced, assemble
-from gmn_lopt.factors.jaxpr.program import CALLS, scan_parts
-from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError
-from gmn_lopt.factors.table import describe
+from gmn_lopt.factors.jaxpr.assemble import Traced, assemble
+from gmn_lopt.factors.jaxpr.replay import Replay
+from gmn_lopt.factors.spaces import StructureError
+from gmn_lopt.factors.structure import Factors, GradientStructure
 
 LossFunction = Callable[..., Any]
 
@@ -38,9 +38,28 @@ def analyze(
     Raises:
         StructureError: the loss is not a scalar, a parameter is not a floating-point array, or, if ``strict``, some
             parameter is partial, unused or unfactored.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> def loss(params, x):
+        ...     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2)
+        >>> params = {"b": jnp.ones(4), "v": jnp.ones((4, 2)), "w": jnp.ones((3, 4))}
+        >>> print(gmn_lopt.analyze(loss, params, jnp.ones((8, 3))))
+        2 layers
+          ['w'] [3x4] + ['b']: site 0 -> site 1
+          ['v'] [4x2]: site 1 -> site 2
+        3 neuron spaces
+          0: 3 neurons, fixed, in ['w']
+          1: 4 neurons, permutable, in ['b'], ['v'] and 1 more
+          2: 2 neurons, permutable, in ['v']
+        3 sites
+          0: 3 neurons of space 0, set of 8, activation
+          1: 4 neurons of space 1, set of 8, activation and tangent
+          2: 2 neurons of space 2, set of 8, tangent
+        3 of 3 parameters factored
     """
     structure = _trace(loss_fn, params, args, has_aux)[0].structure
-    odd = [describe(parameter) for parameter in structure.parameters if parameter.status != "factored"]
+    odd = [f"{p.name} is {p.status}: {p.reason}" for p in structure.parameters if p.status != "factored"]
     if strict and odd:
         raise StructureError(f"{len(odd)} parameters have no complete factors: {'; '.join(odd)}")
     return structure
@@ -48,6 +67,9 @@ def analyze(
 
 def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Callable[..., tuple[Any, PyTree, Factors]]:
     """Like :func:`jax.value_and_grad`, with the factors of the gradient from the same backward pass.
+
+    Of a layer ``u = a W + b`` these are the activations ``a`` and the tangents ``g = dL/du`` (arXiv:2507.01649,
+    section 3): ``dL/dW = sum_s a_s^T g_s``.
 
     Works under ``jit``, ``vmap``, ``scan`` and sharding. Arguments that are not arrays (flags, functions) are static.
     Called outside ``jit`` it analyses the loss once for each combination of shapes and static arguments.
@@ -58,8 +80,21 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
 
     Returns:
         ``f(params, *args) -> (value, grads, factors)``; ``value`` is ``(loss, aux)`` if ``has_aux``. Activations are
-        ``[S, d_in]`` and tangents ``[S, d_out]``, at the scale of the batch loss. It raises StructureError as
-        :func:`analyze` does.
+        ``[S, d_in]`` and tangents ``[S, d_out]``, at the scale of the batch loss (:class:`gmn_lopt.Factors`).
+
+    Raises:
+        StructureError: when called, as :func:`analyze` does.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> loss = lambda params, x: jnp.mean((x @ params["w"]) ** 2)
+        >>> x = jnp.array([[1.0, 0.0], [1.0, 2.0]])
+        >>> value, grads, factors = gmn_lopt.value_grad_and_factors(loss)({"w": jnp.ones((2, 1))}, x)
+        >>> factors.tangents[0]
+        Array([[1.],
+               [3.]], dtype=float32)
+        >>> bool((factors.activations[0].T @ factors.tangents[0] == grads["w"]).all())
+        True
     """
     cache: OrderedDict[Any, tuple[Traced, Any]] = OrderedDict()
 
@@ -74,7 +109,7 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
         dynamic = _split(args)[0]
 
         def tapped(leaves: list[Array], perturbations: list[Array]) -> tuple[Array, Any]:
-            run = _Run(traced.taps, dict(enumerate(perturbations)))
+            run = Replay(traced.taps, dict(enumerate(perturbations)))
             outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*leaves, *dynamic], ())
             loss, aux = jax.tree.unflatten(out_tree, outputs)
             return loss, (aux, run.recorded)
@@ -91,84 +126,24 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
     return wrapped
 
 
-class _Run:
-    """One evaluation of the loss with its layers tapped."""
+def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:
+    """Value, gradient and the extra arguments of an optimizer's ``update``: ``{"factors": ...}``, or none.
 
-    def __init__(self, taps: dict[Path, Tap], perturbations: dict[int, Array]):
-        self.taps = taps
-        self.perturbations = perturbations
-        self.recorded: dict[int, Array] = {}
-        self.inside = {path[:i] for path in taps for i in range(1, len(path))}
+    Args:
+        loss_fn: ``loss_fn(params, *args)``, a scalar.
+        needs_factors: whether the optimizer needs the factors.
 
-    def jaxpr(self, jaxpr: Jaxpr, consts: Sequence[Any], args: Sequence[Any], path: Path) -> list[Any]:
-        """Evaluate a jaxpr; calls with taps inside are entered, all others are bound as they are."""
-        environment = dict(zip(jaxpr.constvars, consts)) | dict(zip(jaxpr.invars, args))
+    Returns:
+        ``compute(params, *args) -> (value, grads, extra)``.
+    """
 
-        def read(atom: Any) -> Any:
-            return atom.val if isinstance(atom, Literal) else environment[atom]
+    def compute(params: PyTree, *args: Any) -> tuple[Any, PyTree, dict[str, Any]]:
+        if not needs_factors:
+            return *jax.value_and_grad(loss_fn)(params, *args), {}
+        value, grads, factors = value_grad_and_factors(loss_fn)(params, *args)
+        return value, grads, {"factors": factors}
 
-        for index, eqn in enumerate(jaxpr.eqns):
-            inputs = [read(atom) for atom in eqn.invars]
-            here = (*path, index)
-            with eqn.ctx.manager:
-                if here in self.inside:
-                    outputs = self._enter(eqn, inputs, here)
-                else:
-                    result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
-                    outputs = result if eqn.primitive.multiple_results else [result]
-            if here in self.taps:
-                outputs = [self._tap(here, inputs, outputs[0])]
-            environment.update(zip(eqn.outvars, outputs))
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _tap(self, here: Path, inputs: list[Any], output: Array) -> Array:
-        tap = self.taps[here]
-        if tap.activation is not None:
-            read = inputs[1 - tap.side]
-            self.recorded[tap.activation] = read if tap.column is None else read[..., tap.column, None]
-        return output if tap.tangent is None else output + self.perturbations[tap.tangent]
-
-    def _enter(self, eqn: Any, inputs: list[Any], path: Path) -> list[Any]:
-        # Perturbations go into loops and rematerialised regions and activations come out: inside stays pure.
-        taps = {at: tap for at, tap in self.taps.items() if at[: len(path)] == path}
-        tangents = [tap.tangent for tap in taps.values() if tap.tangent is not None]
-        perturbations = {tangent: self.perturbations[tangent] for tangent in tangents}
-        if eqn.primitive.name == "scan":
-            return self._scan(eqn, inputs, path, taps, perturbations)
-        jaxpr, consts = CALLS[eqn.primitive.name].body(eqn.params)
-        if eqn.primitive.name not in ("remat2", "checkpoint"):
-            return self.jaxpr(jaxpr, consts, inputs, path)
-
-        def region(inputs: list[Any], perturbations: dict[int, Array]) -> tuple[list[Any], dict[int, Array]]:
-            inner = _Run(taps, perturbations)
-            return inner.jaxpr(jaxpr, consts, inputs, path), inner.recorded
-
-        policy, prevent_cse = eqn.params["policy"], eqn.params["prevent_cse"]
-        outputs, recorded = jax.checkpoint(region, policy=policy, prevent_cse=prevent_cse)(inputs, perturbations)
-        self.recorded.update(recorded)
-        return outputs
-
-    def _scan(
-        self, eqn: Any, inputs: list[Any], path: Path, taps: dict[Path, Tap], perturbations: dict[int, Array]
-    ) -> list[Any]:
-        """A loop: slices of the perturbations are scanned over, and the activations are stacked."""
-        params = eqn.params
-        closed: ClosedJaxpr = params["jaxpr"]
-        constants, first, scanned = scan_parts(params, inputs)
-
-        def body(carry: list[Any], slices: tuple[list[Any], dict[int, Array]]) -> tuple[list[Any], Any]:
-            inner = _Run(taps, slices[1])
-            outputs = inner.jaxpr(closed.jaxpr, closed.consts, [*constants, *carry, *slices[0]], path)
-            return outputs[: len(carry)], (outputs[len(carry) :], inner.recorded)
-
-        carry, (stacked, recorded) = jax.lax.scan(
-            body,
-            first,
-            (scanned, perturbations),
-            **{name: params[name] for name in ("length", "reverse", "unroll", "_split_transpose") if name in params},
-        )
-        self.recorded.update(recorded)
-        return [*carry, *stacked]
+    return compute
 
 
 def _is_dynamic(leaf: Any) -> bool:
@@ -236,23 +211,3 @@ def _trace(loss_fn: LossFunction, params: PyTree, args: Sequence[Any], has_aux: 
     leaves = [leaf for _, leaf in paths]
     closed: ClosedJaxpr = jax.make_jaxpr(flat)(leaves, dynamic)
     return assemble(closed, names, [str(leaf.dtype) for leaf in leaves], treedef), out_tree
-
-
-def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:
-    """Value, gradient and the extra arguments of an optimizer's ``update``: ``{"factors": ...}``, or none.
-
-    Args:
-        loss_fn: ``loss_fn(params, *args)``, a scalar.
-        needs_factors: whether the optimizer needs the factors.
-
-    Returns:
-        ``compute(params, *args) -> (value, grads, extra)``.
-    """
-
-    def compute(params: PyTree, *args: Any) -> tuple[Any, PyTree, dict[str, Any]]:
-        if not needs_factors:
-            return *jax.value_and_grad(loss_fn)(params, *args), {}
-        value, grads, factors = value_grad_and_factors(loss_fn)(params, *args)
-        return value, grads, {"factors": factors}
-
-    return compute

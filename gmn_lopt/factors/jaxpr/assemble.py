@@ -9,13 +9,14 @@ from jax.extend.core import ClosedJaxpr
 
 from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
-from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, id_column, label, trace_view
+from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, trace_view
 from gmn_lopt.factors.jaxpr.layout import Layout
-from gmn_lopt.factors.jaxpr.program import Path, Program, Value, flatten
 from gmn_lopt.factors.jaxpr.reconstruct import bias_gradient, kernel_gradient
 from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
-from gmn_lopt.factors.structure import GradientStructure, Layer, Parameter, Site, SiteRef, Space
+from gmn_lopt.factors.program import Path, Program, Value, flatten
+from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space
+from gmn_lopt.factors.structure import GradientStructure, Layer
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,12 @@ class Tap:
     """What to do at one layer's equation when the loss is evaluated.
 
     Attributes:
-        side: which operand is the parameter.
-        column: of a lookup's index vectors, the component to record; None for products.
+        layer: the layer.
         activation: index of the activation to record here, or None if another layer records it.
         tangent: index of the perturbation to add to the output here, or None if another layer adds it.
     """
 
-    side: int
-    column: int | None
+    layer: LayerUse
     activation: int | None
     tangent: int | None
 
@@ -121,8 +120,7 @@ def assemble(
     )
     taps = {
         layer.equation.path: Tap(
-            layer.side,
-            id_column(layer.equation) if layer.embedding else None,
+            layer,
             reads.index(read_of[layer]) if read_of[layer].layers[0] is layer else None,
             writes.index(write_of[layer]) if write_of[layer].layers[0] is layer else None,
         )
@@ -162,11 +160,11 @@ def _references(
     for i, site in enumerate(found):
         site_of |= {part: i for part in (site.read, site.write) if part is not None}
     references: dict[int, tuple[SiteRef, ...]] = {}
-    # A table that is an output layer too is described by that: its lookups know nothing of the rows.
-    for layer in sorted(layers, key=lambda layer: layer.embedding):
+    # A table that is an output layer too is described by that: lookups know nothing of its rows.
+    for layer in sorted(layers, key=lambda layer: not layer.kind.reads_neurons):
         writes_to = site_of[write_of[layer]]
         refs: tuple[SiteRef, ...] = (SiteRef(writes_to, _dims(layer.batch + layer.outputs)),)
-        if not layer.embedding:
+        if layer.kind.reads_neurons:
             refs = (SiteRef(site_of[read_of[layer]], _dims(layer.batch + layer.inputs)), *refs)
         references.setdefault(layer.view.leaf, refs)
         if layer.bias is not None:
@@ -218,11 +216,11 @@ def _status(leaf: int, layers: list[LayerUse], uses: Uses) -> tuple[str, str]:
 def _layer(layer: LayerUse, axes: dict[Value, Axes], activation: int, read: Read, tangent: int) -> Layer:
     output: Layout = arrange_output(layer, axes).layout
     return Layer(
+        kind=layer.kind,
         kernel=layer.view.leaf,
         bias=None if layer.bias is None else layer.bias.view.leaf,
         activation=activation,
         tangent=tangent,
         kernel_gradient=kernel_gradient(layer, read.arranged.layout, output),
         bias_gradient=None if layer.bias is None else bias_gradient(layer, output),
-        embedding=layer.embedding,
     )

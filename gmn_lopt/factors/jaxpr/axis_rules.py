@@ -7,7 +7,7 @@ without a rule fixes everything it touches, which is always safe.
 from collections.abc import Callable
 
 from gmn_lopt.factors.jaxpr.axes import Atoms, Axis, fix
-from gmn_lopt.factors.jaxpr.program import Equation
+from gmn_lopt.factors.program import Equation
 
 Axes = tuple[Axis, ...]
 Rule = Callable[[Atoms, Equation, list[Axes]], list[Axes]]
@@ -27,24 +27,24 @@ def unknown(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
 
 
 def elementwise(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
-    """Matching axes are the same; size 1 broadcasts against anything, and so do scalars."""
+    """Axes of one dimension are the same; size 1 broadcasts against anything, and so do scalars."""
     shape = equation.outputs[0].shape
     result = []
     for d, size in enumerate(shape):
-        matching = [
+        alike = [
             axes[d]
             for value, axes in zip(equation.inputs, inputs)
             if len(value.shape) == len(shape) and value.shape[d] == size
         ]
-        axis = matching[0] if matching else atoms.new(size)
-        for other in matching[1:]:
+        axis = alike[0] if alike else atoms.new(size)
+        for other in alike[1:]:
             axis = atoms.unify(axis, other)
         result.append(axis)
     return [tuple(result)] * len(equation.outputs)
 
 
 def broadcast_in_dim(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
-    """New axes are uniform, hence free."""
+    """New axes are uniform, so they may be permuted."""
     shape = equation.params["shape"]
     result = list(atoms.new_axes(shape))
     for source, target in enumerate(equation.params["broadcast_dimensions"]):
@@ -224,7 +224,7 @@ def iota(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
 
 
 def random_bits(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
-    """Independent draws: a permutation of them has the same distribution, so their axes stay free."""
+    """Independent draws: a permutation of them has the same distribution, so it may be permuted."""
     shape = equation.params["shape"]
     key_rank = len(equation.outputs[0].shape) - len(shape)
     return [inputs[0][:key_rank] + atoms.new_axes(shape)]

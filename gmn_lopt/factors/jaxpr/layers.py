@@ -1,14 +1,12 @@
-"""Linear layers of a program: products with a view of a parameter, lookups in one, their biases, and all other uses.
-
-An embedding lookup is the product with one-hot rows, which are never built: its activations are token ids.
-"""
+"""Linear layers of a program: equations that some kind of layer matches, their biases, and all other uses."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve, sizes
 from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
-from gmn_lopt.factors.jaxpr.program import Equation, Program, Scan, Value
+from gmn_lopt.factors.kinds import KINDS, LayerKind
+from gmn_lopt.factors.program import Equation, Program, Scan, Value
 
 # Rearrangements that leave every entry in place exactly once: a tangent is the same before and after them.
 REARRANGEMENTS = {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
@@ -36,7 +34,7 @@ class BiasUse:
 
 @dataclass(eq=False)
 class LayerUse:
-    """One product of an activation with a view of a parameter, or one lookup of rows of it.
+    """One equation that is a layer: ``operand`` of it is a view of a parameter, the kernel.
 
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
     which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
@@ -46,8 +44,9 @@ class LayerUse:
 
     index: int
     equation: Equation
+    kind: LayerKind
     view: View
-    side: int
+    operand: int
     bias: BiasUse | None = None
     inputs: list[tuple[Atom, int]] = field(default_factory=list)
     outputs: list[tuple[Atom, int]] = field(default_factory=list)
@@ -56,24 +55,24 @@ class LayerUse:
     stacked: tuple[Scan, ...] = ()
 
     @property
-    def embedding(self) -> bool:
-        """Whether this is a lookup."""
-        return self.equation.name == "gather"
-
-    @property
     def scans(self) -> tuple[Scan, ...]:
         """The loops around the layer, outermost first."""
         return self.equation.scans
 
     @property
     def activation(self) -> Value:
-        """The input of the layer; of a lookup, the indices."""
-        return self.equation.inputs[1 - self.side]
+        """What the layer reads."""
+        return self.equation.inputs[1 - self.operand]
 
     @property
     def output(self) -> Value:
-        """The product."""
+        """What the layer writes."""
         return self.equation.outputs[0]
+
+    @property
+    def neuron_dims(self) -> tuple[set[int], set[int]]:
+        """The dimensions of the activation and of the output that are neurons; all others are the set."""
+        return self.kind.neuron_dims(self.equation, self.operand, self.set_batch)
 
 
 @dataclass
@@ -122,7 +121,7 @@ def _visit(equation: Equation, uses: Uses) -> None:
     if equation.name in VIEWS and equation.inputs[0] in uses.views and equation.outputs[0].floating:
         view = uses.views[equation.inputs[0]]
         uses.views[equation.outputs[0]] = View(view.leaf, (*view.chain, equation))
-    elif (layer := _as_lookup(equation, uses) or _as_layer(equation, uses)) is not None:
+    elif (layer := _as_layer(equation, uses)) is not None:
         uses.layers.append(layer)
         dependence.layers |= 1 << layer.index
     elif equation.name != "stop_gradient" and any(value.floating for value in equation.outputs):
@@ -134,52 +133,17 @@ def _visit(equation: Equation, uses: Uses) -> None:
 
 
 def _as_layer(equation: Equation, uses: Uses) -> LayerUse | None:
-    if equation.name != "dot_general" or not equation.tappable:
+    kernels = [i for i, value in enumerate(equation.inputs) if value in uses.views]
+    if not kernels or not equation.tappable:
         return None
-    sides = [side for side in (0, 1) if equation.inputs[side] in uses.views]
-    if len(sides) != 1:
-        return None
-    of = uses.dependence[equation.inputs[1 - sides[0]]]
-    if of.leaves and not of.data:  # a product of parameters, such as one half of a low-rank kernel, is no activation
-        return None
-    return LayerUse(len(uses.layers), equation, uses.views[equation.inputs[sides[0]]], sides[0])
-
-
-def _as_lookup(equation: Equation, uses: Uses) -> LayerUse | None:
-    if equation.name != "gather" or not equation.tappable or equation.inputs[0] not in uses.views:
-        return None
-    if equation.params["dimension_numbers"].operand_batching_dims or len(indexed := looked_up(equation)) != 1:
-        return None
-    if equation.params["slice_sizes"][indexed[0]] != 1:
-        return None
-    return LayerUse(len(uses.layers), equation, uses.views[equation.inputs[0]], 0)
-
-
-def looked_up(equation: Equation) -> list[int]:
-    """The dimensions of a gather's operand that are not taken whole."""
-    collapsed = equation.params["dimension_numbers"].collapsed_slice_dims
-    sizes_ = zip(equation.inputs[0].shape, equation.params["slice_sizes"])
-    return [d for d, (size, length) in enumerate(sizes_) if d in collapsed or size != length]
-
-
-def id_column(equation: Equation) -> int:
-    """Which component of a lookup's index vectors is the row to take; the others start whole slices."""
-    (indexed,) = looked_up(equation)
-    return equation.params["dimension_numbers"].start_index_map.index(indexed)
-
-
-def neuron_dims(layer: LayerUse) -> tuple[set[int], set[int]]:
-    """The dimensions of a layer's activation and of its output that are neurons; all others are the set."""
-    if layer.embedding:
-        rank = len(layer.activation.shape)
-        return {rank - 1}, set(layer.equation.params["dimension_numbers"].offset_dims)
-    contract, batch = layer.equation.params["dimension_numbers"]
-    shared = {i for i in range(len(batch[0])) if i not in layer.set_batch}
-    other = 1 - layer.side
-    free = [len(value.shape) - len(contract[i]) - len(batch[0]) for i, value in enumerate(layer.equation.inputs)]
-    start = len(batch[0]) + (free[0] if layer.side == 1 else 0)
-    read = set(contract[other]) | {batch[other][i] for i in shared}
-    return read, shared | set(range(start, start + free[layer.side]))
+    for found in (kind.match(equation, kernels) for kind in KINDS):
+        if found is not None:
+            kind, operand = found
+            of = uses.dependence[equation.inputs[1 - operand]]
+            # A product of parameters, such as one half of a low-rank kernel, is no activation.
+            if of.data or not of.leaves:
+                return LayerUse(len(uses.layers), equation, kind, uses.views[equation.inputs[operand]], operand)
+    return None
 
 
 def follow(layer: LayerUse, consumers: dict[Value, list[Equation]]) -> Iterator[Equation]:
@@ -225,32 +189,26 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUs
         traced = trace_view(program.parameters[layer.view.leaf], layer.view, axes)
         if traced is None:
             continue
-        operand = axes[layer.equation.inputs[layer.side]]
-        numbers = layer.equation.params["dimension_numbers"]
-        batch: tuple[int, ...] = ()
-        if layer.embedding:
-            contract = tuple(looked_up(layer.equation))
-        else:
-            contract, batch = numbers[0][layer.side], numbers[1][layer.side]
+        kernel_axes = axes[layer.equation.inputs[layer.operand]]
+        dims = layer.kind.kernel_dims(layer.equation, layer.operand)
         ok, set_batch = True, []
         for scan, sliced in traced.sliced.items():
             counter = resolve(axes[scan.index][0])
             ok &= len(counter) == len(sliced)
             layer.batch.extend(zip(counter, sliced))
         layer.stacked = tuple(traced.sliced)
-        for d, (axis, dims) in enumerate(zip(operand, traced.axes)):
-            pairs = list(zip(resolve(axis), dims))
-            if len(resolve(axis)) != len(dims):
+        for d, (axis, behind) in enumerate(zip(kernel_axes, traced.axes)):
+            atoms = resolve(axis)
+            if len(atoms) != len(behind):
                 ok = False
-            elif any(dim is None for dim in dims):
-                # An axis that the view broadcast: elements of the set if the layer batches over it.
-                if d in batch and all(dim is None for dim in dims):
-                    set_batch.append(batch.index(d))
-                else:
-                    ok = False
+            elif None not in behind:
+                for name in ("inputs", "outputs", "batch"):
+                    if d in getattr(dims, name):
+                        getattr(layer, name).extend(zip(atoms, behind))
+            elif d in dims.batch and {*behind} == {None}:
+                set_batch.append(dims.batch.index(d))  # the view broadcast it: elements of the set
             else:
-                target = layer.inputs if d in contract else layer.batch if d in batch else layer.outputs
-                target.extend((atom, dim) for atom, dim in pairs if dim is not None)
+                ok = False
         layer.set_batch = tuple(set_batch)
         if ok:
             kept.append(layer)

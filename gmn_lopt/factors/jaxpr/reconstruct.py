@@ -6,23 +6,17 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
-from gmn_lopt.factors.jaxpr.layers import LayerUse, id_column
+from gmn_lopt.factors.jaxpr.layers import LayerUse
 from gmn_lopt.factors.jaxpr.layout import Layout
-from gmn_lopt.factors.jaxpr.program import Equation, Scan
+from gmn_lopt.factors.program import Equation, Scan
 
-KernelGradient = Callable[[Shaped[Array, "S d_in"], Float[Array, "S d_out"], jax.ShapeDtypeStruct], Float[Array, "..."]]
+KernelGradient = Callable[[Shaped[Array, "R d_in"], Float[Array, "S d_out"], jax.ShapeDtypeStruct], Float[Array, "..."]]
 BiasGradient = Callable[[Float[Array, "S d_out"], jax.ShapeDtypeStruct], Float[Array, "..."]]
-
-
-def bind(equation: Equation, *inputs: jax.Array) -> jax.Array:
-    """Apply an equation's primitive to arrays."""
-    params = equation.primitive.get_bind_params(equation.params)
-    return equation.primitive.bind(*inputs, **params)
 
 
 def _through(chain: tuple[Equation, ...], array: jax.Array) -> jax.Array:
     for equation in chain:
-        array = bind(equation, array)
+        array = equation.bind(array)
     return array
 
 
@@ -50,18 +44,15 @@ def _pull_back(function: Callable[[jax.Array], jax.Array], leaf: jax.ShapeDtypeS
 
 
 def kernel_gradient(layer: LayerUse, activation_layout: Layout, output_layout: Layout) -> KernelGradient:
-    """``(activation, tangent, leaf) -> gradient`` of one layer's kernel."""
+    """``(activation, tangent, leaf) -> gradient`` of one layer's kernel; their sets differ where positions do."""
 
     def apply(w: jax.Array, a: jax.Array) -> jax.Array:
-        if layer.embedding:
-            shape, column = layer.activation.shape, id_column(layer.equation)
-            a = jnp.zeros(shape, a.dtype).at[..., column].set(a[..., 0])
-        return bind(layer.equation, *((w, a) if layer.side == 0 else (a, w)))
+        return layer.kind.product(layer.equation, layer.operand, w, a)
 
     product = _over_scans(layer.scans, layer.view.chain, apply)
 
     def gradient(
-        activation: Shaped[Array, "S d_in"], tangent: Float[Array, "S d_out"], leaf: jax.ShapeDtypeStruct
+        activation: Shaped[Array, "R d_in"], tangent: Float[Array, "S d_out"], leaf: jax.ShapeDtypeStruct
     ) -> Float[Array, "..."]:
         a = activation_layout.original(activation)
         return _pull_back(lambda w: product(w, a), leaf, output_layout.original(tangent))

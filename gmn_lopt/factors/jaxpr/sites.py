@@ -7,23 +7,23 @@ from typing import Any
 
 from gmn_lopt.factors.jaxpr.axes import Axis
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
-from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow, neuron_dims
+from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow
 from gmn_lopt.factors.jaxpr.layout import Arranged, arrange
-from gmn_lopt.factors.jaxpr.program import Program, Value
+from gmn_lopt.factors.program import Program, Value
 
 
 @dataclass(eq=False)
 class Read:
-    """An activation: an array that one layer or several read over the same axes, or the token ids of a lookup."""
+    """An activation: what is recorded of an array that one layer or several read over the same axes."""
 
     value: Value
     arranged: Arranged
     layers: list[LayerUse] = field(default_factory=list)
 
     @property
-    def ids(self) -> bool:
-        """Whether these are token ids."""
-        return self.layers[0].embedding
+    def is_neurons(self) -> bool:
+        """Whether it is at a site."""
+        return self.layers[0].kind.reads_neurons
 
 
 @dataclass(eq=False)
@@ -61,12 +61,12 @@ def find_reads(layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Read]:
     """The distinct activations, in program order."""
     reads: dict[Any, Read] = {}
     for layer in layers:
-        neurons, _ = neuron_dims(layer)
-        key = (layer.activation, frozenset(neurons), layer.embedding, layer.scans, layer.stacked)
+        neurons, _ = layer.neuron_dims
+        key = (layer.activation, frozenset(neurons), layer.kind.reads_neurons, layer.scans, layer.stacked)
         if key not in reads:
-            shape, value_axes = layer.activation.shape, axes[layer.activation]
-            if layer.embedding:
-                shape, value_axes = (*shape[:-1], 1), (*value_axes[:-1], ())
+            recorded = layer.kind.recorded_dims(len(layer.activation.shape))
+            shape = tuple(size if d in recorded else 1 for d, size in enumerate(layer.activation.shape))
+            value_axes = tuple(x if d in recorded else () for d, x in enumerate(axes[layer.activation]))
             reads[key] = Read(layer.activation, _arrange(layer, axes, shape, value_axes, neurons))
         reads[key].layers.append(layer)
     return list(reads.values())
@@ -100,19 +100,19 @@ def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes
 
 def arrange_output(layer: LayerUse, axes: dict[Value, Axes]) -> Arranged:
     """Lay out a layer's output: its neurons are the dimensions that come from the parameter."""
-    return _arrange(layer, axes, layer.output.shape, axes[layer.output], neuron_dims(layer)[1])
+    return _arrange(layer, axes, layer.output.shape, axes[layer.output], layer.neuron_dims[1])
 
 
 def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
     """Pair each read with the latest preceding write of its neurons that it depends on and that no read has taken.
 
     In the body of a loop, a read that finds none takes the latest write that it depends on through the carry: of each
-    iteration what it begins by reading and what it ends by writing. Token ids are at no site.
+    iteration what it begins by reading and what it ends by writing. What is not neurons is at no site.
     """
     partner: dict[Read, Write] = {}
-    dense = [read for read in reads if not read.ids]
+    neurons = [read for read in reads if read.is_neurons]
     for ancestors_of in (_ancestors, _ancestors_through_carries):
-        for read in dense:
+        for read in neurons:
             ancestors = ancestors_of(read, uses)
             candidates = [
                 write
@@ -125,7 +125,7 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
             ]
             if candidates:
                 partner[read] = max(candidates, key=lambda write: write.layers[-1].index)
-    sites = [FoundSite(read, partner.get(read)) for read in dense]
+    sites = [FoundSite(read, partner.get(read)) for read in neurons]
     sites += [FoundSite(None, write) for write in writes if write not in partner.values()]
     return sorted(sites, key=lambda site: site.position)
 

@@ -3,7 +3,7 @@
 from gmn_lopt.factors.jaxpr.axes import Atom, Axis, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import VIEWS
-from gmn_lopt.factors.jaxpr.program import Equation, Program, Scan, Value
+from gmn_lopt.factors.program import Equation, Program, Scan, Value
 
 
 def independent_stacks(program: Program, axes: dict[Value, Axes]) -> dict[Atom, Axis]:

@@ -5,15 +5,15 @@ costs a few large operations in place of many small ones. Layers that are stacke
 begin with.
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
 
-from gmn_lopt.factors.matrices import as_stack, from_stack, is_kernel, stack_shape
+from gmn_lopt.factors.kinds import LayerKind
+from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.factors.structure import Factors, GradientStructure, Layer, Parameter
 
 
@@ -38,19 +38,19 @@ class DenoisedLayer:
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers with the same numbers of inputs and outputs: ``k`` matrices ``[inputs, outputs]`` in all.
+    """Layers of one kind with the same numbers of inputs and outputs: ``k`` matrices ``[inputs, outputs]`` in all.
 
     Attributes:
         layers: the layers, in their order in the model; all of them have a bias, or none has.
         inputs: number of inputs, the bias's included.
         outputs: number of outputs.
-        embedding: whether the activations are token ids.
+        kind: the kind of the layers.
     """
 
     layers: tuple[DenoisedLayer, ...]
     inputs: int
     outputs: int
-    embedding: bool
+    kind: LayerKind
 
     @property
     def tall(self) -> bool:
@@ -91,37 +91,27 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
     """
     kernels = [layer.kernel for layer in structure.layers]
     position = {index: i for i, index in enumerate(indices)}
-    groups: dict[tuple[int, int, bool, bool, tuple[int, ...]], list[DenoisedLayer]] = {}
+    groups: dict[tuple[int, int, LayerKind, bool, Hashable], list[DenoisedLayer]] = {}
     for layer in structure.layers:
-        if kernels.count(layer.kernel) > 1 or not _is_matrices(structure, layer):
-            continue
+        kernel = structure.parameters[layer.kernel]
+        matrices = layer.kind.matrices(kernel)
         bias = layer.bias if _has_own_bias(structure, layer) else None
+        if kernels.count(layer.kernel) > 1 or matrices is None:
+            continue
         if layer.kernel not in position or not (bias is None or bias in position):
             continue
-        kernel = structure.parameters[layer.kernel]
-        count, inputs, outputs = (1, *kernel.shape) if layer.embedding else stack_shape(kernel)
         places = position[layer.kernel], None if bias is None else position[bias]
         # Layers of a group that read the same activations have to cut them alike.
-        cut = () if layer.embedding else tuple(kernel.sites[0].dims.index(d) for d in _site_dims(kernel, 0)[1])
-        shape = inputs + (bias is not None), outputs, layer.embedding, bias is not None, cut
-        groups.setdefault(shape, []).append(DenoisedLayer(*places, layer.activation, layer.tangent, count))
-    return tuple(LayerGroup(tuple(layers), *shape[:3]) for shape, layers in groups.items())
-
-
-def _is_matrices(structure: GradientStructure, layer: Layer) -> bool:
-    kernel = structure.parameters[layer.kernel]
-    if layer.embedding:  # a row for each token
-        return len(kernel.shape) == 2 and len(kernel.sites) == 1 and 0 not in kernel.sites[0].dims
-    if not is_kernel(kernel):
-        return False
-    dims = [ref.dims for ref in kernel.sites]
-    once = all(len(set(d)) == len(d) for d in dims) and {*dims[0], *dims[1]} == set(range(len(kernel.cut_shape)))
-    return once and structure.sites[kernel.sites[0].site].activation == layer.activation
+        alike = matrices.inputs + (bias is not None), matrices.outputs, layer.kind, bias is not None, matrices.cut
+        groups.setdefault(alike, []).append(DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count))
+    return tuple(LayerGroup(tuple(layers), *alike[:3]) for alike, layers in groups.items())
 
 
 def _has_own_bias(structure: GradientStructure, layer: Layer) -> bool:
-    """Whether there is a bias for all its outputs, which no other layer uses; that of an embedding is not denoised."""
-    if layer.embedding or layer.bias is None or [other.bias for other in structure.layers].count(layer.bias) > 1:
+    """Whether there is a bias for all its outputs, which no other layer uses and which may be a row of the kernel."""
+    if not layer.kind.has_bias_row or layer.bias is None:
+        return False
+    if [other.bias for other in structure.layers].count(layer.bias) > 1:
         return False
     bias, write = structure.parameters[layer.bias], structure.parameters[layer.kernel].sites[-1].site
     return [ref.site for ref in bias.sites] == [write] and bias.size == structure.sites[write].size
@@ -140,10 +130,10 @@ def as_matrices(
     rows = []
     for layer in group.layers:
         kernel, value = parameters[layer.kernel], leaves[layer.kernel]
-        rows.append(value[None] if group.embedding else as_stack(kernel, value))
+        rows.append(group.kind.as_matrices(kernel, value))
         if layer.bias is not None:
             bias = as_stack(parameters[layer.bias], leaves[layer.bias])
-            rows[-1] = jnp.concatenate([rows[-1], _neurons_of_each(kernel, 1, bias[0])], axis=1)
+            rows[-1] = jnp.concatenate([rows[-1], group.kind.tangent_rows(kernel, bias[0])], axis=1)
     return jnp.concatenate(rows)
 
 
@@ -155,9 +145,9 @@ def from_matrices(
     for layer, part in zip(group.layers, jnp.split(matrices, np.cumsum([x.count for x in group.layers])[:-1])):
         kernel = parameters[layer.kernel]
         rows = part if layer.bias is None else part[:, :-1]
-        leaves[layer.kernel] = rows[0] if group.embedding else from_stack(kernel, rows)
+        leaves[layer.kernel] = group.kind.from_matrices(kernel, rows)
         if layer.bias is not None:
-            bias = _neurons_written(kernel, part[:, -1:])
+            bias = group.kind.from_tangent_rows(kernel, part[:, -1:])
             leaves[layer.bias] = from_stack(parameters[layer.bias], bias[None])
     return leaves
 
@@ -166,33 +156,7 @@ def activations_and_tangents(
     group: LayerGroup, parameters: Sequence[Parameter], factors: Factors
 ) -> tuple[tuple[Num[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ _"], ...]]:
     """The distinct activations that a group reads and the tangents of its layers, each ``[matrices, S, neurons]``."""
-    if group.embedding:
-        ids = tuple(factors.activations[a][None] for a in group.read)
-        return ids, tuple(factors.tangents[layer.tangent][None] for layer in group.layers)
     readers = {layer.activation: parameters[layer.kernel] for layer in group.layers}
-    activations = tuple(_neurons_of_each(kernel, 0, factors.activations[a]) for a, kernel in readers.items())
-    tangents = (_neurons_of_each(parameters[x.kernel], 1, factors.tangents[x.tangent]) for x in group.layers)
-    return activations, tuple(tangents)
-
-
-def _neurons_of_each(kernel: Parameter, side: int, rows: Float[Array, "S n"]) -> Float[Array, "count S m"]:
-    """Cut what runs over all neurons that a kernel reads (side 0) or writes (1) into those of each of its matrices."""
-    dims, shared = _site_dims(kernel, side)
-    split = rows.reshape(len(rows), *(kernel.cut_shape[d] for d in dims))
-    moved = jnp.moveaxis(split, [1 + dims.index(d) for d in shared], range(len(shared)))
-    return moved.reshape(math.prod(kernel.cut_shape[d] for d in shared), len(rows), -1)
-
-
-def _neurons_written(kernel: Parameter, parts: Float[Array, "count S m"]) -> Float[Array, "S n"]:
-    """Undo :func:`_neurons_of_each` of the neurons that a kernel writes."""
-    dims, shared = _site_dims(kernel, 1)
-    rest = [kernel.cut_shape[d] for d in dims if d not in shared]
-    split = parts.reshape(*(kernel.cut_shape[d] for d in shared), parts.shape[1], *rest)
-    moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])
-    return moved.reshape(parts.shape[1], -1)
-
-
-def _site_dims(kernel: Parameter, side: int) -> tuple[tuple[int, ...], list[int]]:
-    """The dimensions of the cut shape that run over a site, and those of them, in order, that both sites have."""
-    read, write = (ref.dims for ref in kernel.sites)
-    return (read, write)[side], sorted({*read} & {*write})
+    activations = (group.kind.activation_rows(kernel, factors.activations[a]) for a, kernel in readers.items())
+    tangents = (group.kind.tangent_rows(parameters[x.kernel], factors.tangents[x.tangent]) for x in group.layers)
+    return tuple(activations), tuple(tangents)

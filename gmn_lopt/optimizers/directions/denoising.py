@@ -25,6 +25,7 @@ differentiates a step takes it for a constant.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -54,12 +55,12 @@ class Preconditioner(NamedTuple):
     For ``k`` matrices that read ``u`` distinct activations.
 
     Attributes:
-        activation: moving average of ``C = E_S[a a^T]``, ``[u, inputs, inputs]``; of an embedding its diagonal,
-            ``[u, inputs]``.
+        activation: moving average of ``C = E_S[a a^T]``, ``[u, inputs, inputs]``; where that is a diagonal (of
+            embeddings), ``[u, inputs]``.
         noise: moving average of ``sum_s g_s (x) g_s``, ``[k, outputs, outputs]``, or where there are more outputs than
             inputs of its trace, ``[k]``.
         scale: the mean of ``C``'s diagonal.
-        inverse: the inverse of ``C / scale``, damped; of an embedding its diagonal.
+        inverse: the inverse of ``C / scale``, damped; likewise.
         root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``, up to a factor
             such that it takes the momentum to numbers of ordinary size.
     """
@@ -74,10 +75,10 @@ class Preconditioner(NamedTuple):
 def init_preconditioner(group: LayerGroup) -> Preconditioner:
     """Zeros."""
     distinct, count = sum(group.read.values()), len(group.reads)
-    square = (distinct, group.inputs) if group.embedding else (distinct, group.inputs, group.inputs)
+    moment = (distinct, *group.kind.moment_shape(group.inputs))
     small = min(group.inputs, group.outputs)
     noise = (count, group.outputs, group.outputs) if group.tall else (count,)
-    return Preconditioner(*map(jnp.zeros, (square, noise, (distinct,), square, (count, small, small))))
+    return Preconditioner(*map(jnp.zeros, (moment, noise, (distinct,), moment, (count, small, small))))
 
 
 def update_preconditioners(
@@ -116,12 +117,12 @@ def _new(
     weight = (1 - MOMENTS_DECAY) / (1 - MOMENTS_DECAY ** times.astype(jnp.float32))
     covariance, moment = (m + weight * (x - m) for m, x in zip(old[:2], current))
 
-    diagonal = covariance if group.embedding else jnp.diagonal(covariance, axis1=1, axis2=2)
+    diagonal = covariance if covariance.ndim == 2 else jnp.diagonal(covariance, axis1=1, axis2=2)
     scale = diagonal.mean(1)
     white = covariance / _column(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), covariance)
     # One after the other: on a processor, factorisations of stacks of matrices can wait for each other's threads for
     # ever (seen with JAX 0.10.2 on two cores: five models with layers of 193 and 129 inputs in one vmap).
-    inverse = 1 / (white + DAMPING) if group.embedding else jax.lax.map(_damped_inverse, white)
+    inverse = 1 / (white + DAMPING) if white.ndim == 2 else jax.lax.map(_damped_inverse, white)
     reads = jnp.array(group.reads)
     noise = noise_left(step + 1) * moment * _column(scale[reads], moment)  # as the inverse is that of C / scale
     # The root matters up to a factor only; squares of small gradients would vanish.
@@ -158,11 +159,9 @@ _constant.defvjp(lambda groups, *args: (_when_due(groups, *args), None), lambda 
 
 
 def _second_moment(group: LayerGroup, activation: Num[Array, "count S n"]) -> Float[Array, "count ..."]:
-    if group.embedding:
-        return jnp.zeros((1, group.inputs)).at[0, activation[0, :, 0]].add(1.0 / activation.shape[1])
     if group.biased:
         activation = jnp.pad(activation, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
-    return activation.mT @ activation / activation.shape[1]
+    return group.kind.second_moment(activation, group.inputs)
 
 
 def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array, "count ..."]:
@@ -193,6 +192,7 @@ def denoised_steps(
         preconditioner: theirs.
         momentum: their momentum as matrices, of any size.
     """
+    chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
     reads = jnp.array(group.reads)
     root = preconditioner.root
     # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.

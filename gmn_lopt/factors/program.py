@@ -13,6 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
+from jaxtyping import Array
 
 Path = tuple[int, ...]
 
@@ -78,6 +79,11 @@ class Equation:
     def name(self) -> str:
         """The primitive's name."""
         return self.primitive.name
+
+    def bind(self, *inputs: Array) -> Array:
+        """Apply the primitive to arrays; of primitives with one output."""
+        result: Array = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.params))
+        return result
 
 
 @dataclass(eq=False)

@@ -1,0 +1,138 @@
+"""What a kind of linear layer has to know about itself."""
+
+import abc
+from collections.abc import Collection, Hashable, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from jaxtyping import Array, Float, Num, Shaped
+
+from gmn_lopt.factors.program import Equation
+from gmn_lopt.factors.spaces import Parameter
+
+
+class KernelDims(NamedTuple):
+    """The dimensions of an equation's kernel operand; those in none of the three are positions of the kernel.
+
+    Attributes:
+        inputs: they run over the neurons that the layer reads.
+        outputs: they run over the neurons that it writes.
+        batch: each of their positions is a layer by itself (heads).
+    """
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    batch: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """A kernel as ``count`` matrices ``[inputs, outputs]``.
+
+    ``cut`` says how the neurons that are read are divided among the matrices: kernels that read the same activation
+    share its matrices if they are equal in it.
+    """
+
+    count: int
+    inputs: int
+    outputs: int
+    cut: Hashable = ()
+
+
+class LayerKind(abc.ABC):
+    """A kind of linear layer ``u = a W + b``: its equation, its factors, and its kernel as matrices.
+
+    An object is one layer's kind, with what of its geometry the methods need; it is static, hashable, and equal to that
+    of other layers that are treated alike (a frozen dataclass). Defaults are those of a layer that reads neurons, and
+    whose kernel is one matrix. An ``operand`` is the position of the kernel among the two inputs of an equation; the
+    activation is the other.
+
+    Attributes:
+        reads_neurons: whether the activations are neurons. If not they are at no site of the structure, and
+            :meth:`record` may keep something else than the operand.
+        has_bias_row: whether a bias may be taken for one more row of the kernel, whose activation is always one.
+    """
+
+    reads_neurons: ClassVar[bool] = True
+    has_bias_row: ClassVar[bool] = True
+
+    # The equation ---------------------------------------------------------------------------------------------------
+
+    @classmethod
+    @abc.abstractmethod
+    def match(cls, equation: Equation, kernels: Sequence[int]) -> "tuple[LayerKind, int] | None":
+        """The kind and kernel operand of an equation that is such a layer.
+
+        Args:
+            equation: any equation.
+            kernels: which of its operands are parameters, or views of one; at least one is.
+
+        Returns:
+            None if the equation is no such layer.
+        """
+
+    @abc.abstractmethod
+    def kernel_dims(self, equation: Equation, operand: int) -> KernelDims:
+        """What the dimensions of the kernel run over."""
+
+    @abc.abstractmethod
+    def neuron_dims(self, equation: Equation, operand: int, shared: Collection[int]) -> tuple[set[int], set[int]]:
+        """The dimensions of the activation and of the output that are neurons; all others are the set.
+
+        Args:
+            equation: the layer.
+            operand: its kernel.
+            shared: positions in ``KernelDims.batch`` along which the kernel is only repeated; they are of the set.
+        """
+
+    def product(self, equation: Equation, operand: int, kernel: Array, recorded: Array) -> Array:
+        """The layer's output, linear in the kernel; its transpose makes the kernel's gradient of a tangent."""
+        return equation.bind(*((kernel, recorded) if operand == 0 else (recorded, kernel)))
+
+    # Factors --------------------------------------------------------------------------------------------------------
+
+    def record(self, equation: Equation, activation: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """What is kept of the activation operand."""
+        return activation
+
+    def recorded_dims(self, rank: int) -> tuple[int, ...]:
+        """The dimensions of the activation operand whose positions are kept; of all others one."""
+        return tuple(range(rank))
+
+    def describe_read(self, sites: Sequence[int]) -> str:
+        """What is read, for printing; ``sites`` are those with the layer's activation."""
+        return f"site {sites[0]}"
+
+    # Matrices -------------------------------------------------------------------------------------------------------
+
+    @abc.abstractmethod
+    def matrices(self, kernel: Parameter) -> Matrices | None:
+        """The kernel as matrices; None if it is something else."""
+
+    def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
+        """An array shaped like the kernel as matrices."""
+        return value[None]
+
+    def from_matrices(self, kernel: Parameter, matrices: Float[Array, "count inputs outputs"]) -> Float[Array, "..."]:
+        """Undo :meth:`as_matrices`."""
+        return matrices[0]
+
+    def activation_rows(self, kernel: Parameter, activation: Num[Array, "S _"]) -> Num[Array, "count S _"]:
+        """What each of the matrices reads, as rows."""
+        return activation[None]
+
+    def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
+        """What each of the matrices writes, as rows."""
+        return tangent[None]
+
+    def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
+        """Undo :meth:`tangent_rows`."""
+        return rows[0]
+
+    def moment_shape(self, inputs: int) -> tuple[int, ...]:
+        """The shape of the second moment of what one matrix reads: ``[inputs, inputs]``, or of its diagonal."""
+        return inputs, inputs
+
+    def second_moment(self, rows: Num[Array, "count S _"], inputs: int) -> Float[Array, "count ..."]:
+        """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix or a diagonal (:meth:`moment_shape`)."""
+        return rows.mT @ rows / rows.shape[1]

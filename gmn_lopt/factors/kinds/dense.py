@@ -1,0 +1,75 @@
+"""Dense layers: products of an activation with a kernel, ``u = a W`` (``dot_general``, with any axes and any batch)."""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+from jaxtyping import Array, Float
+
+from gmn_lopt.factors.kinds.base import KernelDims, LayerKind, Matrices
+from gmn_lopt.factors.matrices import (
+    as_stack,
+    from_stack,
+    is_kernel,
+    shared_dims,
+    stack_shape,
+    stacked_rows,
+    written_rows,
+)
+from gmn_lopt.factors.program import Equation
+from gmn_lopt.factors.spaces import Parameter
+
+
+@dataclass(frozen=True)
+class Dense(LayerKind):
+    """A product with a kernel, whose matrices lie between the neurons read and those written."""
+
+    @classmethod
+    def match(cls, equation: Equation, kernels: Sequence[int]) -> tuple[LayerKind, int] | None:
+        """A product of which one side is a kernel."""
+        return (cls(), kernels[0]) if equation.name == "dot_general" and len(kernels) == 1 else None
+
+    def kernel_dims(self, equation: Equation, operand: int) -> KernelDims:
+        """Contracted dimensions are inputs; free ones are outputs."""
+        contract, batch = (tuple(dims[operand]) for dims in equation.params["dimension_numbers"])
+        free = (d for d in range(len(equation.inputs[operand].shape)) if d not in (*contract, *batch))
+        return KernelDims(contract, tuple(free), batch)
+
+    def neuron_dims(self, equation: Equation, operand: int, shared: Collection[int]) -> tuple[set[int], set[int]]:
+        """Contracted dimensions of the activation, free ones of the kernel, and batch dimensions of both."""
+        contract, batch = equation.params["dimension_numbers"]
+        apart = {i for i in range(len(batch[0])) if i not in shared}
+        other = 1 - operand
+        free = [len(value.shape) - len(contract[i]) - len(batch[0]) for i, value in enumerate(equation.inputs)]
+        start = len(batch[0]) + (free[0] if operand == 1 else 0)
+        read = {*contract[other], *(batch[other][i] for i in apart)}
+        return read, apart | set(range(start, start + free[operand]))
+
+    def matrices(self, kernel: Parameter) -> Matrices | None:
+        """A stack, if every dimension of the kernel runs over neurons, once on each side."""
+        if not is_kernel(kernel):
+            return None
+        read, write = (ref.dims for ref in kernel.sites)
+        once = len({*read}) == len(read) and len({*write}) == len(write)
+        if not once or {*read, *write} != set(range(len(kernel.cut_shape))):
+            return None
+        return Matrices(*stack_shape(kernel), tuple(map(read.index, shared_dims(kernel))))
+
+    def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
+        """As :func:`gmn_lopt.factors.matrices.as_stack`."""
+        return as_stack(kernel, value)
+
+    def from_matrices(self, kernel: Parameter, matrices: Float[Array, "count inputs outputs"]) -> Float[Array, "..."]:
+        """Undo :meth:`as_matrices`."""
+        return from_stack(kernel, matrices)
+
+    def activation_rows(self, kernel: Parameter, activation: Float[Array, "S d_in"]) -> Float[Array, "count S inputs"]:
+        """The neurons read, divided among the matrices."""
+        return stacked_rows(kernel, 0, activation)
+
+    def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
+        """The neurons written, divided among the matrices."""
+        return stacked_rows(kernel, 1, tangent)
+
+    def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
+        """Undo :meth:`tangent_rows`."""
+        return written_rows(kernel, rows)
