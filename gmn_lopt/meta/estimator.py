@@ -7,21 +7,21 @@ from jaxtyping import Array, Float, Int, PyTree
 
 
 class Estimate(NamedTuple):
-    """What one window of all unrolls yields.
+    """What one truncation of all unrolls yields.
 
     Attributes:
         gradient: the estimate of the meta-gradient, shaped like the meta-parameters.
-        loss: the mean (capped) loss of the window over all unrolls.
+        loss: the mean (capped) loss of the truncation over all unrolls.
         noise: standard error of the estimate: the root of the summed variances of its entries' means over the unrolls.
-        window_loss: the (capped) mean loss of each pair or unroll over its window.
-        window_start: the inner step at which each pair's or unroll's window began.
+        truncation_loss: the (capped) mean loss of each pair or unroll over its truncation.
+        truncation_start: the inner step at which each pair's or unroll's truncation began.
     """
 
     gradient: PyTree
     loss: Float[Array, ""]
     noise: Float[Array, ""]
-    window_loss: Float[Array, "unrolls"]
-    window_start: Int[Array, "unrolls"]
+    truncation_loss: Float[Array, "unrolls"]
+    truncation_start: Int[Array, "unrolls"]
 
 
 @runtime_checkable
@@ -48,5 +48,5 @@ class Estimator(Protocol):
         ...
 
     def estimate(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Estimate]:
-        """Unroll one window of every inner problem and estimate the meta-gradient."""
+        """Unroll one truncation of every inner problem and estimate the meta-gradient."""
         ...
