@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -20,6 +21,7 @@ from gmn_lopt.util.errors import first_line
 COORDINATION_SECONDS = 300  # in which all processes must have come
 HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is lost
 LOST = 3  # exit code of a process that ends because another was lost
+LAST_WORDS = "{}: another process was lost; start all of them again with --resume"
 
 # What the errors of collectives say when it is the other side that is missing.
 _MISSING = re.compile(r"gloo|nccl|coordination|heartbeat|connection (closed|reset|refused)|deadline|unavailable", re.I)
@@ -115,7 +117,7 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
     except BaseException as error:
         # Collectives raise these two, but none of their subclasses.
         if type(error) in (jax.errors.JaxRuntimeError, ValueError) and _MISSING.search(str(error)):
-            print("meta_train.py: another process was lost; start all again with --resume", file=sys.stderr, flush=True)
+            print(LAST_WORDS.format(Path(sys.argv[0]).name), file=sys.stderr, flush=True)
             os._exit(LOST)
         # The usual end of the program would wait for the others, which wait for this one.
         atexit.register(_exit)

@@ -20,9 +20,12 @@ from gmn_lopt.meta.sharding import usable_devices
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.truncated_es import TruncatedES
 from gmn_lopt.meta.truncation import OBJECTIVES
+from gmn_lopt.util.checks import positive, whole
+from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.spec import parse_spec
 
 SCHEDULES = ("constant", "cosine")
+LARGEST = 10**12
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,15 @@ class Stage:
         for name, known in {"estimator": ESTIMATORS, "schedule": SCHEDULES, "objective": OBJECTIVES}.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        own = () if self.coefficient_sigma is None else ("coefficient_sigma",)
-        for name in ("meta_steps", "learning_rate", "truncation", "pairs", "sigma", *own, "clip", "meta_clip"):
-            _check_number(name, getattr(self, name), whole=name in ("meta_steps", "truncation", "pairs"))
-        _check_number("coefficient_rate", self.coefficient_rate, zero=True)
-        _check_number("turns", self.turns, whole=True, zero=True)
+        positive(self, "learning_rate", "sigma", "clip", "meta_clip")
+        whole(self, "meta_steps", "truncation", "pairs", most=LARGEST)
+        whole(self, "turns", least=0, most=LARGEST)
+        if self.coefficient_sigma is not None:
+            positive(self, "coefficient_sigma")
+        if not 0 <= self.coefficient_rate < math.inf:
+            raise ValueError(f"Stage.coefficient_rate must be positive, or 0, not {self.coefficient_rate!r}")
         if self.turns and self.pairs % self.turns:
-            raise ValueError(f"turns is {self.turns}; it must divide the {self.pairs} pairs, or be 0")
+            raise ValueError(f"Stage.turns must divide the {self.pairs} pairs, or be 0, not {self.turns}")
 
     @property
     def groups(self) -> int:
@@ -152,14 +157,7 @@ def parse_stage(text: str, default: Stage | None = None) -> Stage:
         known = [field.name for field in dataclasses.fields(Stage)][1:]
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"cannot use {', '.join(unknown)}; the settings of a stage are {', '.join(known)}")
-        return dataclasses.replace(default or Stage(), estimator=estimator, **settings)
+        stage: Stage = from_json(to_json(default or Stage()) | settings | {"estimator": estimator}, Stage, "stage")
+        return stage
     except ValueError as error:
         raise ValueError(f"stage {text!r}: {error}") from None
-
-
-def _check_number(name: str, value: Any, whole: bool = False, zero: bool = False) -> None:
-    """Raise an error unless it is a finite number, positive or (``zero``) not negative."""
-    number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or value < 0 or (value == 0 and not zero):
-        kind = ("whole number" if whole else "number") + (", or 0" if zero else "")
-        raise ValueError(f"{name} is {value!r}; it must be a positive {kind}")
