@@ -22,7 +22,12 @@ SMALL = ["--task", "digits_mlp", "--optimizer", "ds", "--optimizer.residual.netw
 SMALL += ["--stage", f"pes:meta_steps={STEPS},learning_rate=1e-2,truncation=10,pairs=2"]
 SMALL += ["--log-every", "2", "--checkpoint-every", "4", "--keep", "9"]
 ENDLESS = ["--task", "linear_regression", "--optimizer", "sgdm"]
-ENDLESS += ["--stage", "pes:meta_steps=1000000,learning_rate=1e-2,truncation=2,pairs=4"]
+ENDLESS += [
+    "--checkpoint-every",
+    "1000000",
+    "--stage",
+    "pes:meta_steps=1000000,learning_rate=1e-2,truncation=2,pairs=4",
+]
 
 
 @pytest.fixture(scope="module", autouse=True)

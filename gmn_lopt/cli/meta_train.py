@@ -69,15 +69,15 @@ def main(config: Config) -> bool:
     """
     stop = StopSignal()
     with stop.listen(), connected(config.coordinator, config.processes, config.process_id):
-        lopt, problem = make_problem(config)
+        try:
+            for stage in config.stages:
+                unroll_shardings(stage.pairs)
+            lopt, problem = make_problem(config)
+            meta_steps = [stage.meta_step(problem) for stage in config.stages]
+        except ValueError as error:
+            raise UsageError(first_line(error)) from None
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
-        try:
-            meta_steps = [stage.meta_step(problem) for stage in config.stages]
-            for meta_step in meta_steps:
-                unroll_shardings(meta_step.parallel)
-        except ValueError as error:
-            raise UsageError(str(error)) from None
         run = open_run(config)
         try:
             total = sum(stage.meta_steps for stage in config.stages)
