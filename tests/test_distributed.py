@@ -1,6 +1,7 @@
 """Runs over two processes on this machine; each process has one device."""
 
 import json
+import os
 import shutil
 import signal
 import socket
@@ -41,7 +42,7 @@ def compiled_once(tmp_path_factory):
 class Run:
     """Processes of one run; those that are left are killed at the end."""
 
-    def __init__(self, *args, count=2, each=((), ())):
+    def __init__(self, *args, count=2, each=((), ()), devices=(1, 1)):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
@@ -50,7 +51,9 @@ class Run:
             command = [sys.executable, "meta_train.py", *map(str, args), *each[i]]
             if count > 1:
                 command += ["--coordinator", f"localhost:{port}", "--processes", str(count), "--process-id", str(i)]
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True))
+            flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices[i]}"
+            env = {**os.environ, "XLA_FLAGS": flags}
+            self.processes.append(subprocess.Popen(command, cwd=ROOT, stdout=-1, stderr=-1, text=True, env=env))
 
     def __enter__(self):
         return self
@@ -141,6 +144,13 @@ def test_a_number_of_processes_that_does_not_divide_the_pairs_is_refused(tmp_pat
     assert codes == [2, 2], stderr
     assert "3 pairs or unrolls cannot be shared evenly by 2 processes; choose a multiple of 2" in stderr[0]
     assert not (tmp_path / "run").exists()
+
+
+def test_processes_with_different_numbers_of_devices_are_refused(tmp_path):
+    with Run(*ENDLESS, "--out", tmp_path / "run", devices=(1, 2)) as run:
+        codes, stderr = run.wait()
+    assert codes == [2, 2], stderr
+    assert stderr[0] == "meta_train.py: every process needs as many devices; they have 1, 2\n"
 
 
 @pytest.mark.parametrize("lost", [0, 1])

@@ -5,14 +5,14 @@ import numpy as np
 import permute
 import pytest
 import transformers
-from gmn_lopt.optimizers.factor_averages import init_factor_averages
-from gmn_lopt.optimizers.output_sites import without_large_outputs
 from optimizing import lively, play, relative_difference
 
 from gmn_lopt import analyze, value_grad_and_factors
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.optimizers.factor_averages import init_factor_averages
 from gmn_lopt.optimizers.features.paper import DECAYS
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.output_sites import without_large_outputs
 
 LIBRARIES = {"haiku": "haiku", "equinox": "equinox"}
 

@@ -56,12 +56,14 @@ def train(
     if first and run.latest == 0 and several:
         save_optimizer(run.path / "stages" / "0-start", lopt, phi)
     with Progress(total, run.latest, show=first) as progress:
-        begin = 0
+        begin, stopping = 0, False
         for index, (stage, meta_step) in enumerate(zip(config.stages, meta_steps, strict=True)):
             name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
             if run.latest > end:
                 begin = end
                 continue
+            if stopping:
+                break
             progress.describe(f"{name}, compiling")
             init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
             data, step_key = meta_step.place((problem.splits(), step_key))
@@ -69,7 +71,6 @@ def train(
             if run.latest > begin:
                 state, step = run.restore(state), run.latest
             rows = _Rows(stage, meta_step, problem.horizon)
-            stopping = False
             while step < end and not stopping:
                 state, metrics = meta_step(state, data, step_key, step)
                 rows.add(metrics)
