@@ -19,13 +19,15 @@ import gmn_lopt
 from gmn_lopt.cli import meta_train
 from gmn_lopt.cli.meta_train import from_command_line
 from gmn_lopt.meta import presets
-from gmn_lopt.meta.config import Config, UsageError, from_json, to_json
+from gmn_lopt.meta.config import Config, from_json, to_json
 from gmn_lopt.meta.presets import BEST, PAPER
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences
 from gmn_lopt.meta.stages import Stage, parse_stage
 from gmn_lopt.networks import PointwiseMLP
 from gmn_lopt.optimizers.recipes import RECIPES
 from gmn_lopt.optimizers.saved import load_learned
+from gmn_lopt.util.errors import UsageError
+from gmn_lopt.util.hardware import usable_cores
 from tasks import load_task
 
 ROOT = Path(__file__).parent.parent
@@ -224,7 +226,8 @@ def test_unf_is_not_trained_on_models_of_several_structures(tmp_path, monkeypatc
     ("changes", "message"),
     [
         (["--task", "mnist"], "unknown task 'mnist'"),
-        (["--task", "a\nb"], "unknown task 'a\\nb'"),
+        (["--task", "a\nb"], "--task 'a\\nb'"),
+        (["--task", "linear_regression:sides=3"], "has no setting sides"),
         (["--optimizer", "rnn"], "'rnn'"),
         (["--preset", "worst"], "'worst'"),
         (["--stage", "pes"], "truncation 50 does not divide the horizon 10; choose a divisor"),
@@ -273,6 +276,18 @@ def test_a_run_starts_from_a_saved_optimizer(finished, tmp_path):
     assert not (tmp_path / "refused").exists()
     given = from_command_line(None, ["--task", "digits_mlp", "--out", "x", "--start", "default"])
     assert given.optimizer == RECIPES["default"]
+
+
+def test_a_task_has_settings(tmp_path):
+    settings = from_command_line(None, ["--task", "digits_mlp:hidden=8,horizon=20", "--out", str(tmp_path)])
+    _, problem = meta_train.make_problem(settings)
+    assert problem.horizon == 20 and problem.task.init(jax.random.key(0))["layer_0"]["kernel"].shape[1] == 8
+
+
+def test_cores_are_counted_where_there_is_no_affinity(monkeypatch):
+    monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 7)
+    assert usable_cores() == 7
 
 
 def test_presets():

@@ -33,7 +33,7 @@ from jaxtyping import PyTree
 
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.meta.augmentation import AugmentedProblem
-from gmn_lopt.meta.config import FREE, Config, UsageError, from_json, to_json
+from gmn_lopt.meta.config import FREE, Config, from_json, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import PRESETS
 from gmn_lopt.meta.processes import ProcessesError, check_same, connected, is_first
@@ -50,8 +50,9 @@ from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, load_recipe
 from gmn_lopt.util import codec
-from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.hardware import describe_hardware, use_all_cores
+from gmn_lopt.util.spec import parse_spec
 from tasks import load_task
 from tasks._mixture import make_all
 
@@ -107,10 +108,11 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
         UsageError: there is no such task, its data is missing, or the optimizer does not fit it.
     """
     try:
-        tasks = make_all(config.data_dir) if config.task == MIXTURE else (load_task(config.task, config.data_dir),)
+        name, settings = parse_spec(config.task)
+        tasks = make_all(config.data_dir) if name == MIXTURE else (load_task(name, config.data_dir, **settings),)
         lopts = [config.optimizer.build(task_structure(task)) for task in tasks]
         parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
-        if config.task != MIXTURE:
+        if name != MIXTURE:
             return lopts[0], parts[0]
         residual = config.optimizer.residual
         if residual is not None and residual.network.tied and len({tied_leaves(x.structure) for x in lopts}) > 1:

@@ -11,10 +11,7 @@ from gmn_lopt.meta.stages import Stage
 from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util import codec
 from gmn_lopt.util.checks import whole
-
-
-class UsageError(ValueError):
-    """The configuration asks for something that cannot be done. The message is one line."""
+from gmn_lopt.util.errors import UsageError
 
 
 @dataclass(frozen=True)
@@ -22,9 +19,9 @@ class Config:
     """Settings of a run. Those that the result depends on are fixed once it has begun."""
 
     task: str
-    """A task of gmn_lopt.tasks by name, one of your own as package.module:make, or mixture: all those of
-    tasks/_mixture.py, with step sizes, schedules and the scale of every tensor drawn at random (for an optimizer of the
-    normalized rule)."""
+    """A task by name, or one of your own as package.module:make; each may be followed by settings, as in
+    cifar10_mlp:hidden=64. Or mixture: several tasks, with step sizes, schedules and the scale of every tensor drawn at
+    random (for an optimizer of the normalized rule)."""
     out: Path
     """Directory of the run."""
     optimizer: Recipe = field(default_factory=Recipe)

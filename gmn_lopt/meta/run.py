@@ -22,7 +22,7 @@ from gmn_lopt.meta.stop_signal import StopSignal
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import SerializationError, save
-from gmn_lopt.util.progress import Progress
+from gmn_lopt.util.progress import progress
 
 RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
 
@@ -55,7 +55,7 @@ def train(
     total = sum(stage.meta_steps for stage in config.stages)
     if first and run.latest == 0 and several:
         save_optimizer(run.path / "stages" / "0-start", lopt, phi)
-    with Progress(total, run.latest, show=first) as progress:
+    with progress(total, "meta-training", "meta-steps", initial=run.latest, disable=not first) as bar:
         begin, stopping = 0, False
         for index, (stage, meta_step) in enumerate(zip(config.stages, meta_steps, strict=True)):
             name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
@@ -64,7 +64,7 @@ def train(
                 continue
             if stopping:
                 break
-            progress.describe(f"{name}, compiling")
+            bar.set_description(f"{name}, compiling")
             init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
             data, step_key = meta_step.place((problem.splits(), step_key))
             state, step = meta_step.init(phi, data, init_key), begin
@@ -75,15 +75,15 @@ def train(
                 state, metrics = meta_step(state, data, step_key, step)
                 rows.add(metrics)
                 step += 1
-                progress.describe(name)
-                progress.update()
+                bar.set_description(name, refresh=False)
+                bar.update()
                 stopping = stop.at(step)
                 saving = stopping or step == end or step % config.checkpoint_every == 0
                 if saving or step % config.log_every == 0:
                     row = rows.average() | {n: float(x) for n, x in lopt.scalars(jax.device_get(state.phi)).items()}
                     rate = row.pop("inner_steps_per_second")
                     run.log({"meta_step": step, "stage": name, **row, "inner_steps_per_second": rate})
-                    progress.note(f"meta-loss {row['loss']:.4f}, {rate:,.0f} inner steps/s")
+                    bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
                 if saving:
                     if first:
                         if step == end and several:

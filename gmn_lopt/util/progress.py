@@ -1,64 +1,72 @@
-"""Progress on stderr: a bar on a terminal, now and then a line where the output is a file."""
+"""Progress on stderr: a bar on a terminal, a plain line now and then in a file."""
 
 import sys
-import time
-from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
 
-SECONDS = 10.0  # between two lines in a file
+SECONDS = 30.0  # between lines in a file
 
 
-class Progress:
-    """Counts up to a total, as a context manager.
+class _Lines(tqdm):
+    """A bar whose states are lines of their own."""
+
+    @staticmethod
+    def status_printer(file: Any) -> Any:
+        return lambda status: print(status, file=file, flush=True)
+
+    def close(self) -> None:
+        if not getattr(self, "disable", True):
+            self.refresh()
+            self.disable = True
+            self._decr_instances(self)
+
+
+def progress(
+    total: int,
+    desc: str,
+    unit: str,
+    *,
+    initial: int = 0,
+    scale: bool = False,
+    disable: bool = False,
+    file: Any = None,
+) -> tqdm:
+    """Count the parts of a long computation for the user to see.
 
     Args:
-        total: of what is counted.
-        done: what of it is done already.
-        show: whether to show anything.
+        total: how many there are.
+        desc: what they belong to, in front of the count.
+        unit: what one is, such as ``"steps"``.
+        initial: how many were done before.
+        scale: whether to write large counts as 12.3k and the like.
+        disable: whether to show nothing.
+        file: where to write; default: stderr.
+
+    Returns:
+        A context manager with ``update(n=1)``, ``set_description`` and ``set_postfix`` of ``tqdm``; it writes a line to
+        a file at the first, at most every 30 seconds, for a new description, and at the end.
+
+    Example:
+        >>> with progress(2, "squares", "numbers", file=sys.stdout) as bar:
+        ...     for number in range(2):
+        ...         bar.update()
+        squares: 0/2 numbers ...
+        squares: 2/2 numbers ...
     """
-
-    def __init__(self, total: int, done: int = 0, show: bool = True):
-        self._total, self._done = total, done
-        self._bar = tqdm(total=total, initial=done, dynamic_ncols=True) if show and sys.stderr.isatty() else None
-        self._lines = show and self._bar is None
-        self._text = self._note = self._shown = ""
-        self._next = time.monotonic() + SECONDS
-
-    def describe(self, text: str) -> None:
-        """Say what is being done; it stands in front of the count."""
-        self._text = text
-        if self._bar is not None:
-            self._bar.set_description(text)
-
-    def note(self, text: str) -> None:
-        """Say how it goes; it stands behind the count."""
-        self._note = text
-        if self._bar is not None:
-            self._bar.set_postfix_str(text, refresh=False)
-
-    def update(self, count: int = 1) -> None:
-        """Count up."""
-        self._done += count
-        if self._bar is not None:
-            self._bar.update(count)
-        elif time.monotonic() >= self._next:
-            self._line()
-
-    def __enter__(self) -> "Progress":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if self._bar is not None:
-            self._bar.close()
-        elif self._done:
-            self._line()
-
-    def _line(self) -> None:
-        text = f"{self._text}: {self._done}/{self._total}" if self._text else f"{self._done}/{self._total}"
-        text += f", {self._note}" if self._note else ""
-        if self._lines and text != self._shown:
-            print(text, file=sys.stderr, flush=True)
-        self._shown, self._next = text, time.monotonic() + SECONDS
+    file = sys.stderr if file is None else file
+    terminal = file.isatty()
+    settings: dict[str, Any] = {"dynamic_ncols": True, "mininterval": 0.2}
+    if not terminal:
+        line = "{desc}{n_fmt}/{total_fmt}{unit} [{elapsed}<{remaining}, {rate_fmt}{postfix}]"
+        settings = {"bar_format": line, "mininterval": SECONDS, "maxinterval": SECONDS}
+    return (tqdm if terminal else _Lines)(
+        total=total,
+        desc=f"{desc}: ",
+        unit=f" {unit}",
+        initial=initial,
+        unit_scale=scale,
+        disable=disable,
+        file=file,
+        **settings,
+    )
