@@ -1,5 +1,4 @@
 import dataclasses
-import doctest
 import errno
 import json
 import random
@@ -18,7 +17,6 @@ from jax.experimental.compilation_cache import compilation_cache
 import gmn_lopt
 from gmn_lopt.cli import meta_train
 from gmn_lopt.cli.meta_train import from_command_line
-from gmn_lopt.meta import presets
 from gmn_lopt.meta.config import Config, from_json, to_json
 from gmn_lopt.meta.presets import BEST, PAPER
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences
@@ -291,7 +289,6 @@ def test_cores_are_counted_where_there_is_no_affinity(monkeypatch):
 
 
 def test_presets():
-    assert doctest.testmod(presets) == (0, 3)
     assert BEST.optimizer == RECIPES["denoised+ds+gmn"] and PAPER.stages == (Stage(),)
     assert PAPER.optimizer.residual.network == PointwiseMLP(32, 3)
     given = ["--task", "digits_mlp", "--out", "x"]

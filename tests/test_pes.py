@@ -10,6 +10,7 @@ import optax
 import pytest
 from inner_problems import Diverging, InfluenceBalancing, Smooth
 
+import gmn_lopt
 from gmn_lopt.meta import NRES, PES, Truncated, TruncatedES
 
 KEY = jax.random.key(0)
@@ -31,9 +32,13 @@ def test_estimates_are_those_that_were_recorded(estimator, objective):
     np.testing.assert_allclose(rows, GOLDEN[f"{type(estimator).__name__} {objective}"], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("module", ["pes", "nres", "truncated_es", "truncated", "coefficients", "stages"])
+MODULES = ("pes", "nres", "truncated_es", "truncated", "coefficients", "stages", "problem", "estimator", "task")
+
+
+@pytest.mark.parametrize("module", [*MODULES, "training_problem", "presets"])
 def test_examples(module):
-    found = doctest.testmod(importlib.import_module(f"gmn_lopt.meta.{module}"))
+    known = {"jax": jax, "jnp": jnp, "gmn_lopt": gmn_lopt}
+    found = doctest.testmod(importlib.import_module(f"gmn_lopt.meta.{module}"), extraglobs=known)
     assert found.attempted and not found.failed
 
 
