@@ -16,7 +16,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import gmn_lopt
 from gmn_lopt.cli import meta_train
-from gmn_lopt.cli.meta_train import from_command_line
+from gmn_lopt.cli.meta_train import from_command_line, to_command_line
 from gmn_lopt.meta.config import Config, from_json, to_json
 from gmn_lopt.meta.presets import BEST, PAPER
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences
@@ -308,6 +308,19 @@ def test_single_fields_of_an_optimizer_are_overridden():
     residual = dataclasses.replace(RECIPES["ds+gmn"].residual, network=PointwiseMLP(16, 3))
     expected = gmn_lopt.Recipe(residual=residual, rule=gmn_lopt.Additive(1.0), step_size=gmn_lopt.Constant(2.0))
     assert found == dataclasses.replace(expected, direction=RECIPES["ds+gmn"].direction)
+
+
+@pytest.mark.parametrize("changed", [{}, {"seed": 3, "horizon": 20, "data_dir": "a b", "meta_loss": "validation"}])
+def test_every_configuration_has_its_command_line(changed):
+    reader = gmn_lopt.SetReader(gmn_lopt.GradMetaNetConfig(width=8), decays=(0.5, 0.9), max_output_size=None)
+    wide = gmn_lopt.Residual(gradmetanet=reader, output_scale=0.5)
+    for optimizer in (*RECIPES.values(), gmn_lopt.Recipe(residual=wide, step_size=gmn_lopt.Constant(0.3))):
+        settings = dataclasses.replace(config(Path("x"), optimizer=optimizer), **changed)
+        assert from_command_line(None, to_command_line(settings)) == settings
+    started = config(Path("x"), start="default", optimizer=RECIPES["default"])
+    assert from_command_line(None, to_command_line(started)) == started
+    with pytest.raises(ValueError, match="no recipe has the parts"):
+        to_command_line(config(Path("x"), optimizer=gmn_lopt.Recipe(gmn_lopt.Muon(), wide)))
 
 
 def test_a_resumed_run_has_its_own_settings(finished):

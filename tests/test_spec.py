@@ -3,11 +3,11 @@ import doctest
 import pytest
 
 from gmn_lopt.util import spec
-from gmn_lopt.util.spec import parse_spec, split_label
+from gmn_lopt.util.spec import format_spec, parse_spec, split_label
 
 
 def test_examples():
-    assert doctest.testmod(spec) == (0, 5)
+    assert doctest.testmod(spec) == (0, 6)
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,7 @@ def test_examples():
 )
 def test_specs(text, expected):
     assert parse_spec(text) == expected
+    assert parse_spec(format_spec(*expected)) == expected
 
 
 @pytest.mark.parametrize(

@@ -19,13 +19,14 @@ Several processes, on one machine or on many, compute one run together: one comm
 
 import argparse
 import copy
+import dataclasses
 import importlib.metadata
 import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import tyro
@@ -33,15 +34,15 @@ from jaxtyping import PyTree
 
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.meta.augmentation import AugmentedProblem
-from gmn_lopt.meta.config import FREE, Config, from_json, to_json
+from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
-from gmn_lopt.meta.presets import PRESETS
+from gmn_lopt.meta.presets import BEST, PRESETS
 from gmn_lopt.meta.processes import ProcessesError, check_same, connected, is_first
 from gmn_lopt.meta.run import train
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.shared_run import SharedRunDirectory
-from gmn_lopt.meta.stages import parse_stage
+from gmn_lopt.meta.stages import Stage, parse_stage
 from gmn_lopt.meta.stop_signal import StopSignal
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
@@ -52,7 +53,7 @@ from gmn_lopt.optimizers.saved import SerializationError, load_learned, load_rec
 from gmn_lopt.util import codec
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.hardware import describe_hardware, use_all_cores
-from gmn_lopt.util.spec import parse_spec
+from gmn_lopt.util.spec import format_spec, parse_spec
 from tasks import load_task
 from tasks._mixture import make_all
 
@@ -204,6 +205,42 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
         return parse(Config, description, rest, default=default)
     except ValueError as error:
         raise UsageError(first_line(error)) from None
+
+
+def to_command_line(config: Config) -> list[str]:
+    """The arguments that :func:`from_command_line` makes this configuration of, but for ``resume`` and processes.
+
+    Raises:
+        ValueError: the optimizer has other parts than every recipe, which only Python can say.
+    """
+    words = ["--task", config.task, "--out", str(config.out)]
+    if config.start is None:
+        wanted = codec.to_json(config.optimizer)
+        found = {name: _flags(codec.to_json(recipe), wanted, "--optimizer") for name, recipe in RECIPES.items()}
+        possible = {name: flags for name, flags in found.items() if flags is not None}
+        if not possible:
+            raise ValueError("no recipe has the parts of this optimizer")
+        nearest = min(possible, key=lambda name: len(possible[name]))
+        words += ["--optimizer", nearest, *possible[nearest]]
+    for stage in config.stages:
+        values, usual = dataclasses.asdict(stage), dataclasses.asdict(Stage())
+        own = {name: x for name, x in values.items() if name != "estimator" and x != usual[name]}
+        words += ["--stage", format_spec(stage.estimator, own)]
+    for name in (f.name for f in dataclasses.fields(Config)):
+        value = getattr(config, name)
+        if name not in ("task", "out", "optimizer", "stages", "resume", *SPREAD) and value != getattr(BEST, name):
+            words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def _flags(old: Any, new: Any, flag: str) -> list[str] | None:
+    """The flags that make ``new`` of ``old``, as JSON values; None: there are none."""
+    if isinstance(old, dict) and isinstance(new, dict) and old["name"] == new["name"]:
+        found = [_flags(old[key], new[key], f"{flag}.{key.replace('_', '-')}") for key in old]
+        return None if None in found else [word for words in found for word in words or ()]
+    if isinstance(old, dict) or isinstance(new, dict):
+        return None
+    return [] if old == new else [flag, *map(str, new if isinstance(new, list) else (new,))]
 
 
 class _FirstPass(argparse.ArgumentParser):

@@ -6,6 +6,7 @@ tasks (``cifar10_mlp:hidden=64``) are written in it.
 
 import ast
 import re
+from collections.abc import Mapping
 from typing import Any
 
 # The name ends where the first setting begins: it may hold colons itself, as in optax:adam or package.module:make.
@@ -47,6 +48,18 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             f"{text!r}: write {name}:setting=value,setting=value, each setting once, with numbers, words or other "
             "literals as values"
         ) from None
+
+
+def format_spec(name: str, settings: Mapping[str, Any]) -> str:
+    """The text that :func:`parse_spec` splits into this name and these settings.
+
+    Example:
+        >>> format_spec("nres", {"meta_steps": 400, "schedule": "cosine"})
+        'nres:meta_steps=400,schedule=cosine'
+    """
+    plain = {key: isinstance(value, str) and value.isidentifier() for key, value in settings.items()}
+    texts = [f"{key}={value if plain[key] else repr(value)}" for key, value in settings.items()]
+    return f"{name}:{','.join(texts)}" if texts else name
 
 
 def split_label(name: str) -> tuple[str | None, str]:
