@@ -62,7 +62,7 @@ class InfluenceBalancing:
 
     The meta-parameter enters the first ``positive`` of the state's entries with a plus sign and the others with a
     minus sign, and travels one entry per step towards the first one, on which the loss depends. In the long run the
-    many negative influences win; a short window sees only the positive ones.
+    many negative influences win; a short truncation sees only the positive ones.
     """
 
     size: int = 23

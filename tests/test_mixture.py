@@ -10,16 +10,14 @@ import pytest
 from inner_problems import Smooth
 
 import gmn_lopt
+from gmn_lopt import Constant, Denoised, Normalized, PointwiseMLP, PowerLaw, Recipe, Residual, ScaleFree
+from gmn_lopt.meta import PES, TrainingProblem, Truncated
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
-from gmn_lopt.meta.pes import PES
-from gmn_lopt.meta.stages import Stage, parse_stages
+from gmn_lopt.meta.stages import parse_stage
 from gmn_lopt.meta.task import task_structure
-from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.meta.truncated import Truncated
-from gmn_lopt.meta.window import map_unrolls
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.meta.truncation import map_unrolls
 from tasks import load_task
 from tasks._mixture import MODELS
 
@@ -42,8 +40,6 @@ def test_each_unroll_comes_back_to_its_place():
     x = jnp.arange(12.0).reshape(6, 2)
     for turns in (1, 2, 3, 6):
         np.testing.assert_array_equal(map_unrolls(lambda a, b: a + 10 * b, turns, x, x), 11 * x)
-    with pytest.raises(ValueError, match="turns is 4"):
-        parse_stages("pes:n=6:turns=4", Stage())
 
 
 def test_a_mixture_takes_its_problems_in_turn_and_weighs_them():
@@ -68,12 +64,13 @@ def test_a_mixture_takes_its_problems_in_turn_and_weighs_them():
         np.testing.assert_array_equal(state.estimator[1 - i].step, before.estimator[1 - i].step)
 
 
-def make_problem(decay=False, **options):
+def make_problem(step_size=None, **options):
     task = load_task("digits_mlp", hidden=(8,), batch_size=16, horizon=20, augment=False)
     params = jax.eval_shape(task.init, jax.random.key(0))
     batch = jax.eval_shape(task.sample, jax.random.key(0), task.data["train"])
     structure = gmn_lopt.analyze(task.loss, params, batch)
-    lopt = LearnedOptimizer(structure, "celo", None, rule="normalized", width=4, learning_rate=0.01, decay=decay)
+    residual = Residual(ScaleFree(), PointwiseMLP(width=4, hidden_layers=3), weight=0.1)
+    lopt = Recipe(residual=residual, rule=Normalized(), step_size=step_size or Constant(0.01)).build(structure)
     return AugmentedProblem(TrainingProblem(task, lopt), **options), lopt.init(jax.random.key(0))
 
 
@@ -98,14 +95,14 @@ def test_tensors_that_take_the_denoised_step_are_left_alone():
     """Their steps read the factors, which are not those of other coordinates."""
     task = load_task("text_transformer", blocks=1)
     structure = task_structure(task)
-    for base in ("denoised", "momentum"):
-        lopt = LearnedOptimizer(structure, "sgdm", None, base=base, rule="normalized", learning_rate=0.01)
+    for direction in (Denoised(), gmn_lopt.Momentum()):
+        lopt = Recipe(direction=direction, rule=Normalized(), step_size=Constant(0.01)).build(structure)
         problem = AugmentedProblem(TrainingProblem(task, lopt))
         state = problem.init(lopt.init(jax.random.key(0)), problem.splits(), jax.random.key(0))
         named = {jax.tree_util.keystr(path): scale for path, scale in jax.tree.leaves_with_path(state.scales)}
         scaled = {name for name, scale in named.items() if scale != 1.0}
         loose = {name for name in named if "norm" in name or "position" in name}
-        assert scaled == (loose if base == "denoised" else set(named))
+        assert scaled == (loose if direction == Denoised() else set(named))
 
 
 def test_half_of_the_learning_rates_decay_to_zero():
@@ -127,7 +124,7 @@ def test_half_of_the_learning_rates_decay_to_zero():
 
 
 def test_an_optimizer_with_a_schedule_of_its_own_goes_by_it():
-    problem, phi = make_problem(decay=True, scale_range=1.0)
+    problem, phi = make_problem(PowerLaw(0.01, tau=30.0, power=1.0), scale_range=1.0)
     data = problem.splits()
     states = jax.vmap(problem.init, in_axes=(None, None, 0))(phi, data, jax.random.split(jax.random.key(0), 64))
     assert not states.decays.any() and len(set(np.array(states.factor))) == 64
@@ -142,16 +139,15 @@ def test_an_optimizer_with_a_schedule_of_its_own_goes_by_it():
 
 def test_augmentation_needs_the_normalized_rule():
     problem, _ = make_problem()
-    additive = LearnedOptimizer(problem.problem.lopt.structure, gradmetanet=None)
-    with pytest.raises(ValueError, match="normalized"):
+    additive = Recipe().build(problem.problem.lopt.structure)
+    with pytest.raises(ValueError, match="Normalized rule"):
         AugmentedProblem(TrainingProblem(problem.problem.task, additive))
 
 
 def test_a_stage_makes_the_meta_steps_of_a_mixture():
     problem, phi = make_problem()
     mixed = MixtureProblem((problem, problem), (1.0, 2.0))
-    (stage,) = parse_stages("truncated:5:K=4:n=2", Stage())
-    meta_step = stage.meta_step(mixed, 1.0)
+    meta_step = parse_stage("truncated:meta_steps=5,truncation=4,pairs=2").meta_step(mixed)
     assert [step.estimator.weight for step in meta_step.steps] == [1.0, 2.0] and mixed.horizon == 20
     data = mixed.splits()
     state = meta_step.init(phi, data, jax.random.key(0))

@@ -11,9 +11,8 @@ from gmn_lopt.meta.sharding import usable_devices
 PROGRAM = """
 import jax, numpy as np
 from inner_problems import Smooth
-from gmn_lopt.meta.pes import PES
+from gmn_lopt.meta import PES, Truncated
 from gmn_lopt.meta.sharding import unroll_shardings
-from gmn_lopt.meta.truncated import Truncated
 
 assert len(jax.local_devices()) == 8
 problem = Smooth(horizon=8, noise=0.2)

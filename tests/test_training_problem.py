@@ -6,10 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from gmn_lopt.meta.pes import PES
-from gmn_lopt.meta.task import Task
-from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.meta.truncated import Truncated
+from gmn_lopt.meta import PES, Task, TrainingProblem, Truncated
 
 
 @dataclass(frozen=True)

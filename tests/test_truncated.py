@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 from inner_problems import Diverging, Smooth
 
-from gmn_lopt.meta.truncated import Truncated
+from gmn_lopt.meta import Truncated
 
 KEY = jax.random.key(0)
 
 
-def two_windows(estimator, problem):
+def two_truncations(estimator, problem):
     phi, data = problem.phi(), problem.data()
     state = estimator.init(phi, data, KEY)
     state = state._replace(length=jnp.full_like(state.length, problem.horizon))
@@ -20,18 +20,18 @@ def two_windows(estimator, problem):
 
 
 def by_hand(problem, objective="mean"):
-    """Gradients of the two windows of 3 steps, in plain Python; the second does not see through the first."""
+    """Gradients of the two truncations of 3 steps, in plain Python; the second does not see through the first."""
     phi, data = problem.phi(), problem.data()
 
-    def window(phi, x):
+    def truncation(phi, x):
         losses = []
         for _ in range(3):
             x = jnp.tanh(phi["a"] @ x + phi["b"])
             losses.append(jnp.sum((x - data) ** 2))
         return (losses[-1] if objective == "final" else sum(losses) / 3), x
 
-    first, x = jax.grad(lambda phi: window(phi, jnp.tanh(phi["b"])), has_aux=True)(phi)
-    second, _ = jax.grad(window, has_aux=True)(phi, x)
+    first, x = jax.grad(lambda phi: truncation(phi, jnp.tanh(phi["b"])), has_aux=True)(phi)
+    second, _ = jax.grad(truncation, has_aux=True)(phi, x)
     return first, second
 
 
@@ -42,17 +42,17 @@ def assert_close(a, b):
 @pytest.mark.parametrize("remat", [False, True])
 def test_equals_the_gradient_by_hand(remat):
     problem = Smooth()
-    first, second = two_windows(Truncated(problem, 2, 3, clip=1e9, remat=remat), problem)
+    first, second = two_truncations(Truncated(problem, 2, 3, clip=1e9, remat=remat), problem)
     expected = by_hand(problem)
     assert_close(first.gradient, expected[0])
     assert_close(second.gradient, expected[1])
-    np.testing.assert_array_equal(second.window_start, 3)
+    np.testing.assert_array_equal(second.truncation_start, 3)
     np.testing.assert_allclose(first.noise, 0, atol=1e-6)
 
 
 def test_final_objective_sees_only_the_last_step():
     problem = Smooth()
-    first, second = two_windows(Truncated(problem, 2, 3, clip=1e9, objective="final"), problem)
+    first, second = two_truncations(Truncated(problem, 2, 3, clip=1e9, objective="final"), problem)
     assert all(not leaf.any() for leaf in jax.tree.leaves(first.gradient))
     assert_close(second.gradient, by_hand(problem, "final")[1])
 

@@ -4,7 +4,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -31,9 +31,10 @@ def parse(
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
-            if default is None:
-                return tyro.cli(config, description=description, args=args)
-            return tyro.cli(config, description=description, args=args, default=default)
+            given: dict[str, Any] = {} if default is None else {"default": default}
+            # Parts of an optimizer are chosen by --optimizer; flags change fields of the parts that it has.
+            markers = (tyro.conf.AvoidSubcommands,)
+            return tyro.cli(config, description=description, args=args, config=markers, **given)
     except SystemExit as exit_:
         if exit_.code:
             # tyro frames its message: the lines up to the first rule are what is wrong, the rest repeats the help.

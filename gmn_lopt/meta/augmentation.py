@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.rules import Normalized
 
 
 class AugmentedState(NamedTuple):
@@ -38,7 +39,7 @@ class AugmentedProblem:
 
     Every tensor is reparametrised by a scale, log-uniform in ``[1 / scale_range, scale_range]`` (task augmentation;
     Metz et al. 2022, Moudgil et al. 2026), the step size multiplied by another in ``[1 / rate_range, rate_range]``.
-    An optimizer that has a schedule of its own (``decay`` or ``adapt``) goes by it; that of others is kept or decayed,
+    An optimizer whose step size is scheduled goes by its own; that of others is kept or decayed,
     evenly. Gradients are those of what is trained; factors are left as they are, since GradMetaNet divides each by its
     root mean square. The denoised direction does not: with the factors that belong to them, its steps are the same in
     all parametrisations, and with others they are wrong by the scale. So tensors that take it are left alone.
@@ -54,8 +55,8 @@ class AugmentedProblem:
     rate_range: float = 3.0
 
     def __post_init__(self) -> None:
-        if getattr(self.problem.lopt, "rule", None) != "normalized":
-            raise ValueError("augmentation varies the step size: use a learned optimizer with rule='normalized'")
+        if not isinstance(getattr(self.problem.lopt, "rule", None), Normalized):
+            raise ValueError("augmentation varies the step size: use a learned optimizer with the Normalized rule")
         if not (1 <= self.scale_range < math.inf and 1 <= self.rate_range < math.inf):
             raise ValueError("scale_range and rate_range must be at least 1")
 
@@ -79,13 +80,13 @@ class AugmentedProblem:
         params = self.problem.task.init(init_key)
         leaves, treedef = jax.tree.flatten(params)
         drawn = jnp.exp(_log_uniform(scale_key, (len(leaves),), self.scale_range))
-        denoised = {place for group in self._lopt.denoised_groups(range(len(leaves))) for place in group.places}
-        scales = jax.tree.unflatten(treedef, [jnp.ones(()) if i in denoised else s for i, s in enumerate(drawn)])
+        rescaled = self._lopt.direction.rescaled(self._lopt.structure, range(len(leaves)))
+        scales = jax.tree.unflatten(treedef, [jnp.ones(()) if i in rescaled else s for i, s in enumerate(drawn)])
         params = jax.tree.map(lambda p, s: p / s, params, scales)
         optimizer = self._lopt.optimizer(phi).init(params)
         factor = jnp.exp(_log_uniform(rate_key, (), self.rate_range))
-        own_schedule = self._lopt.decay or self._lopt.adapt
-        return AugmentedState(params, optimizer, scales, factor, jax.random.bernoulli(decay_key) & (not own_schedule))
+        decays = jax.random.bernoulli(decay_key) & (not self._lopt.step_size.scheduled)
+        return AugmentedState(params, optimizer, scales, factor, decays)
 
     def step(
         self, phi: PyTree, state: AugmentedState, data: Any, key: jax.Array

@@ -3,11 +3,12 @@
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 
 def is_coefficient(phi: PyTree) -> PyTree:
-    """Whether each leaf is a coefficient, such as ``log_alpha``: at the top level, under a key that begins ``log_``.
+    """Whether each leaf is a coefficient, such as ``log_alpha``: a scalar under a key that begins ``log_``.
 
     A coefficient moves every update at once, so it wants perturbations and meta-learning rates of its own.
 
@@ -16,14 +17,13 @@ def is_coefficient(phi: PyTree) -> PyTree:
 
     Returns:
         A tree of bools, shaped like ``phi``.
+
+    Example:
+        >>> is_coefficient({"step_size": {"log_alpha": 0.0}, "network": {"bias": 1.0}})
+        {'network': {'bias': False}, 'step_size': {'log_alpha': True}}
     """
 
-    def of(path: tuple[Any, ...], _: Any) -> bool:
-        return len(path) == 1 and str(getattr(path[0], "key", "")).startswith("log_")
+    def of(path: tuple[Any, ...], leaf: Any) -> bool:
+        return bool(path) and np.ndim(leaf) == 0 and str(getattr(path[-1], "key", "")).startswith("log_")
 
     return jax.tree.map_with_path(of, phi)
-
-
-def is_weight(phi: PyTree) -> PyTree:
-    """The opposite of :func:`is_coefficient`."""
-    return jax.tree.map(lambda coefficient: not coefficient, is_coefficient(phi))

@@ -7,21 +7,26 @@ from jaxtyping import Array, Float, Int, PyTree
 
 
 class Estimate(NamedTuple):
-    """What one window of all unrolls yields.
+    """What one truncation of all unrolls yields.
 
     Attributes:
         gradient: the estimate of the meta-gradient, shaped like the meta-parameters.
-        loss: the mean (capped) loss of the window over all unrolls.
+        loss: the mean (capped) loss of the truncation over all unrolls.
         noise: standard error of the estimate: the root of the summed variances of its entries' means over the unrolls.
-        window_loss: the (capped) mean loss of each pair or unroll over its window.
-        window_start: the inner step at which each pair's or unroll's window began.
+        truncation_loss: the (capped) mean loss of each pair or unroll over its truncation.
+        truncation_start: the inner step at which each pair's or unroll's truncation began.
+
+    Example:
+        >>> one = jnp.ones(())
+        >>> Estimate({"rate": one}, one, one, truncation_loss=jnp.ones(4), truncation_start=jnp.arange(4)).gradient
+        {'rate': Array(1., dtype=float32)}
     """
 
     gradient: PyTree
     loss: Float[Array, ""]
     noise: Float[Array, ""]
-    window_loss: Float[Array, "unrolls"]
-    window_start: Int[Array, "unrolls"]
+    truncation_loss: Float[Array, "unrolls"]
+    truncation_start: Int[Array, "unrolls"]
 
 
 @runtime_checkable
@@ -31,6 +36,18 @@ class Estimator(Protocol):
     ``data`` is handed to the inner problem as it is. All randomness comes from ``key``: the same arguments give the
     same estimate. Both functions are traceable; the caller compiles them. Every leaf of the state has the unrolls (or
     the pairs of them) as its first axis, so that it can be spread over devices.
+
+    Example:
+        >>> class Flat:  # the loss is phi itself
+        ...     horizon, loss_cap = 2, 1.0
+        ...     def init(self, phi, data, key):
+        ...         return ()
+        ...     def step(self, phi, state, data, key):
+        ...         return state, phi
+        >>> estimator, phi, key = gmn_lopt.meta.Truncated(Flat(), truncation=2), jnp.array(0.5), jax.random.key(0)
+        >>> state, estimate = estimator.estimate(phi, estimator.init(phi, None, key), None, key)
+        >>> isinstance(estimator, Estimator), float(estimate.loss), float(estimate.gradient)
+        (True, 0.5, 1.0)
     """
 
     @property
@@ -48,5 +65,5 @@ class Estimator(Protocol):
         ...
 
     def estimate(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Estimate]:
-        """Unroll one window of every inner problem and estimate the meta-gradient."""
+        """Unroll one truncation of every inner problem and estimate the meta-gradient."""
         ...

@@ -75,8 +75,8 @@ class MetaStep:
                 state continues exactly as one that was not interrupted.
 
         Returns:
-            The new state, and the metrics ``loss``, ``gradient_norm``, ``gradient_noise``, ``window_loss`` and
-            ``window_start`` (see :class:`gmn_lopt.meta.estimator.Estimate`).
+            The new state, and the metrics ``loss``, ``gradient_norm``, ``gradient_noise``, ``truncation_loss`` and
+            ``truncation_start`` (see :class:`gmn_lopt.meta.estimator.Estimate`).
         """
         return self._step(state, data, key, np.uint32(number))
 
@@ -111,8 +111,8 @@ class MetaStep:
                 "loss": estimate.loss,
                 "gradient_norm": optax.tree.norm(estimate.gradient),
                 "gradient_noise": estimate.noise,
-                "window_loss": estimate.window_loss,
-                "window_start": estimate.window_start,
+                "truncation_loss": estimate.truncation_loss,
+                "truncation_start": estimate.truncation_start,
             }
             return new_state, metrics
 

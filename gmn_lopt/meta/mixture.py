@@ -73,7 +73,9 @@ class Weighted:
         state, e = self.estimator.estimate(phi, state, data, key)
         w = self.weight
         gradient = jax.tree.map(lambda leaf: w * leaf, e.gradient)
-        return state, e._replace(gradient=gradient, loss=w * e.loss, noise=w * e.noise, window_loss=w * e.window_loss)
+        return state, e._replace(
+            gradient=gradient, loss=w * e.loss, noise=w * e.noise, truncation_loss=w * e.truncation_loss
+        )
 
 
 @dataclass(frozen=True)

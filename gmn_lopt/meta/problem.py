@@ -8,7 +8,19 @@ from jaxtyping import Array, Float, PyTree
 
 @runtime_checkable
 class InnerProblem(Protocol):
-    """An inner problem, unrolled by the estimators of this package."""
+    """An inner problem, unrolled by the estimators of this package.
+
+    Example:
+        >>> class Quadratic:  # descent on x^2, where phi is the logarithm of the step size
+        ...     horizon, loss_cap = 10, float("inf")
+        ...     def init(self, phi, data, key):
+        ...         return jax.random.normal(key)
+        ...     def step(self, phi, x, data, key):
+        ...         x = x - jnp.exp(phi) * 2 * x
+        ...         return x, x**2
+        >>> isinstance(Quadratic(), InnerProblem)
+        True
+    """
 
     @property
     def horizon(self) -> int:

@@ -1,28 +1,27 @@
-"""Several processes that compute one run together."""
+"""Several processes that compute one run together; with one process nothing here does anything."""
 
 import atexit
 import contextlib
+import hashlib
 import os
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
+from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, PyTree
+from jax.experimental import multihost_utils
+from jaxtyping import PyTree
 
-from gmn_lopt.meta.last_words import LastWords
 from gmn_lopt.util.errors import first_line
 
 COORDINATION_SECONDS = 300  # in which all processes must have come
 HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is lost
 LOST = 3  # exit code of a process that ends because another was lost
-_LAG = 4  # calls of `agree` until a flag that was raised is seen by all
+LAST_WORDS = "{}: another process was lost; start all of them again with --resume"
 
 # What the errors of collectives say when it is the other side that is missing.
 _MISSING = re.compile(r"gloo|nccl|coordination|heartbeat|connection (closed|reset|refused)|deadline|unavailable", re.I)
@@ -32,111 +31,53 @@ class ProcessesError(Exception):
     """The processes cannot work together as asked. The message is one line."""
 
 
-class Processes:
-    """The processes of this run, as one of them sees them; one process is no special case.
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints."""
+    return jax.process_index() == 0
 
-    All methods but :meth:`reached` must be called by all processes, in the same order.
+
+def in_any(flag: bool) -> bool:
+    """Whether any process has raised its flag. All must ask, in the same order, as in :func:`from_first`."""
+    return bool(multihost_utils.process_allgather(np.uint32(flag)).any())
+
+
+def from_first(tree: PyTree) -> PyTree:
+    """What the first process holds, bit for bit.
 
     Args:
-        words: what this process says if another is lost.
+        tree: NumPy arrays, of the same shapes and types in all processes.
     """
 
-    def __init__(self, words: LastWords | None = None):
-        self.count = jax.process_count() if jax.distributed.is_initialized() else 1
-        self.index = jax.process_index() if self.count > 1 else 0
-        self._words = words
-        self._raised: deque[Array] = deque()
+    def leaf(array: np.ndarray) -> np.ndarray:
+        # As bytes: the sum of floating-point numbers that a broadcast is would lose the sign of zero.
+        data = multihost_utils.broadcast_one_to_all(np.frombuffer(np.asarray(array).tobytes(), np.uint8))
+        return np.frombuffer(np.asarray(data).tobytes(), array.dtype).reshape(array.shape)
 
-    @property
-    def first(self) -> bool:
-        """Whether this process is the one that writes and prints."""
-        return self.index == 0
+    return jax.tree.map(leaf, tree)
 
-    def reached(self, meta_step: int) -> None:
-        """Remember the meta-step, to be named if another process is lost."""
-        if self._words:
-            lost = f"process {1 - self.index}" if self.count == 2 else "another process"
-            self._words.set(
-                f"meta_train.py: {lost} was lost at meta-step {meta_step}; start all processes again with --resume"
-            )
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any process has raised its flag; the same answer everywhere.
+def check_same(text: str) -> None:
+    """Check that all processes have been given the same.
 
-        With several processes the answer comes a few calls late, so that the device never waits for the host.
-        """
-        if self.count == 1:
-            return flag
-        self._raised.append(self._total(np.uint32(flag)))
-        return len(self._raised) > _LAG and bool(self._raised.popleft())
-
-    def any(self, flag: bool) -> bool:
-        """Whether any process has raised its flag, at once."""
-        return flag if self.count == 1 else bool(self._total(np.uint32(flag)))
-
-    def from_first(self, tree: PyTree) -> PyTree:
-        """What the first process holds, bit for bit.
-
-        Args:
-            tree: NumPy arrays, of the same shapes and types in all processes.
-        """
-        return tree if self.count == 1 else jax.tree.map(self._from_first, tree)
-
-    def gather(self, tree: PyTree) -> PyTree:
-        """All of the arrays, which are spread over the processes, as NumPy arrays in the first one; elsewhere None."""
-        # One leaf at a time: no device has to hold the whole state.
-        return jax.tree.map(self._gather, tree)
-
-    def check_same(self, text: str) -> None:
-        """Check that all processes have been given the same.
-
-        Raises:
-            ProcessesError: in all of them, if there is a difference.
-        """
-        mine = np.frombuffer(text.encode().ljust(1 << 14)[: 1 << 14], np.uint8)
-        if self.any(bool((self.from_first(mine) != mine).any())):
-            raise ProcessesError(
-                "the processes have different settings; give all of them the same command line, but for --process-id, "
-                "and the same --out on a file system that they share"
-            )
-
-    def _from_first(self, array: np.ndarray) -> np.ndarray:
-        array = np.asarray(array)
-        # As bytes: a sum of floating-point numbers would lose the sign of zero.
-        data = np.frombuffer(array.tobytes(), np.uint8)
-        total = np.asarray(self._total(data if self.first else np.zeros_like(data)))
-        return np.frombuffer(total.tobytes(), array.dtype).reshape(array.shape)
-
-    def _gather(self, array: Array) -> np.ndarray | None:
-        if not array.is_fully_replicated:
-            mesh = array.sharding.mesh  # type: ignore[attr-defined]
-            array = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
-        return np.asarray(array) if self.first else None
-
-    def _total(self, array: np.ndarray | np.generic) -> Array:
-        """The sum over all processes."""
-        shape, dtype = (self.count, *array.shape), array.dtype
-        rows = jax.make_array_from_callback(shape, self._split, lambda _: np.asarray(array)[None], dtype=dtype)
-        return self._sum(rows)
-
-    @cached_property
-    def _split(self) -> NamedSharding:
-        devices = {device.process_index: device for device in reversed(jax.devices())}
-        mesh = Mesh(np.asarray([devices[i] for i in range(self.count)]), ("processes",))
-        return NamedSharding(mesh, PartitionSpec("processes"))
-
-    @cached_property
-    def _sum(self) -> jax.stages.Wrapped:
-        replicated = NamedSharding(self._split.mesh, PartitionSpec())
-        return jax.jit(lambda rows: jnp.sum(rows, axis=0, dtype=rows.dtype), out_shardings=replicated)
+    Raises:
+        ProcessesError: in all of them, if there is a difference.
+    """
+    try:
+        multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
+    except AssertionError:
+        raise ProcessesError(
+            "the processes have different settings; give all of them the same command line, but for --process-id, "
+            "and the same --out on a file system that they share"
+        ) from None
 
 
 @contextlib.contextmanager
-def connected(coordinator: str | None, count: int | None, index: int | None) -> Iterator[Processes]:
+def connected(coordinator: str | None, count: int | None, index: int | None) -> Iterator[None]:
     """Connect this process to the others of the run, as long as the context lasts.
 
     When another process is lost, this one ends: with a line on stderr and exit code :data:`LOST` where the loss shows
-    in the computation, or aborted by JAX, with the same line, after :data:`HEARTBEAT_SECONDS` at the latest.
+    in the computation; where it does not, JAX aborts it in its own words, after :data:`HEARTBEAT_SECONDS` at the
+    latest.
 
     Args:
         coordinator: ``HOST:PORT`` of the process with index 0, ``"auto"`` to ask the cluster's environment (SLURM, Open
@@ -150,19 +91,11 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
     if coordinator is None:
         if count is not None or index is not None:
             raise ProcessesError("--processes and --process-id need --coordinator HOST:PORT, that of process 0")
-        yield Processes()
+        yield
         return
     auto = coordinator == "auto"
     if not auto:
         _check(coordinator, count, index)
-    # It would take SIGTERM for itself; `agree` does the same for every signal.
-    jax.config.update("jax_enable_preemption_service", False)
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    words = LastWords()
-    words.set(
-        f"meta_train.py: the processes did not all come to --coordinator {coordinator} within {COORDINATION_SECONDS} "
-        "seconds; start each of them with the same --coordinator and --processes, and a --process-id of its own"
-    )
     try:
         jax.distributed.initialize(
             None if auto else coordinator,
@@ -172,23 +105,24 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
         )
     except (ValueError, RuntimeError, OSError) as error:
-        words.close()
         hint = "; no cluster was recognised, give HOST:PORT" if auto and isinstance(error, ValueError) else ""
         raise ProcessesError(f"--coordinator {coordinator}: {first_line(error)}{hint}") from None
     try:
-        processes = Processes(words)
-        processes.reached(0)
-        yield processes
+        devices = Counter(device.process_index for device in jax.devices())
+        if len(set(devices.values())) > 1:
+            raise ProcessesError(
+                f"every process needs as many devices; they have {', '.join(map(str, devices.values()))}"
+            )
+        yield
     except BaseException as error:
         # Collectives raise these two, but none of their subclasses.
         if type(error) in (jax.errors.JaxRuntimeError, ValueError) and _MISSING.search(str(error)):
-            words.say(LOST)
-        words.set("")
+            print(LAST_WORDS.format(Path(sys.argv[0]).name), file=sys.stderr, flush=True)
+            os._exit(LOST)
         # The usual end of the program would wait for the others, which wait for this one.
         atexit.register(_exit)
         raise
     jax.distributed.shutdown()
-    words.close()
 
 
 def _check(coordinator: str, count: int | None, index: int | None) -> None:

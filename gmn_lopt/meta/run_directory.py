@@ -205,10 +205,20 @@ def _lock(file: Path) -> TextIO:
 
 
 def _compare(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[str], path: Path) -> None:
-    names = [name for name in sorted({*old, *new} - set(free)) if old.get(name) != new.get(name)]
-    if names:
-        listed = "; ".join(f"{name} was {old.get(name)!r}, now {new.get(name)!r}" for name in names)
-        raise RunError(f"--resume: the run in {path} has other settings ({listed}); leave them out to continue it")
+    old, new = ({name: x for name, x in settings.items() if name not in free} for settings in (old, new))
+    if found := "; ".join(differences(old, new)):
+        raise RunError(f"--resume: the run in {path} has other settings ({found}); leave them out to continue it")
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Where two nests of JSON values differ, as ``NAME was OLD, now NEW``."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        prefix = f"{name}." if name else ""
+        keys = sorted({*old, *new})
+        return [text for key in keys for text in differences(old.get(key), new.get(key), f"{prefix}{key}")]
+    if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        return [text for i, (a, b) in enumerate(zip(old, new)) for text in differences(a, b, f"{name}[{i}]")]
+    return [] if old == new else [f"{name} was {old!r}, now {new!r}"]
 
 
 def _finite(value: Any) -> Any:

@@ -13,25 +13,6 @@ def usable_devices(parallel: int, devices: int) -> int:
     return max(n for n in range(1, devices + 1) if parallel % n == 0)
 
 
-def usable_devices_each(parallel: int, devices: Sequence[int]) -> int:
-    """How many devices of each process can share ``parallel`` unrolls evenly.
-
-    Args:
-        parallel: number of unrolls.
-        devices: how many devices each process has.
-
-    Raises:
-        ValueError: not even one device of each can.
-    """
-    processes = len(devices)
-    if parallel % processes:
-        raise ValueError(
-            f"{parallel} pairs or unrolls cannot be shared evenly by {processes} processes; choose a multiple of "
-            f"{processes} (--pairs, or n of a stage), or another number of processes"
-        )
-    return usable_devices(parallel // processes, min(devices))
-
-
 def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None) -> tuple[NamedSharding, NamedSharding]:
     """Shardings for an estimator's state and for everything else.
 
@@ -49,12 +30,16 @@ def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None)
     Raises:
         ValueError: there are more processes than can share the unrolls evenly.
     """
-    devices = jax.devices() if devices is None else devices
-    groups: dict[int, list[jax.Device]] = {}
-    for device in devices:
-        groups.setdefault(device.process_index, []).append(device)
-    each = usable_devices_each(parallel, [len(group) for group in groups.values()])
-    mesh = Mesh(np.asarray([device for group in groups.values() for device in group[:each]]), ("unrolls",))
+    processes, table = jax.process_count(), np.asarray(jax.devices() if devices is None else devices)
+    if parallel % processes:
+        raise ValueError(
+            f"{parallel} pairs or unrolls cannot be shared evenly by {processes} processes; choose a multiple of "
+            f"{processes} (pairs of a stage), or another number of processes"
+        )
+    # JAX lists the devices by process, equally many of each.
+    table = table.reshape(processes, -1)
+    each = usable_devices(parallel // processes, table.shape[1])
+    mesh = Mesh(table[:, :each].ravel(), ("unrolls",))
     return NamedSharding(mesh, PartitionSpec("unrolls")), NamedSharding(mesh, PartitionSpec())
 
 

@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from gmn_lopt.meta.processes import Processes
+from gmn_lopt.meta.processes import from_first, in_any, is_first
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
 
 
@@ -22,19 +23,17 @@ class SharedRunDirectory:
 
     Args:
         path: the directory.
-        processes: of the run.
         begin: opens the directory.
 
     Raises:
         RunError: the first process cannot open it.
     """
 
-    def __init__(self, path: Path, processes: Processes, begin: Callable[[], RunDirectory]):
+    def __init__(self, path: Path, begin: Callable[[], RunDirectory]):
         self.path = path
-        self._processes = processes
         self._run: RunDirectory | None = self._in_first(begin)
         mine = [self._run.latest, self._run.complete] if self._run else [0, 0]
-        latest, complete = processes.from_first(np.asarray(mine, np.uint32))
+        latest, complete = from_first(np.asarray(mine, np.uint32))
         self.latest, self.complete = int(latest), bool(complete)
 
     def mark_complete(self, meta_step: int) -> None:
@@ -48,7 +47,7 @@ class SharedRunDirectory:
 
     def save(self, meta_step: int, state: PyTree) -> None:
         """See :meth:`RunDirectory.save`; the state is spread over the processes."""
-        whole = self._processes.gather(state)
+        whole = multihost_utils.process_allgather(state, tiled=True)
         self._in_first(lambda: self._opened.save(meta_step, whole))
         self.latest = meta_step
 
@@ -59,7 +58,7 @@ class SharedRunDirectory:
         state = self._in_first(lambda: self._opened.restore(abstract))
 
         def spread(x: jax.Array, mine: Any) -> jax.Array:
-            whole = self._processes.from_first(np.empty(x.shape, x.dtype) if mine is None else np.asarray(mine))
+            whole = from_first(np.empty(x.shape, x.dtype) if mine is None else np.asarray(mine))
             return jax.make_array_from_callback(x.shape, x.sharding, lambda index: whole[index])
 
         if state is None:
@@ -79,11 +78,11 @@ class SharedRunDirectory:
     def _in_first(self, action: Callable[[], Any]) -> Any:
         """Do it in the first process; where it fails there, fail in all."""
         result, error = None, None
-        if self._processes.first:
+        if is_first():
             try:
                 result = action()
             except RunError as failure:
                 error = failure
-        if self._processes.any(error is not None):
+        if in_any(error is not None):
             raise error or RunError("process 0 could not go on; its own message says why")
         return result

@@ -32,6 +32,21 @@ class Task:
         test_subset: where ``data["test"]`` is a part of the data set's test split, evenly spaced over it so that
             evaluation stays cheap: what it holds, in words, for reports. Empty where it is the whole.
         at_once: how many test examples the loss is taken on together, where all would take too much memory; None: all.
+
+    Example:
+        >>> split = {"x": jnp.ones((8, 3)), "y": jnp.zeros((8, 1))}
+        >>> task = Task(
+        ...     name="zeros",
+        ...     horizon=10,
+        ...     batch_size=8,
+        ...     loss_cap=10.0,
+        ...     data={"train": split, "valid": split, "test": split},
+        ...     init=lambda key: {"w": jnp.ones((3, 1))},
+        ...     loss=lambda params, batch: jnp.mean((batch["x"] @ params["w"] - batch["y"]) ** 2),
+        ...     sample=lambda key, split: split,
+        ... )
+        >>> float(task.loss(task.init(jax.random.key(0)), split))
+        9.0
     """
 
     name: str

@@ -49,6 +49,16 @@ class TrainingProblem:
         meta_loss: ``"train"``: the loss that an inner step returns is the training loss before its update.
             ``"validation"``: it is the loss, at the same parameters, on a separate batch of the split ``"valid"``.
         steps: horizon in inner steps, or None for the task's own.
+
+    Example:
+        >>> init, loss = lambda key: jnp.ones((3, 1)), lambda w, batch: jnp.mean((batch @ w) ** 2)
+        >>> task = Task("zeros", 10, 8, 10.0, {"train": jnp.ones((8, 3))}, init, loss, lambda key, split: split)
+        >>> lopt = gmn_lopt.recipe("sgdm", gmn_lopt.analyze(loss, jnp.ones((3, 1)), jnp.ones((8, 3))))
+        >>> problem, phi = TrainingProblem(task, lopt), lopt.init(jax.random.key(0))
+        >>> state = problem.init(phi, problem.splits(), jax.random.key(1))
+        >>> state, loss = problem.step(phi, state, problem.splits(), jax.random.key(2))
+        >>> float(loss)
+        9.0
     """
 
     task: Task

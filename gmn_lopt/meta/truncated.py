@@ -10,14 +10,15 @@ from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.meta.estimator import Estimate
 from gmn_lopt.meta.problem import InnerProblem
-from gmn_lopt.meta.window import (
-    check_window,
+from gmn_lopt.meta.truncation import (
+    check_truncation,
     first_lengths,
     map_unrolls,
+    next_step,
     standard_error,
     tree_all_finite,
+    truncation_objective,
     unroll,
-    window_objective,
 )
 
 
@@ -26,7 +27,7 @@ class TruncatedState(NamedTuple):
 
     Attributes:
         inner: inner states; each leaf ``[unrolls, ...]``.
-        step: inner steps taken in the current episode; 0 where the next window starts a new one.
+        step: inner steps taken in the current episode; 0 where the next truncation starts a new one.
         length: length of the current episode in inner steps; the horizon, except for the first (staggered) episodes.
     """
 
@@ -37,9 +38,9 @@ class TruncatedState(NamedTuple):
 
 @dataclass(frozen=True)
 class Truncated:
-    """Truncated back-propagation: differentiate each window's loss through its ``K`` steps only.
+    """Truncated back-propagation: differentiate each truncation's loss through its ``K`` steps only.
 
-    Inner states persist from window to window, but what the meta-parameters did to them in earlier windows is not
+    Inner states persist from truncation to truncation, but what the meta-parameters did to them in earlier ones is not
     differentiated: the estimate is biased towards short horizons (arXiv:2112.13835, section 2). The gradient of each
     unroll is clipped before averaging, since gradients through a long product of Jacobians have heavy tails
     (Metz et al. 2019, arXiv:1810.10180); one that is not finite counts as zero.
@@ -47,16 +48,32 @@ class Truncated:
     Attributes:
         problem: the inner problem.
         unrolls: number of inner problems unrolled in parallel.
-        truncation: inner steps ``K`` in one window; must divide the horizon.
+        truncation: inner steps ``K`` in one truncation; must divide the horizon.
         clip: largest global norm of one unroll's gradient.
-        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.window.OBJECTIVES`.
+        objective: ``"mean"`` or ``"final"``, see :data:`gmn_lopt.meta.truncation.OBJECTIVES`.
         remat: recompute each step in the backward pass: memory for ``K`` inner states instead of all intermediate
             values of ``K`` steps. One more forward pass, yet faster on a processor, where memory is what limits.
         turns: groups of unrolls taken one after the other, a divisor of their number; see
-            :func:`gmn_lopt.meta.window.map_unrolls`.
+            :func:`gmn_lopt.meta.truncation.map_unrolls`.
 
     Raises:
-        ValueError: a count or ``clip`` is not positive, or ``truncation`` does not divide the horizon.
+        ValueError: in one line, a count or ``clip`` is not positive, ``truncation`` does not divide the horizon, or the
+            objective is not known.
+
+    Example:
+        >>> import math, jax, jax.numpy as jnp
+        >>> class Quadratic:  # descent on x^2, where phi is the logarithm of the step size
+        ...     horizon, loss_cap = 10, math.inf
+        ...     def init(self, phi, data, key):
+        ...         return jax.random.normal(key)
+        ...     def step(self, phi, x, data, key):
+        ...         x = x - jnp.exp(phi) * 2 * x
+        ...         return x, x**2
+        >>> estimator, phi = Truncated(Quadratic(), unrolls=8, truncation=5), jnp.log(0.01)
+        >>> state = estimator.init(phi, None, jax.random.key(0))
+        >>> state, estimate = jax.jit(estimator.estimate)(phi, state, None, jax.random.key(1))
+        >>> bool(estimate.gradient < 0)  # larger steps would lower the loss
+        True
     """
 
     problem: InnerProblem
@@ -68,7 +85,7 @@ class Truncated:
     turns: int = 1
 
     def __post_init__(self) -> None:
-        check_window(self.problem, self.truncation, self.objective, unrolls=self.unrolls, clip=self.clip)
+        check_truncation(self.problem, self.truncation, self.objective, unrolls=self.unrolls, clip=self.clip)
 
     @property
     def parallel(self) -> int:
@@ -81,7 +98,7 @@ class Truncated:
         return self.unrolls * self.truncation
 
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> TruncatedState:
-        """Draw the state of all unrolls; see :func:`gmn_lopt.meta.window.first_lengths` for the staggering."""
+        """Draw the state of all unrolls; see :func:`gmn_lopt.meta.truncation.first_lengths` for the staggering."""
         keys = jax.random.split(key, self.unrolls)
         return TruncatedState(
             inner=jax.vmap(self.problem.init, in_axes=(None, None, 0))(phi, data, keys),
@@ -92,31 +109,31 @@ class Truncated:
     def estimate(
         self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
     ) -> tuple[TruncatedState, Estimate]:
-        """Differentiate one window of every unroll; see :class:`gmn_lopt.meta.estimator.Estimator`."""
+        """Differentiate one truncation of every unroll; see :class:`gmn_lopt.meta.estimator.Estimator`."""
         keys = jax.random.split(key, self.unrolls)
         new_state, gradients, losses = map_unrolls(
-            lambda state, key: self._window(phi, state, data, key), self.turns, state, keys
+            lambda state, key: self._truncation(phi, state, data, key), self.turns, state, keys
         )
         return new_state, Estimate(
             gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients),
             loss=losses.mean(),
             noise=standard_error(gradients),
-            window_loss=losses,
-            window_start=state.step,
+            truncation_loss=losses,
+            truncation_start=state.step,
         )
 
-    def _window(
+    def _truncation(
         self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
     ) -> tuple[TruncatedState, PyTree, Float[Array, ""]]:
-        """Differentiate one window of one unroll; return its state, its clipped gradient and its mean loss."""
-        init_key, window_key = jax.random.split(key)
+        """Differentiate one truncation of one unroll; return its state, its clipped gradient and its mean loss."""
+        init_key, unroll_key = jax.random.split(key)
         fresh = state.step == 0
         ends_at_horizon = state.step + self.truncation == self.problem.horizon
 
         def loss(phi: PyTree) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, ""]]]:
             inner = optax.tree.where(fresh, self.problem.init(phi, data, init_key), state.inner)
-            inner, losses = unroll(self.problem, phi, inner, data, window_key, self.truncation, self.remat)
-            return window_objective(losses, ends_at_horizon, self.objective), (inner, losses.mean())
+            inner, losses = unroll(self.problem, phi, inner, data, unroll_key, self.truncation, self.remat)
+            return truncation_objective(losses, ends_at_horizon, self.objective), (inner, losses.mean())
 
         gradient, (inner, mean_loss) = jax.grad(loss, has_aux=True)(phi)
         norm = optax.tree.norm(gradient)
@@ -124,11 +141,5 @@ class Truncated:
         # Selecting, not scaling: zero times NaN is NaN.
         finite = tree_all_finite(gradient)
         gradient = jax.tree.map(lambda leaf: jnp.where(finite, scale * leaf, 0.0), gradient)
-        step = state.step + self.truncation
-        done = step >= state.length
-        new_state = TruncatedState(
-            inner=inner,
-            step=jnp.where(done, 0, step),
-            length=jnp.where(done, self.problem.horizon, state.length),
-        )
-        return new_state, gradient, mean_loss
+        step, length = next_step(self.problem, state.step, state.length, self.truncation)
+        return TruncatedState(inner, step, length), gradient, mean_loss

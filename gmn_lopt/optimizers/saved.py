@@ -137,10 +137,7 @@ def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> 
     directory = _find(path)
     file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     config = _read_config(file)
-    try:
-        lopt = from_json(config.get("optimizer"), Recipe, "optimizer").build(structure)
-    except ValueError as error:
-        raise SerializationError(f"{file}: {first_line(error)}") from error
+    lopt = _recipe(config, file).build(structure)
     if _is_tied(lopt):
         _check_leaves(config.get("leaves"), lopt, file)
     content = _read(weights)
@@ -154,6 +151,17 @@ def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> 
     template = lopt.template()
     leaves = [jax.numpy.asarray(arrays[name]) for name in _named_arrays(template)]
     return lopt, jax.tree.unflatten(jax.tree.structure(template), leaves)
+
+
+def load_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """The recipe of a saved learned optimizer; otherwise like :func:`load`.
+
+    Example:
+        >>> load_recipe("default").residual is None
+        True
+    """
+    file = _find(path) / CONFIG_FILE
+    return _recipe(_read_config(file), file)
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -219,6 +227,14 @@ def _read_config(file: Path) -> dict[str, Any]:
         found = str(config.get("version"))[:20]
         raise SerializationError(f"{file} has format version {found}, this gmn_lopt reads version {VERSION}: {hint}")
     return config
+
+
+def _recipe(config: Mapping[str, Any], file: Path) -> Recipe:
+    try:
+        recipe: Recipe = from_json(config.get("optimizer"), Recipe, "optimizer")
+        return recipe
+    except ValueError as error:
+        raise SerializationError(f"{file}: {first_line(error)}") from error
 
 
 def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:

@@ -1,4 +1,4 @@
-"""One window of an unrolled inner problem: what all estimators of the meta-gradient are built from."""
+"""One truncation of an unrolled inner problem: what all estimators of the meta-gradient are built from."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,7 +13,7 @@ OBJECTIVES = ("mean", "final")
 """``"mean"``: the mean loss along the trajectory. ``"final"``: the loss at the last step of the horizon only."""
 
 
-def check_window(problem: InnerProblem, truncation: int, objective: str, **counts: float | int) -> None:
+def check_truncation(problem: InnerProblem, truncation: int, objective: str, **counts: float | int) -> None:
     """Check what every estimator is configured with.
 
     Raises:
@@ -42,8 +42,16 @@ def first_lengths(horizon: int, truncation: int, count: int) -> Int[Array, "coun
     mixes early and late training. Unlike a fresh problem whose clock is set forward, a short episode shows the
     optimizer nothing that does not occur in real training.
     """
-    windows = horizon // truncation
-    return horizon - truncation * ((jnp.arange(count) * windows) // count)
+    truncations = horizon // truncation
+    return horizon - truncation * ((jnp.arange(count) * truncations) // count)
+
+
+def next_step(
+    problem: InnerProblem, step: Int[Array, ""], length: Int[Array, ""], truncation: int
+) -> tuple[Int[Array, ""], Int[Array, ""]]:
+    """The step and the length of an unroll's episode after one truncation; step 0 begins a new one, of full length."""
+    step = step + truncation
+    return jnp.where(step >= length, 0, step), jnp.where(step >= length, problem.horizon, length)
 
 
 def unroll(
@@ -62,7 +70,7 @@ def unroll(
         phi: meta-parameters.
         state: state of one inner problem.
         data: handed to the problem.
-        key: source of the window's randomness; the same key gives the same batches for every ``phi``.
+        key: source of the truncation's randomness; the same key gives the same batches for every ``phi``.
         truncation: number of steps ``K``.
         remat: recompute each step in the backward pass, instead of keeping its intermediate values.
 
@@ -78,10 +86,10 @@ def unroll(
     return jax.lax.scan(jax.checkpoint(step) if remat else step, state, jax.random.split(key, truncation))
 
 
-def window_objective(
+def truncation_objective(
     losses: Float[Array, "truncation"], ends_at_horizon: Bool[Array, ""], objective: str
 ) -> Float[Array, ""]:
-    """What one window contributes to the objective; nothing to ``"final"`` unless it ends at the horizon."""
+    """What one truncation contributes to the objective; nothing to ``"final"`` unless it ends at the horizon."""
     if objective == "mean":
         return losses.mean()
     return jnp.where(ends_at_horizon, losses[-1], jnp.zeros_like(losses[-1]))

@@ -1,0 +1,165 @@
+"""The loop of a meta-training run: through the stages from the latest checkpoint on, logging and saving."""
+
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array, PyTree
+
+from gmn_lopt.meta.config import Config
+from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
+from gmn_lopt.meta.processes import is_first
+from gmn_lopt.meta.run_directory import RunDirectory, RunError
+from gmn_lopt.meta.shared_run import SharedRunDirectory
+from gmn_lopt.meta.stages import Stage
+from gmn_lopt.meta.stop_signal import StopSignal
+from gmn_lopt.meta.training_problem import TrainingProblem
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.saved import SerializationError, save
+from gmn_lopt.util.progress import progress
+
+RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
+
+
+def train(
+    config: Config,
+    run: RunDirectory | SharedRunDirectory,
+    lopt: LearnedOptimizer,
+    phi: PyTree,
+    problem: TrainingProblem | MixtureProblem,
+    meta_steps: Sequence[MetaStep | MixedMetaStep],
+    stop: StopSignal,
+) -> bool:
+    """Meta-train.
+
+    Args:
+        config: the run's.
+        run: where it is logged and saved.
+        lopt: the learned optimizer.
+        phi: its meta-parameters at the start; where there is a checkpoint, anything of their shape.
+        problem: to train on.
+        meta_steps: that of each stage.
+        stop: asked after each meta-step.
+
+    Returns:
+        Whether all stages are done.
+    """
+    key = jax.random.key(config.seed)
+    first, several = is_first(), len(config.stages) > 1
+    total = sum(stage.meta_steps for stage in config.stages)
+    if first and run.latest == 0 and several:
+        save_optimizer(run.path / "stages" / "0-start", lopt, phi)
+    with progress(total, "meta-training", "meta-steps", initial=run.latest, disable=not first) as bar:
+        begin, stopping = 0, False
+        for index, (stage, meta_step) in enumerate(zip(config.stages, meta_steps, strict=True)):
+            name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
+            if run.latest > end:
+                begin = end
+                continue
+            if stopping:
+                break
+            bar.set_description(f"{name}, compiling")
+            init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
+            data, step_key = meta_step.place((problem.splits(), step_key))
+            state, step = meta_step.init(phi, data, init_key), begin
+            if run.latest > begin:
+                state, step = run.restore(state), run.latest
+            rows = _Rows(stage, meta_step, problem.horizon)
+            while step < end and not stopping:
+                state, metrics = meta_step(state, data, step_key, step)
+                rows.add(metrics)
+                step += 1
+                bar.set_description(name, refresh=False)
+                bar.update()
+                stopping = stop.at(step)
+                saving = stopping or step == end or step % config.checkpoint_every == 0
+                if saving or step % config.log_every == 0:
+                    row = rows.average() | {n: float(x) for n, x in lopt.scalars(jax.device_get(state.phi)).items()}
+                    rate = row.pop("inner_steps_per_second")
+                    run.log({"meta_step": step, "stage": name, **row, "inner_steps_per_second": rate})
+                    bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
+                if saving:
+                    if first:
+                        if step == end and several:
+                            save_optimizer(run.path / "stages" / name, lopt, state.phi)
+                        save_optimizer(run.path / "optimizer", lopt, state.phi)
+                    run.save(step, state)
+                    rows.start_clock()  # saving does not count
+            if step < end:
+                break
+            phi, begin = jax.device_get(state.phi), end
+    if begin < total:
+        if first:
+            print(
+                f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume", file=sys.stderr
+            )
+        return False
+    run.mark_complete(total)
+    return True
+
+
+class _Rows:
+    """The metrics of the meta-steps since the last row, still on the device, and how fast they came."""
+
+    def __init__(self, stage: Stage, meta_step: MetaStep | MixedMetaStep, horizon: int):
+        self._truncation, self._truncations = stage.truncation, horizon // stage.truncation
+        self._inner_steps, self._to_compile = meta_step.inner_steps, meta_step.programs
+        self._pending: list[dict[str, Array]] = []
+        self._timed, self._clock = 0, math.nan
+
+    def start_clock(self) -> None:
+        """Count time and meta-steps from now on."""
+        self._timed, self._clock = 0, time.perf_counter()
+
+    def add(self, metrics: dict[str, Array]) -> None:
+        """Add those of a meta-step; wait where too many are in flight."""
+        self._pending.append(metrics)
+        # The device shall not wait for the host, but meta-steps shall not queue up without bound either.
+        jax.block_until_ready(self._pending[-RUN_AHEAD:][0])
+        if self._to_compile:  # compiling does not count
+            jax.block_until_ready(metrics)
+            self._to_compile -= 1
+            self.start_clock()
+        else:
+            self._timed += 1
+
+    def average(self) -> dict[str, Any]:
+        """The averages, and ``inner_steps_per_second``; begin a new row."""
+        row = average(jax.device_get(self._pending), self._truncation, self._truncations)
+        seconds = time.perf_counter() - self._clock
+        row["inner_steps_per_second"] = self._timed * self._inner_steps / seconds if self._timed else math.nan
+        self._pending = []
+        self.start_clock()
+        return row
+
+
+def average(metrics: Sequence[Mapping[str, np.ndarray]], truncation: int, truncations: int) -> dict[str, Any]:
+    """Average the metrics of several meta-steps; the losses also for each truncation of the horizon (None: not seen).
+
+    Args:
+        metrics: those of :class:`gmn_lopt.meta.meta_step.MetaStep`.
+        truncation: inner steps of one truncation.
+        truncations: their number in the horizon.
+    """
+    row: dict[str, Any] = {
+        name: float(np.mean([m[name] for m in metrics])) for name in ("loss", "gradient_norm", "gradient_noise")
+    }
+    which = np.concatenate([m["truncation_start"] for m in metrics]) // truncation
+    losses = np.concatenate([m["truncation_loss"] for m in metrics])
+    each = [losses[which == i] for i in range(truncations)]
+    row["truncation_loss"] = [float(seen.mean()) if seen.size else None for seen in each]
+    return row
+
+
+def save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
+    """Save the meta-parameters as an optimizer that :func:`gmn_lopt.load` reads."""
+    try:
+        save(path, lopt, phi)
+    except SerializationError as error:
+        raise RunError(f"{error}; earlier checkpoints are intact, continue with --resume") from None
