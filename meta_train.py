@@ -54,10 +54,10 @@ from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, save
+from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks.mixture import make_all
 from gmn_lopt.util.errors import first_line
 from gmn_lopt.util.hardware import describe_hardware
-from tasks import load_task
-from tasks._mixture import make_all
 
 ATTENTION_HEADS = 4  # of gmn++, where --gmn.attention-heads does not say
 MIXTURE = "mixture"

@@ -1,13 +1,6 @@
-import sys
-from pathlib import Path
-
 import pytest
 
-import meta_train
-
-sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
-
-from directions import Config, UsageError, main
+from bench.directions import Config, UsageError, main
 
 
 def test_table():

@@ -13,7 +13,7 @@ from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.optimizers.direction import parse_direction
-from tasks import load_task
+from gmn_lopt.tasks import load_task
 
 TASK = load_task("digits_mlp")
 STRUCTURE = task_structure(TASK)

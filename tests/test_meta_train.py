@@ -19,7 +19,7 @@ import meta_train
 from gmn_lopt.meta.config import PRESETS, Config, UsageError, from_command_line, from_json, make_stages, to_json
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
 from gmn_lopt.optimizers.saved import load_learned
-from tasks import load_task
+from gmn_lopt.tasks import load_task
 
 ROOT = Path(meta_train.__file__).parent
 STAGES = "truncated:40:1e-2:K=5:n=4:schedule=cosine:ema=0.9,nres:40:1e-2:K=2:n=3:warmup=5:ema=0.8"

@@ -21,10 +21,10 @@ from gmn_lopt.meta import config as training_config
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, save, shipped_names
-from pretrained import cards, commands, ship, tables
-from pretrained.measured import ShipError
-from pretrained.training import training_seconds
-from tasks import load_task
+from gmn_lopt.tasks import load_task
+from tools import cards, commands, ship, tables
+from tools.measured import ShipError
+from tools.training import training_seconds
 
 ROOT = Path(ship.__file__).parent.parent
 NAME = "digits_mlp-sgdm"
@@ -282,7 +282,7 @@ def test_unknown_and_damaged_cards_end_in_one_line(tmp_path, monkeypatch):
 
 
 def test_the_tables_are_up_to_date():
-    assert tables.outdated(ROOT) == [], "run python pretrained/tables.py"
+    assert tables.outdated(ROOT) == [], "run python -m tools.tables"
 
 
 def test_a_file_without_markers_is_named(trained, root):

@@ -13,7 +13,7 @@ from gmn_lopt.meta.run_directory import RunError, read_settings
 from gmn_lopt.util.errors import first_line
 from gmn_lopt.util.hardware import describe_hardware
 from meta_train import make_problem
-from pretrained.commands import OF_THE_MACHINE, continue_command, train_command
+from tools.commands import OF_THE_MACHINE, continue_command, train_command
 
 
 def training_facts(run: Path, name: str, hardware: str | None = None) -> dict[str, Any]:

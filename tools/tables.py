@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
-
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.report import spread, task_title
 from gmn_lopt.optimizers.saved import SHIPPED

@@ -7,7 +7,7 @@ from typing import Any
 
 from gmn_lopt.evaluation.sources import SourceError, split_settings
 from gmn_lopt.util.errors import first_line
-from pretrained.commands import eval_command
+from tools.commands import eval_command
 
 
 class ShipError(ValueError):

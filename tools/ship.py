@@ -17,8 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
-
 import tyro
 
 from gmn_lopt.cli.command_line import parse
@@ -27,10 +25,10 @@ from gmn_lopt.meta.run_directory import RunError
 from gmn_lopt.optimizers.saved import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, SerializationError, digest, load_learned
 from gmn_lopt.optimizers.shipped import CARD_FILE
 from gmn_lopt.util.errors import first_line
-from pretrained import tables
-from pretrained.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
-from pretrained.measured import ShipError, measured
-from pretrained.training import training_facts
+from tools import tables
+from tools.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
+from tools.measured import ShipError, measured
+from tools.training import training_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 
