@@ -1,6 +1,6 @@
 """What the directions that a learned optimizer adds to are worth by themselves, without any meta-training.
 
-python -m bench.directions --task cifar10_mlp --directions muon:0.03 denoised:0.02 denoised:0.06:30:0.9
+python bench/directions.py --task cifar10_mlp --directions muon:0.03 denoised:0.02 denoised:0.06:30:0.9
 
 A direction is BASE:ALPHA for a constant step size, BASE:ALPHA:TAU:POWER for ALPHA (1 + step / TAU)^-POWER, with
 :GAIN:OVERSHOOT after it for a step size that is adapted from there (gmn_lopt/step_size.py). Each is
@@ -10,13 +10,16 @@ so that settings may be chosen by it.
 
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, which is not part of the package
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from estimator_runs import MakeLearned
 
-from bench.estimator_runs import MakeLearned
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.candidate import Candidate
@@ -25,8 +28,8 @@ from gmn_lopt.evaluation.sources import adam
 from gmn_lopt.evaluation.training import training_curves
 from gmn_lopt.meta.task import measured_on, task_structure
 from gmn_lopt.optimizers.direction import parse_direction
-from gmn_lopt.tasks import load_task
 from gmn_lopt.util.errors import first_line
+from tasks import load_task
 
 HEAD = ("direction", "step reduction", "missed seeds", "best loss", "mean training loss")
 

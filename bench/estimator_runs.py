@@ -8,9 +8,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clocks import CLOCKS, Clock
 from jaxtyping import PyTree
 
-from bench.clocks import CLOCKS, Clock
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.candidate import Candidate

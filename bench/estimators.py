@@ -1,6 +1,6 @@
 """Compare estimators of the meta-gradient, and settings of PES, at equal inner steps and at equal time.
 
-python -m bench.estimators --out runs/estimators [--tasks cifar10_mlp] [--only pes nres 'truncated-*']
+python bench/estimators.py --out runs/estimators [--tasks cifar10_mlp] [--only pes nres 'truncated-*']
 
 Every variant in bench/estimator_variants.py meta-trains a learned optimizer on every task, from several meta-seeds;
 what results is measured against tuned Adam as in eval.py. Writes report.md with a picture for each task, anew after
@@ -14,21 +14,23 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, which is not part of the package
+
 import jax
 import numpy as np
+from clocks import CLOCKS
+from estimator_report import write_report
+from estimator_runs import Budget, evaluate, evaluate_adam, make_run, meta_train
+from estimator_variants import ABLATIONS, ESTIMATORS
 from jax.flatten_util import ravel_pytree
 from tqdm import tqdm
 
-from bench.clocks import CLOCKS
-from bench.estimator_report import write_report
-from bench.estimator_runs import Budget, evaluate, evaluate_adam, make_run, meta_train
-from bench.estimator_variants import ABLATIONS, ESTIMATORS
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.results import Results, ResultsError
 from gmn_lopt.meta.task import Task
-from gmn_lopt.tasks import load_task
 from gmn_lopt.util.errors import first_line
 from meta_train import use_all_cores
+from tasks import load_task
 
 VARIANTS = ESTIMATORS | ABLATIONS
 

@@ -1,6 +1,6 @@
 """How fast meta-training is, and the learned optimizers' time per training step beside Adam's.
 
-python -m bench.meta_step [--tasks cifar10_mlp] [--estimators pes truncated] [--baseline] [--out DIR]
+python bench/meta_step.py [--tasks cifar10_mlp] [--estimators pes truncated] [--baseline] [--out DIR]
 
 Models and batches are those of the tasks; images and tokens are synthetic arrays of their shapes. An inner step is one
 training step of one unroll: a batch, the loss with its gradient (and factors), and the learned update. With
@@ -11,17 +11,20 @@ large float32 product in the same run. Prints a table of meta-steps and one of t
 
 import json
 import statistics
+import sys
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, which is not part of the package
+
 import jax
 import numpy as np
 import optax
+from clocks import CLOCKS
+from meta_step_measure import matrix_product_rate, prepare, synthetic_task, time_in_turn
+from straightforward import Straightforward
 
-from bench.clocks import CLOCKS
-from bench.meta_step_measure import matrix_product_rate, prepare, synthetic_task, time_in_turn
-from bench.straightforward import Straightforward
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.candidate import Candidate

@@ -48,5 +48,6 @@ def make(
     if vocabulary > 2**16:
         raise ValueError(f"vocabulary must be at most 65536, is {vocabulary}: tokens are kept in two bytes")
     load = partial(load_tokens, "lm1b", vocabulary, sentences, data_dir)
-    sizes = {"batch_size": batch_size, "horizon": horizon, "test_sequences": test_sequences}
-    return language_task("lm1b_transformer", model, load, **sizes)
+    return language_task(
+        "lm1b_transformer", model, load, batch_size=batch_size, horizon=horizon, test_sequences=test_sequences
+    )

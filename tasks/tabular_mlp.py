@@ -31,5 +31,11 @@ def make(
     """
     if data not in TABLES:
         raise ValueError(f"unknown data {data!r}; choose one of {', '.join(TABLES)}")
-    settings = {"hidden": hidden, "batch_size": batch_size, "horizon": horizon, "activation": activation}
-    return make_mlp("tabular_mlp", TABLES[data], data_dir, **settings)
+    return make_mlp(
+        "tabular_mlp",
+        TABLES[data],
+        hidden=hidden,
+        batch_size=batch_size,
+        horizon=horizon,
+        activation=activation,
+    )

@@ -43,8 +43,15 @@ def make(
         test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
     """
     model = Transformer(VOCABULARY, length, width, heads, feed_forward, blocks)
-    sizes = {"batch_size": batch_size, "horizon": horizon, "test_sequences": test_sequences}
-    return language_task("text_transformer", model, load, unit="characters", **sizes)
+    return language_task(
+        "text_transformer",
+        model,
+        load,
+        batch_size=batch_size,
+        horizon=horizon,
+        test_sequences=test_sequences,
+        unit="characters",
+    )
 
 
 def load() -> dict[str, UInt8[np.ndarray, "characters"]]:

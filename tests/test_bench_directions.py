@@ -1,6 +1,13 @@
+import sys
+from pathlib import Path
+
 import pytest
 
-from bench.directions import Config, UsageError, main
+import meta_train
+
+sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
+
+from directions import Config, UsageError, main
 
 
 def test_table():

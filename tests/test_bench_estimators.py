@@ -1,11 +1,18 @@
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 
-from bench import estimators
-from bench.estimator_runs import make_run
-from bench.estimators import VARIANTS, Config, UsageError, main
+import meta_train
 from gmn_lopt.evaluation import protocol
-from gmn_lopt.tasks import load_task
+from tasks import load_task
+
+sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
+
+import estimators
+from estimator_runs import make_run
+from estimators import VARIANTS, Config, UsageError, main
 
 
 def config(out, **changes):

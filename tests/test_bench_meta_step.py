@@ -1,17 +1,23 @@
 """The benchmark of the meta-step: its reference makes the library's updates, its table is filled."""
 
 import json
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
-from bench import meta_step
-from bench.meta_step_measure import matrix_flops, synthetic_task
-from bench.straightforward import Straightforward
+import meta_train
 from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
+
+sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
+
+import meta_step
+from meta_step_measure import matrix_flops, synthetic_task
+from straightforward import Straightforward
 
 SMALL = GradMetaNetConfig(width=6, set_layers=2, product_width=5, max_set_size=7)
 MODEL = mlp(5, 7, 4)

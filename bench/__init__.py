@@ -1,1 +1,0 @@
-"""Measurements by which this project is developed. Run one as ``python -m bench.meta_step``, from the checkout."""
