@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint docs bench clean
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
@@ -20,21 +20,29 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
 
+# mypy is shown the checkout as it is installed, where the folder tasks/ is gmn_lopt.tasks.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	@rm -rf build/typed && mkdir -p build/typed/gmn_lopt
+	@ln -s $(CURDIR)/gmn_lopt/* $(CURDIR)/tasks build/typed/gmn_lopt
+	@ln -s $(addprefix $(CURDIR)/,bench examples tools eval.py meta_train.py) build/typed
+	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+	$(BIN)/python -m pytest tests/test_imports.py
+
+docs: $(INSTALLED)
+	$(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)
-	$(BIN)/python bench/meta_step.py
+	$(BIN)/python -m bench.meta_step
 
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(INSTALLED): setup.cfg pyproject.toml
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11))" \
 		|| { echo "gmn_lopt needs Python 3.11 or newer: make PYTHON=python3.12 ..."; exit 1; }
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	@touch $@

@@ -38,10 +38,10 @@ from gmn_lopt.evaluation.sources import SourceError, adam, find_candidate, split
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Curves, training_curves
 from gmn_lopt.meta.task import Task, measured_on, task_structure
+from gmn_lopt.tasks import load_task
 from gmn_lopt.util.errors import first_line
 from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.hardware import describe_hardware
-from tasks import load_task
 
 
 class UsageError(ValueError):

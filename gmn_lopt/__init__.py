@@ -46,6 +46,8 @@ from gmn_lopt.optimizers import (
     save,
 )
 
+__version__ = "0.2.0"
+
 __all__ = [
     "UNF",
     "Additive",

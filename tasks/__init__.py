@@ -1,49 +1,72 @@
 """Tasks, one per file: ``tasks/NAME.py`` defines ``make(data_dir=None, **settings) -> Task``.
 
 To add a task, copy the file that is nearest to yours. Nothing else has to be told about it: tasks are found by the name
-of their file. Files whose name starts with an underscore hold what tasks share.
+of their file. The files without a ``make`` hold what tasks share. A task may also live anywhere that Python can import:
+``package.module:make`` names it.
 """
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
-from gmn_lopt.meta.task import Task
+# Relative: this folder is installed as gmn_lopt.tasks, and ``import tasks`` fails rather than make a second copy of it.
+from ..meta.task import Task
 
 
 def task_names() -> list[str]:
-    """The names of all tasks, sorted."""
-    return sorted(path.stem for path in Path(__file__).parent.glob("*.py") if not path.stem.startswith("_"))
+    """The names of all tasks of the package, sorted."""
+    files = Path(__file__).parent.glob("*.py")
+    return sorted(file.stem for file in files if re.search(r"^(def make\(|make = )", file.read_text(), re.MULTILINE))
 
 
-def load_task(name: str, data_dir: str | None = None, **settings: Any) -> Task:
+def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
     """Make a task.
 
     Args:
-        name: one of :func:`task_names`.
+        spec: one of :func:`task_names`, or ``package.module:make`` for a function of any module that can be imported.
         data_dir: the TensorFlow Datasets directory that holds the task's data; None for its default place.
         **settings: handed on to the task's ``make``, e.g. ``hidden=(64,)`` for another width (``hidden=64``
             says the same).
 
     Raises:
         ValueError: no such task, no such setting, or a setting the task refuses.
-        tasks._cache.DataError: the task's data is not there and could not be brought.
+        gmn_lopt.tasks.data.cache.DataError: the task's data is not there and could not be brought.
+
+    Example:
+        >>> from gmn_lopt.tasks import load_task
+        >>> task = load_task("digits_mlp", hidden=(16, 16))
+        >>> task.name, task.horizon, task.data["test"]["image"].shape
+        ('digits_mlp', 500, (360, 64))
     """
-    if name not in task_names():
-        raise ValueError(f"unknown task {name!r}; there are: {', '.join(task_names())}")
-    module = importlib.import_module(f"tasks.{name}")
-    make = getattr(module, "make", None)
-    if make is None:
-        raise ValueError(f"tasks/{name}.py has no function make(data_dir); see tasks/digits_mlp.py for one")
+    make = _find(spec)
     parameters = inspect.signature(make).parameters
     known = [parameter for parameter in parameters if parameter != "data_dir"]
     if unknown := sorted(set(settings) - set(known)):
-        raise ValueError(f"task {name!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
+        raise ValueError(f"task {spec!r} has no setting {', '.join(unknown)}; it has: {', '.join(known) or 'none'}")
     # One hidden layer is the usual case: hidden=64 says the same as hidden=(64,).
     several = {key for key in settings if isinstance(parameters[key].default, tuple)}
     settings = {k: (v,) if k in several and not isinstance(v, list | tuple) else v for k, v in settings.items()}
-    task: Task = make(data_dir, **settings)
-    if task.name != name:
-        raise ValueError(f"tasks/{name}.py makes a task named {task.name!r}; a task is named like its file")
+    task = make(data_dir, **settings)
+    if not isinstance(task, Task):
+        raise ValueError(f"task {spec!r} makes a {type(task).__name__}, not a gmn_lopt.meta.Task")
+    if task.name != spec and ":" not in spec:
+        raise ValueError(f"tasks/{spec}.py makes a task named {task.name!r}; a task is named like its file")
     return task
+
+
+def _find(spec: str) -> Any:
+    module, colon, function = spec.partition(":")
+    if not colon:
+        if spec not in task_names():
+            names = ", ".join(task_names())
+            raise ValueError(f"unknown task {spec!r}; there are: {names}; or any as package.module:make")
+        return importlib.import_module(f"{__name__}.{spec}").make
+    try:
+        make = getattr(importlib.import_module(module), function, None)
+    except (ImportError, TypeError, ValueError) as error:
+        raise ValueError(f"task {spec!r}: {error}; what is not installed has to be on PYTHONPATH") from error
+    if not callable(make) or not inspect.signature(make).parameters:
+        raise ValueError(f"task {spec!r}: {module} has no function {function}(data_dir=None); copy one of tasks/")
+    return make

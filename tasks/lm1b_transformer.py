@@ -1,13 +1,15 @@
 """A small transformer on sentences of the One Billion Word benchmark (LM1B), as subword tokens.
 
 The default vocabulary of 1,000 tokens fits a corpus of some ten thousand sentences: each token occurs 600 times on
-average, and a run of 5,000 steps takes less text than there is. The paper-sized one is ``--task-setting
-vocabulary=32000``, with the whole data set.
+average, and a run of 5,000 steps takes less text than there is. The paper-sized one is ``vocabulary=32000``, with the
+whole data set.
 """
 
+from functools import partial
+
 from gmn_lopt.meta.task import Task
-from tasks._text import language_data, load_tokens
-from tasks._transformer import Transformer, language_task
+from gmn_lopt.tasks.data.text import load_tokens
+from gmn_lopt.tasks.transformer import Transformer, language_task
 
 
 def make(
@@ -27,7 +29,7 @@ def make(
     """Two blocks of width 32, with untied output.
 
     Args:
-        data_dir: TensorFlow Datasets directory that holds ``lm1b``; see :func:`tasks._text.load_tokens`.
+        data_dir: TensorFlow Datasets directory that holds ``lm1b``; see :func:`gmn_lopt.tasks.data.text.load_tokens`.
         vocabulary: number of subword tokens, trained on the training split.
         length: tokens in a sequence.
         width: size of the residual stream.
@@ -41,11 +43,11 @@ def make(
         test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
     """
     model = Transformer(vocabulary, length, width, heads, feed_forward, blocks)
-    if min(batch_size, horizon, sentences, test_sequences) < 1:
-        raise ValueError("batch_size, horizon, sentences and test_sequences must be at least 1")
+    if sentences < 1:
+        raise ValueError("sentences must be at least 1")
     if vocabulary > 2**16:
         raise ValueError(f"vocabulary must be at most 65536, is {vocabulary}: tokens are kept in two bytes")
-    tokens = load_tokens("lm1b", vocabulary, sentences, data_dir)
-    data = language_data(tokens["train"], tokens["test"], length, test_sequences)
-    subset = f"{len(data['test']['input'])} sequences of {length} tokens"
-    return language_task("lm1b_transformer", model, data, batch_size, horizon, subset)
+    load = partial(load_tokens, "lm1b", vocabulary, sentences, data_dir)
+    return language_task(
+        "lm1b_transformer", model, load, batch_size=batch_size, horizon=horizon, test_sequences=test_sequences
+    )

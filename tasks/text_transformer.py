@@ -11,9 +11,8 @@ import numpy as np
 from jaxtyping import UInt8
 
 from gmn_lopt.meta.task import Task
-from tasks._cache import DataError
-from tasks._text import language_data
-from tasks._transformer import Transformer, language_task
+from gmn_lopt.tasks.data.cache import DataError
+from gmn_lopt.tasks.transformer import Transformer, language_task
 
 VOCABULARY = 128  # ASCII, of which 0 ends a paragraph
 
@@ -43,17 +42,31 @@ def make(
         horizon: number of training steps.
         test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
     """
-    del data_dir
     model = Transformer(VOCABULARY, length, width, heads, feed_forward, blocks)
-    if min(batch_size, horizon, test_sequences) < 1:
-        raise ValueError("batch_size, horizon and test_sequences must be at least 1")
+    return language_task(
+        "text_transformer",
+        model,
+        load,
+        batch_size=batch_size,
+        horizon=horizon,
+        test_sequences=test_sequences,
+        unit="characters",
+    )
+
+
+def load() -> dict[str, UInt8[np.ndarray, "characters"]]:
+    """The paragraphs of the ``"train"`` and of the ``"test"`` split, one after the other, as ASCII codes.
+
+    Raises:
+        DataError: this Python has no language reference.
+    """
     documents = paragraphs()
     order = np.random.RandomState(0).permutation(len(documents))  # the generator whose stream NumPy has frozen
     cut = len(order) * 4 // 5
-    training, test = (characters([documents[i] for i in part]) for part in (order[:cut], order[cut:]))
-    data = language_data(training, test, length, test_sequences)
-    subset = f"{len(data['test']['input'])} sequences of {length} characters"
-    return language_task("text_transformer", model, data, batch_size, horizon, subset)
+    return {
+        split: characters([documents[i] for i in part])
+        for split, part in (("train", order[:cut]), ("test", order[cut:]))
+    }
 
 
 def paragraphs() -> list[str]:

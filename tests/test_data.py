@@ -13,10 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tasks import _cache
-from tasks._cache import DataError, cache_dir, cached
-from tasks._images import load_images, read, resize
-from tasks._tfds import open_splits
+from gmn_lopt.tasks.data.cache import DataError, cache_dir, cached
+from gmn_lopt.tasks.data.images import load_images, read, resize
+from gmn_lopt.tasks.data.tfds import open_splits
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no prepared TensorFlow Datasets directory {REAL}")
@@ -180,7 +179,7 @@ def test_unwritable_cache_loses_nothing(cache, monkeypatch, failing):
     def full(*args, **kwargs):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    owner = {"savez": _cache.np, "replace": os, "mkdir": Path}[failing]
+    owner = {"savez": np, "replace": os, "mkdir": Path}[failing]
     with monkeypatch.context() as patch:
         patch.setattr(owner, failing, full)
         with pytest.warns(UserWarning) as caught:
@@ -200,7 +199,7 @@ def test_interrupted_write_keeps_the_old_file(cache, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(_cache.np, "savez", interrupted)
+        patch.setattr(np, "savez", interrupted)
         with pytest.raises(KeyboardInterrupt), pytest.warns(UserWarning, match="version"):
             cached("x", 2, Build(2.0), check)
     assert [path.name for path in cache.iterdir()] == ["x.npz"]

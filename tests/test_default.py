@@ -13,7 +13,7 @@ from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.training import training_curves
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.optimizers.saved import load_learned
-from tasks import load_task
+from gmn_lopt.tasks import load_task
 
 IMAGES, LABELS = load_digits(return_X_y=True)
 IMAGES, LABELS = jnp.asarray(IMAGES / 16, jnp.float32), jnp.asarray(LABELS)

@@ -26,7 +26,7 @@ from gmn_lopt.optimizers.recipes import RECIPES
 from gmn_lopt.optimizers.saved import load_learned
 from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.hardware import usable_cores
-from tasks import load_task
+from gmn_lopt.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
 STAGES = (

@@ -18,8 +18,8 @@ from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
 from gmn_lopt.meta.stages import parse_stage
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.truncation import map_unrolls
-from tasks import load_task
-from tasks._mixture import MODELS
+from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks.mixture import MODELS
 
 
 @pytest.mark.parametrize("estimator", [PES, Truncated])
@@ -170,11 +170,12 @@ def test_validation_loss_of_an_augmented_problem():
 
 
 def test_the_mixture_is_as_wide_as_it_says():
-    models = [model for _, model in MODELS]
+    models = [settings for _, settings in MODELS]
     assert {name for name, _ in MODELS} == {"digits", "fashion_mnist", "cifar10", "cifar100"}
-    assert min(min(m.hidden) for m in models) == 16 and max(max(m.hidden) for m in models) == 256
-    assert {len(m.hidden) for m in models} == {1, 2, 3}
-    assert {m.batch_size for m in models} == {32, 64, 128, 256}
-    assert min(m.horizon for m in models) == 200 and max(m.horizon for m in models) == 5000
-    assert all(m.horizon % 50 == 0 for m in models)
-    assert {m.init_scale for m in models} == {1 / 3, 1.0, 3.0} and {m.autoencode for m in models} == {False, True}
+    assert min(min(m["hidden"]) for m in models) == 16 and max(max(m["hidden"]) for m in models) == 256
+    assert {len(m["hidden"]) for m in models} == {1, 2, 3}
+    assert {m["batch_size"] for m in models} == {32, 64, 128, 256}
+    assert min(m["horizon"] for m in models) == 200 and max(m["horizon"] for m in models) == 5000
+    assert all(m["horizon"] % 50 == 0 for m in models)
+    assert {m.get("init_scale", 1.0) for m in models} == {1 / 3, 1.0, 3.0}
+    assert {m.get("autoencode", False) for m in models} == {False, True}

@@ -14,29 +14,33 @@ import numpy as np
 import optax
 import pytest
 
-import eval as evaluation
 import gmn_lopt
-import meta_train
+from gmn_lopt.cli import eval as evaluation
+from gmn_lopt.cli import meta_train
+from gmn_lopt.cli.command_line import parse
+from gmn_lopt.evaluation import plots
 from gmn_lopt.meta import config as training_config
+from gmn_lopt.meta.presets import BEST
+from gmn_lopt.meta.stages import Stage, parse_stage
 from gmn_lopt.meta.task import task_structure
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.recipes import RECIPES
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, save, shipped_names
-from pretrained import cards, commands, ship, tables
-from pretrained.measured import ShipError
-from pretrained.training import training_seconds
-from tasks import load_task
+from gmn_lopt.tasks import load_task
+from tools import cards, commands, ship, tables
+from tools.facts import ShipError, training_seconds
 
 ROOT = Path(ship.__file__).parent.parent
 NAME = "digits_mlp-sgdm"
+SGDM = gmn_lopt.Recipe(step_size=gmn_lopt.Constant(2.0))
 RUN = training_config.Config(
     task="digits_mlp",
     out=Path("runs/any"),
-    optimizer="sgdm",
-    stages="truncated:4:1e-3:K=5:n=2,pes:2:1e-4:K=5:n=3",
+    optimizer=SGDM,
+    stages=(
+        Stage("truncated", meta_steps=4, learning_rate=1e-3, truncation=5, pairs=2),
+        Stage("pes", meta_steps=2, truncation=5, pairs=3),
+    ),
     horizon=10,
-    width=4,
-    initial_alpha=2.0,
-    gmn=gmn_lopt.GradMetaNetConfig(use_parameter=False),
     log_every=2,
 )
 
@@ -48,13 +52,12 @@ def trained(tmp_path_factory):
     run, report = place / "run", place / "report"
     assert meta_train.main(replace(RUN, out=run)) is True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluation.plots, "plot_curves", lambda *_: None)
+        patch.setattr(plots, "plot_curves", lambda *_: None)
         evaluation.main(
             evaluation.Config(
-                task="digits_mlp",
+                task="digits_mlp:hidden=8",
                 out=report,
                 optimizer=(f"mine={run}", "optax:sgd:learning_rate=0.1"),
-                task_setting=("hidden=8",),
                 seeds=2,
                 horizon=6,
                 rates_at_once=20,
@@ -67,9 +70,8 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def root(tmp_path):
     """What of a checkout an optimizer is shipped in, without any that are shipped."""
-    for file in ("docs/pretrained.md", "pretrained/README.md"):
-        (tmp_path / file).parent.mkdir()
-        shutil.copy(ROOT / file, tmp_path / file)
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs/pretrained.md", tmp_path / "docs")
     tables.write(tmp_path)
     return tmp_path
 
@@ -100,7 +102,7 @@ def test_shipping(trained, root, monkeypatch):
     assert training["meta_steps"] == 6
     assert training["inner_steps"] == 4 * 2 * 5 + 2 * (2 * 3) * 5
     assert training["seeds"] == [0]
-    assert training["recipe"]["width"] == 4 and "out" not in training["recipe"]
+    assert training["recipe"]["optimizer"]["step_size"]["initial"] == 2.0 and "out" not in training["recipe"]
     assert training["seconds"] > 0
     assert training["hardware"] and "hardware" not in training["versions"]
     (entry,) = card["evaluations"]
@@ -115,19 +117,14 @@ def test_shipping(trained, root, monkeypatch):
     tx = gmn_lopt.load(NAME, gmn_lopt.analyze(loss, params))
     assert np.isfinite(tx.update(params, tx.init(params), params)[0]["w"]).all()
 
-    assert training["commands"]["train"].startswith(
-        "python meta_train.py --preset paper --task digits_mlp --optimizer sgdm "
-    )
     # The commands make the same settings, and the same evaluation.
-    again = training_config.from_command_line(None, shlex.split(training["commands"]["train"])[2:])
-    assert training_config.to_json(again) == training_config.to_json(replace(RUN, out=Path(f"runs/{NAME}")))
-    on = training_config.from_command_line(None, shlex.split(training["commands"]["continue"])[2:])
-    expected = replace(RUN, stages="pes:2:1e-4:K=5:n=3", initial_alpha=None, start=NAME)
-    assert training_config.to_json(on) == training_config.to_json(replace(expected, out=Path(f"runs/{NAME}-continued")))
-    phi = meta_train.initial_phi(on, meta_train.make_problem(on)[0], jax.random.key(5))
-    np.testing.assert_array_equal(phi["log_alpha"], load(trained[0] / "optimizer")[1]["log_alpha"])
-    found = evaluation.parse(evaluation.Config, None, shlex.split(row["command"])[2:])
-    assert (found.task, found.optimizer, found.task_setting) == ("digits_mlp", (NAME,), ("hidden=8",))
+    words = shlex.split(training["commands"]["train"])
+    assert words[:7] == ["gmn-meta-train", "--preset", "paper", "--task", "digits_mlp", "--optimizer", "sgdm"]
+    assert meta_train.from_command_line(None, words[1:]) == replace(RUN, out=Path(f"runs/{NAME}"))
+    on = meta_train.from_command_line(None, shlex.split(training["commands"]["continue"])[1:])
+    assert on == replace(RUN, stages=RUN.stages[1:], start=NAME, out=Path(f"runs/{NAME}-continued"))
+    found = parse(evaluation.Config, None, shlex.split(row["command"])[1:])
+    assert (found.task, found.optimizer) == ("digits_mlp:hidden=8", (NAME,))
     assert (found.seeds, found.horizon, found.eval_every, found.timing_rounds) == (2, 6, 1, 2)
 
     # The tables.
@@ -141,12 +138,11 @@ def test_shipping(trained, root, monkeypatch):
     assert cells[5].startswith(f"{entry['adam']['best_test_loss']['mean']:.4f} ± ")
     assert row["command"] in text
     assert tables.NONE_YET not in text
-    readme = (root / "pretrained/README.md").read_text()
-    assert training["commands"]["train"] in readme and training["commands"]["continue"] in readme
+    assert training["commands"]["train"] in text and training["commands"]["continue"] in text
 
     # A card that has changed makes them out of date; shipping again replaces everything.
     (target / "card.json").write_text((target / "card.json").read_text().replace("SGDM on digits", "SGDM on letters"))
-    assert tables.outdated(root) == [root / "pretrained/README.md"]
+    assert tables.outdated(root) == [root / "docs/pretrained.md"]
     ship.main(config(trained, description="anew"), root)
     assert gmn_lopt.list_pretrained() == {NAME: "anew"}
     assert [path.name for path in target.parent.iterdir()] == [NAME]
@@ -156,9 +152,9 @@ def load(path):
     return load_learned(path, cards.some_structure(path))
 
 
-@pytest.mark.parametrize("gradmetanet", [None, gmn_lopt.GradMetaNetConfig(width=4)])
-def test_an_optimizer_that_belongs_to_one_model_can_be_shipped(gradmetanet, tmp_path):
-    lopt = LearnedOptimizer(task_structure(load_task("digits_mlp")), "unf", gradmetanet, width=4)
+@pytest.mark.parametrize("name", ["unf", "unf+gmn"])
+def test_an_optimizer_that_belongs_to_one_model_can_be_shipped(name, tmp_path):
+    lopt = gmn_lopt.recipe(name, task_structure(load_task("digits_mlp")))
     phi = lopt.init(jax.random.key(0))
     save(tmp_path / "unf", lopt, phi)
     loaded, found = load(tmp_path / "unf")
@@ -173,22 +169,14 @@ def test_weights_that_the_report_did_not_measure_are_refused(trained, root, tmp_
     save(run / "optimizer", lopt, jax.tree.map(lambda x: x + 1e-3, phi))
     with pytest.raises(ShipError, match=r"did not measure these.*mine from"):
         ship.main(config(trained, run=run), root)
-    with pytest.raises(ShipError, match="did not measure these"):
-        ship.main(config(trained, label="another"), root)
     assert not list(root.glob("gmn_lopt/pretrained/*"))
 
 
-def test_a_report_without_digests_is_matched_by_place_or_label(trained, root, tmp_path):
+def test_the_settings_of_a_row_are_kept(trained, root, tmp_path):
     report = json.loads(trained[1].read_text())
-    del report["optimizers"][1]["digest"]
-    old = tmp_path / "old.json"
-    old.write_text(json.dumps(report))
-    ship.main(config(trained, report=(old,)), root)
     report["optimizers"][1]["source"] = "elsewhere:learning_rate=0.1"
-    old.write_text(json.dumps(report))
-    with pytest.raises(ShipError, match="mine from elsewhere"):
-        ship.main(config(trained, report=(old,)), root)
-    target = ship.main(config(trained, report=(old,), label="mine"), root)
+    (tmp_path / "other.json").write_text(json.dumps(report))
+    target = ship.main(config(trained, report=(tmp_path / "other.json",)), root)
     (row,) = json.loads((target / "card.json").read_text())["evaluations"][0]["optimizers"]
     assert row["source"] == f"{NAME}:learning_rate=0.1"
     assert f"--optimizer {NAME}:learning_rate=0.1 " in row["command"]
@@ -243,20 +231,45 @@ def test_the_time_is_that_of_the_speeds():
     assert training_seconds([], [100]) is None
 
 
-def test_commands_name_every_kind_of_setting():
+def test_eval_commands_name_every_kind_of_setting():
     settings = {
         "task": "cifar10_mlp",
         "seeds": [3, 4],
         "horizon": 200,
         "eval_every": 2,
         "smoothing": 5,
-        "task_settings": {"hidden": [64, 32], "augment": False, "name": "a b"},
+        "task_settings": {"hidden": [64, 32], "augment": False, "name": "a b", "data": "wine"},
     }
     words = shlex.split(commands.eval_command(settings, "n:learning_rate=0.1", 3))
-    found = evaluation.parse(evaluation.Config, None, words[2:])
-    assert evaluation.parse_task_settings(found.task_setting) == settings["task_settings"] | {"hidden": (64, 32)}
+    found = parse(evaluation.Config, None, words[1:])
+    assert evaluation.parse_task("--task", found.task) == (
+        "cifar10_mlp",
+        settings["task_settings"] | {"hidden": (64, 32)},
+    )
+    assert found.optimizer == ("n:learning_rate=0.1",)
     assert (found.first_seed, found.seeds, found.smoothing, found.eval_every) == (3, 2, 5, 2)
     assert ":" not in str(found.out)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_train_commands_name_every_kind_of_setting(name):
+    stages = (parse_stage("nres:meta_steps=7,coefficient_sigma=0.1"), parse_stage("truncated:objective=final,pairs=3"))
+    recipe = RECIPES[name]
+    changed = replace(recipe, step_size=replace(recipe.step_size, initial=0.7))
+    residual = changed.residual
+    if residual is not None and residual.gradmetanet is not None:
+        reader = replace(residual.gradmetanet, decays=(0.5, 0.9), max_output_size=None)
+        changed = replace(changed, residual=replace(residual, gradmetanet=reader, weight=0.3))
+    for optimizer in (recipe, changed):
+        config = replace(BEST, task="digits_mlp", out=Path("runs/a b"), optimizer=optimizer, stages=stages, seed=3)
+        config = replace(config, meta_loss="validation", horizon=40)
+        assert meta_train.from_command_line(None, shlex.split(commands.train_command(config))[1:]) == config
+
+
+def test_a_recipe_of_other_parts_has_no_command():
+    recipe = gmn_lopt.Recipe(direction=gmn_lopt.Muon())
+    with pytest.raises(ValueError, match=r"no recipe of [^\n]*same parts"):
+        commands.train_command(replace(RUN, optimizer=recipe))
 
 
 def test_cards_are_readable():
@@ -282,7 +295,7 @@ def test_unknown_and_damaged_cards_end_in_one_line(tmp_path, monkeypatch):
 
 
 def test_the_tables_are_up_to_date():
-    assert tables.outdated(ROOT) == [], "run python pretrained/tables.py"
+    assert tables.outdated(ROOT) == [], "run python -m tools.tables"
 
 
 def test_a_file_without_markers_is_named(trained, root):
@@ -340,8 +353,8 @@ def trains(losses):
 def test_a_diverging_optimizer_is_told_from_one_that_trains():
     def sgdm(alpha):
         def tx_of(structure):
-            lopt = LearnedOptimizer(structure, backbone="sgdm")
-            return lopt.optimizer(lopt.init(jax.random.key(0)) | {"log_alpha": np.log(np.float32(alpha))})
+            lopt = replace(SGDM, step_size=gmn_lopt.Constant(alpha)).build(structure)
+            return lopt.optimizer(lopt.init(jax.random.key(0)))
 
         return tx_of
 

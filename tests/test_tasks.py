@@ -1,18 +1,25 @@
 """Every task: what it promises to meta-training and evaluation, without a network."""
 
+import ast
 import functools
+import importlib
 import math
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-import tasks
-from tasks import linear_regression, load_task, task_names
-from tasks._cache import DataError
-from tasks.digits_mlp import shift
+import gmn_lopt.tasks
+from gmn_lopt.tasks import linear_regression, load_task, task_names
+from gmn_lopt.tasks.data.cache import DataError
+from gmn_lopt.tasks.digits_mlp import shift
+from gmn_lopt.tasks.mixture import make_all
+
+REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
+needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no prepared TensorFlow Datasets directory {REAL}")
 
 IMAGE_TASKS = {  # name: (TFDS name, features, classes, hidden width, training split, test split)
     "fashion_mnist_mlp": ("fashion_mnist", 64, 10, 32, 60, 10),
@@ -55,6 +62,78 @@ def started(cache):
         return task, sample, jax.jit(task.init)(jax.random.key(2)), sample(jax.random.key(0), task.data["train"])
 
     return start
+
+
+# The loss on the first batch and its gradient's norm, as they were before the tasks shared their code.
+RECORDED = {
+    "digits_mlp": (2.367811, 0.380924),
+    "digits_mlp:augment=False:hidden=(8, 4):batch_size=7": (2.263936, 0.677812),
+    "linear_regression": (30.454382, 23.602468),
+    "tabular_mlp": (0.526203, 1.354803),
+    "tabular_mlp:data='wine'": (0.91143, 1.45289),
+    "tabular_mlp:data='diabetes'": (1.149474, 3.118706),
+}
+RECORDED_ON_REAL_DATA = {
+    "cifar10_mlp": (2.355264, 0.794779),
+    "cifar10_mlp:hidden=(16, 8):batch_size=9": (2.305825, 1.328034),
+    "cifar100_mlp": (4.643597, 0.591365),
+    "fashion_mnist_mlp": (2.383257, 0.492478),
+    "lm1b_transformer": (7.489137, 2.505514),
+}
+RECORDED_OF_THE_MIXTURE = {
+    "digits-0": (2.306571, 0.470425),
+    "digits-1": (2.304209, 1.250808),
+    "digits-2": (0.251241, 0.339161),
+    "fashion_mnist-4": (2.303422, 0.130498),
+    "fashion_mnist-6": (1.472079, 1.375349),
+    "cifar10-9": (16.493889, 50.401691),
+    "cifar100-12": (4.591906, 0.523498),
+}
+
+
+def first_loss(task):
+    params, batch = task.init(jax.random.key(0)), task.sample(jax.random.key(1), task.data["train"])
+    loss, gradient = jax.value_and_grad(task.loss)(params, batch)
+    return float(loss), float(optax.tree.norm(gradient))
+
+
+def check_recorded(spec, data_dir, expected):
+    name, *settings = spec.split(":")
+    settings = dict(setting.split("=") for setting in settings)
+    task = load_task(name, data_dir, **{key: ast.literal_eval(value) for key, value in settings.items()})
+    assert first_loss(task) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("spec", RECORDED)
+def test_recorded_numbers(spec):
+    check_recorded(spec, None, RECORDED[spec])
+
+
+def test_recorded_loss_of_the_transformer():
+    """On tokens that do not depend on the version of Python, as the text does."""
+    task, tokens = load_task("text_transformer"), jnp.arange(64).reshape(8, 8)
+    loss = task.loss(task.init(jax.random.key(0)), {"input": tokens, "target": tokens * 7 % 128})
+    assert float(loss) == pytest.approx(5.345244, rel=1e-5)
+
+
+@needs_real_data
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_recorded_numbers_on_real_data(tmp_path, monkeypatch):
+    monkeypatch.setenv("GMN_LOPT_CACHE", str(tmp_path))
+    for spec, expected in RECORDED_ON_REAL_DATA.items():
+        check_recorded(spec, str(REAL), expected)
+    mixture = {task.name: task for task in make_all(str(REAL))}
+    assert len(mixture) == 14
+    for name, expected in RECORDED_OF_THE_MIXTURE.items():
+        assert first_loss(mixture[name]) == pytest.approx(expected, rel=1e-5), name
+    assert mixture["digits-2"].loss_cap == pytest.approx(0.3516813889)
+
+
+def test_recorded_numbers_of_the_mixture():
+    """Those members of the mixture whose data come with scikit-learn."""
+    mixture = {task.name: task for task in make_all()}  # the others on made-up images
+    for name in ("digits-0", "digits-1", "digits-2"):
+        assert first_loss(mixture[name]) == pytest.approx(RECORDED_OF_THE_MIXTURE[name], rel=1e-5), name
 
 
 def test_names():
@@ -247,7 +326,7 @@ def test_linear_regression_loss():
     assert len(set.union(*splits)) == sum(map(len, splits))
 
 
-@pytest.mark.parametrize("name", ["cifar1000_mlp", "_images", "", "../tasks/digits_mlp", "tasks.digits_mlp"])
+@pytest.mark.parametrize("name", ["cifar1000_mlp", "mlp", "", "../tasks/digits_mlp", "tasks.digits_mlp"])
 def test_unknown_task(name):
     with pytest.raises(ValueError, match=r"unknown task.*there are: .*digits_mlp") as error:
         load_task(name)
@@ -267,6 +346,9 @@ def test_refused_settings(name):
     for setting in settings:
         with pytest.raises(ValueError, match="must be at least 1"):
             load_task(name, **setting)
+    if name in IMAGE_TASKS:
+        with pytest.raises(ValueError, match="unknown activation 'cube'; choose one of relu, tanh, gelu, silu"):
+            load_task(name, activation="cube")
 
 
 def test_a_task_is_added_as_one_file(tmp_path, monkeypatch):
@@ -274,16 +356,41 @@ def test_a_task_is_added_as_one_file(tmp_path, monkeypatch):
     source = Path(linear_regression.__file__).read_text()
     (tmp_path / "my_task.py").write_text(source.replace('"linear_regression"', '"my_task"'))
     (tmp_path / "misnamed.py").write_text(source)
-    (tmp_path / "empty.py").write_text("")
-    (tmp_path / "_shared.py").write_text("")
-    monkeypatch.setattr(tasks, "__file__", str(tmp_path / "__init__.py"))
-    monkeypatch.setattr(tasks, "__path__", [str(tmp_path)])
-    assert task_names() == ["empty", "misnamed", "my_task"]
+    (tmp_path / "shared.py").write_text("def make_other(data_dir=None): ...\n")
+    monkeypatch.setattr(gmn_lopt.tasks, "__file__", str(tmp_path / "__init__.py"))
+    monkeypatch.setattr(gmn_lopt.tasks, "__path__", [str(tmp_path)])
+    assert task_names() == ["misnamed", "my_task"]
     assert load_task("my_task", horizon=20).horizon == 20
     with pytest.raises(ValueError, match="named like its file"):
         load_task("misnamed")
-    with pytest.raises(ValueError, match=r"has no function make\(data_dir\)"):
-        load_task("empty")
+
+
+def test_a_task_may_live_anywhere(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    file = tmp_path / "elsewhere" / "bowls.py"
+    file.write_text(Path(linear_regression.__file__).read_text() + "\n\ndef count():\n    return 3\n\n\nnumber = 3\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    task = load_task("elsewhere.bowls:make", batch_size=5)
+    assert (task.name, task.batch_size) == ("linear_regression", 5)
+    for spec, says in {
+        "elsewhere.bowls:count": r"has no function count\(data_dir=None\)",
+        "elsewhere.bowls:number": r"elsewhere\.bowls has no function number\(data_dir=None\)",
+        "elsewhere.bowls:": r"has no function \(data_dir",
+        "elsewhere.cups:make": "No module named 'elsewhere.cups'; what is not installed has to be on PYTHONPATH",
+        ":make": "Empty module name",
+        "..cups:make": "relative import",
+    }.items():
+        with pytest.raises(ValueError, match=says) as error:
+            load_task(spec)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="has no setting width; it has: batch_size, horizon"):
+        load_task("elsewhere.bowls:make", width=3)
+
+
+def test_there_is_one_copy_of_each_task():
+    assert Path(gmn_lopt.tasks.__file__).parent == Path(__file__).parents[1] / "tasks"
+    with pytest.raises(ImportError, match="beyond top-level package"):
+        importlib.import_module("tasks")
 
 
 def test_missing_scikit_learn(monkeypatch):

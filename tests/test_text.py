@@ -16,10 +16,11 @@ import pytest
 import gmn_lopt
 from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.task import task_structure
-from tasks import _text, load_task, text_transformer
-from tasks._cache import DataError
-from tasks._text import END_OF_TEXT, UNKNOWN, language_data, load_tokens, pack, tokenize, train_tokenizer
-from tasks._transformer import Transformer
+from gmn_lopt.tasks import load_task, text_transformer
+from gmn_lopt.tasks.data import text as reading
+from gmn_lopt.tasks.data.cache import DataError
+from gmn_lopt.tasks.data.text import END_OF_TEXT, UNKNOWN, language_data, load_tokens, pack, tokenize, train_tokenizer
+from gmn_lopt.tasks.transformer import Transformer
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
 SMALL = {"width": 8, "heads": 2, "feed_forward": 12, "blocks": 1, "batch_size": 4, "length": 5}
@@ -71,7 +72,7 @@ def test_the_vocabulary_is_the_same_byte_for_byte():
     pytest.importorskip("sentencepiece")
     here = train_tokenizer(sentences(), 200)
     code = (
-        "import sys; from tasks._text import train_tokenizer; from tests.test_text import sentences; "
+        "import sys; from gmn_lopt.tasks.data.text import train_tokenizer; from tests.test_text import sentences; "
         "sys.stdout.buffer.write(train_tokenizer(sentences(), 200))"
     )
     elsewhere = subprocess.run(
@@ -139,7 +140,7 @@ def test_text_is_read_tokenised_and_cached(tfds, cache, tmp_path, monkeypatch):
     assert len(list(cache.iterdir())) == 2
 
     # A cached task needs neither package; sequences of any length are cut from the same file.
-    monkeypatch.setattr(_text, "train_tokenizer", None)
+    monkeypatch.setattr(reading, "train_tokenizer", None)
     for name in ("tensorflow_datasets", "sentencepiece"):
         monkeypatch.setitem(sys.modules, name, None)
     for length in (8, 20):
@@ -160,7 +161,7 @@ def test_damaged_tokens_are_made_anew(tfds, cache, damage):
         "keys": {"valid": good["test"]},
         "empty": {"test": good["test"][:0]},
     }[damage]
-    np.savez(path, **{**good, **bad}, version=_text.VERSION, source="")
+    np.savez(path, **{**good, **bad}, version=reading.VERSION, source="")
     with pytest.warns(UserWarning, match="is not used but made anew"):
         again = load_tokens("lm1b", 200, 100)
     assert jax.tree.all(jax.tree.map(np.array_equal, dict(again), good))

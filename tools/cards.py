@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 import gmn_lopt
-from gmn_lopt.optimizers.saved import CONFIG_FILE, SerializationError, digest, load_learned
+from gmn_lopt.optimizers.saved import CONFIG_FILE, digest, load_learned
 from gmn_lopt.optimizers.shipped import CARD_FILE
 
 FORMAT = "gmn_lopt model card"
@@ -93,7 +93,7 @@ def directory_problems(directory: Path) -> list[str]:
     try:
         card = json.loads((directory / CARD_FILE).read_text())
         _, phi = load_learned(directory, some_structure(directory))
-    except (ValueError, SerializationError) as error:
+    except ValueError as error:
         return [f"{directory.name}: {error}"]
     problems += card_problems(card)
     if not problems and card["weights"]["digest"] != digest(phi):

@@ -1,11 +1,10 @@
 """Put a trained optimizer into the package, with a card that says how it was trained and what it was measured to do.
 
-python pretrained/ship.py --run runs/c10 --report report/c10/report.json --name cifar10_mlp-ds+gmn \
-    --description "DS+GradMetaNet, meta-trained on CIFAR-10 (8x8 pixels, width 32)"
+python -m tools.ship --run runs/c10 --report report/c10/report.json --name cifar10_mlp-ds+gmn
+--description "DS+GradMetaNet, meta-trained on CIFAR-10 (8x8 pixels, width 32)"
 
 The reports must have measured the meta-parameters that the run has now. Shipping again under the same name replaces
-what was there, so give all reports each time. The tables of docs/pretrained.md and pretrained/README.md are written
-anew.
+what was there, so give all reports each time. The tables of docs/pretrained.md are written anew.
 """
 
 import json
@@ -17,20 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
-
 import tyro
 
+from gmn_lopt import LearnedOptimizer
 from gmn_lopt.cli.command_line import parse
-from gmn_lopt.meta.config import UsageError
 from gmn_lopt.meta.run_directory import RunError
-from gmn_lopt.optimizers.saved import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, SerializationError, digest, load_learned
+from gmn_lopt.optimizers.saved import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, digest, load_learned
 from gmn_lopt.optimizers.shipped import CARD_FILE
 from gmn_lopt.util.errors import first_line
-from pretrained import tables
-from pretrained.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
-from pretrained.measured import ShipError, measured
-from pretrained.training import training_facts
+from tools import tables
+from tools.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
+from tools.facts import ShipError, measured, training_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,19 +36,17 @@ class Config:
     """What to ship."""
 
     run: Path
-    """Run directory of meta_train.py, whose current optimizer is shipped; or, with --training, a saved optimizer."""
+    """Run directory of gmn-meta-train, whose current optimizer is shipped; or, with --training, a saved optimizer."""
     name: str
     """Name to ship it under, such as cifar10_mlp-ds+gmn."""
     description: str
     """One line on what it is."""
     report: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-    """A report.json of eval.py; repeat the flag for several."""
-    label: str | None = None
-    """The optimizer's label in the reports, where its meta-parameters alone do not tell."""
+    """A report.json of gmn-eval; repeat the flag for several."""
     hardware: str | None = None
     """What it was trained on, in words; default: what the run says, else this machine."""
     training: Path | None = None
-    """JSON file with the card's entry "training", for an optimizer that meta_train.py did not train."""
+    """JSON file with the card's entry "training", for an optimizer that gmn-meta-train did not train."""
 
 
 def main(config: Config, root: Path = ROOT) -> Path:
@@ -66,17 +60,13 @@ def main(config: Config, root: Path = ROOT) -> Path:
         The directory that holds the shipped optimizer.
 
     Raises:
-        ShipError, RunError, UsageError, SerializationError, TableError: in one line, what keeps it from being shipped.
-            Nothing is changed then.
+        ValueError, RunError: in one line, what keeps it from being shipped. Nothing is changed then.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.+-]*", config.name):
         raise ShipError(f"--name {config.name!r}: use letters, digits and _ . + - only")
     tables.generated(root)  # fails before anything is changed, if it fails
     source = config.run / "optimizer" if (config.run / "optimizer").is_dir() else config.run
     lopt, phi = load_learned(source, some_structure(source))
-    training = _training(config)
-    places = {config.run.resolve(), source.resolve()}
-    evaluations = [measured(file, config.name, digest(phi), places, config.label) for file in config.report]
     card = {
         "format": FORMAT,
         "version": VERSION,
@@ -84,9 +74,9 @@ def main(config: Config, root: Path = ROOT) -> Path:
         "description": config.description,
         "licence": "Apache-2.0",
         "weights": {"digest": digest(phi), "count": count(phi)},
-        "architecture": {"backbone": lopt.backbone, "gradmetanet": lopt.gradmetanet is not None, "base": lopt.base},
-        "training": training,
-        "evaluations": evaluations,
+        "architecture": architecture(lopt),
+        "training": _training(config),
+        "evaluations": [measured(file, config.name, digest(phi)) for file in config.report],
     }
     target = root / "gmn_lopt" / SHIPPED / config.name
     new = target.with_name(f".{config.name}.new")
@@ -107,10 +97,23 @@ def main(config: Config, root: Path = ROOT) -> Path:
     return target
 
 
+def architecture(lopt: LearnedOptimizer) -> dict[str, Any]:
+    """The parts of an optimizer by name."""
+    residual = lopt.residual
+    return {
+        "direction": type(lopt.direction).__name__,
+        "features": type(residual.features).__name__ if residual else None,
+        "network": type(residual.network).__name__ if residual else None,
+        "gradmetanet": residual is not None and residual.gradmetanet is not None,
+        "rule": type(lopt.rule).__name__,
+        "step_size": type(lopt.step_size).__name__,
+    }
+
+
 def _training(config: Config) -> Any:
     if config.training is None:
         if not (config.run / "metrics.jsonl").is_file():
-            raise ShipError(f"--run {config.run} is not a run of meta_train.py: say with --training how it was trained")
+            raise ShipError(f"--run {config.run} is no run of gmn-meta-train: say with --training how it was trained")
         return training_facts(config.run, config.name, config.hardware)
     try:
         return json.loads(config.training.read_text())
@@ -123,7 +126,7 @@ def cli(args: Sequence[str] | None = None) -> int:
     config = parse(Config, __doc__, args)
     try:
         target = main(config)
-    except (ShipError, RunError, UsageError, SerializationError, tables.TableError, OSError) as error:
+    except (ValueError, RunError, OSError) as error:
         print(f"ship.py: {first_line(error)}", file=sys.stderr)
         return 2
     size = sum(path.stat().st_size for path in target.iterdir())

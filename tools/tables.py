@@ -1,6 +1,6 @@
-"""Write the generated parts of docs/pretrained.md and pretrained/README.md from the cards of the shipped optimizers.
+"""Write the generated part of docs/pretrained.md from the cards of the shipped optimizers.
 
-python pretrained/tables.py [--check]
+python -m tools.tables [--check]
 """
 
 import json
@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for what is not part of the package
 
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.report import spread, task_title
@@ -79,11 +77,6 @@ def evaluations(cards: Sequence[Mapping[str, Any]]) -> str:
     return f"{table}\n\nThe rows, in the same order, come from\n\n```\n{commands}\n```"
 
 
-def recipes(cards: Sequence[Mapping[str, Any]]) -> str:
-    """For each optimizer how it was trained, the command that trains it, and the one that trains it further."""
-    return "\n\n".join(map(_recipe, cards)) or NONE_YET
-
-
 def generated(root: Path) -> dict[Path, str]:
     """The files that have a generated part, as they should be.
 
@@ -91,16 +84,14 @@ def generated(root: Path) -> dict[Path, str]:
         TableError: in one line, if a file lacks the markers.
     """
     cards = read_cards(root)
-    parts = {root / "docs" / "pretrained.md": evaluations(cards), root / "pretrained" / "README.md": recipes(cards)}
-    texts = {}
-    for file, part in parts.items():
-        text = file.read_text(encoding="utf-8")
-        before, begin, rest = text.partition(BEGIN)
-        _, end, after = rest.partition(END)
-        if not begin or not end:
-            raise TableError(f"{file} lacks {BEGIN} or {END}: put them where the generated part goes")
-        texts[file] = f"{before}{BEGIN}\n\n{part}\n\n{END}{after}"
-    return texts
+    parts = [evaluations(cards), *map(_recipe, cards)]
+    file = root / "docs" / "pretrained.md"
+    before, begin, rest = file.read_text(encoding="utf-8").partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise TableError(f"{file} lacks {BEGIN} or {END}: put them where the generated part goes")
+    text = "\n\n".join(parts)
+    return {file: f"{before}{BEGIN}\n\n{text}\n\n{END}{after}"}
 
 
 def outdated(root: Path) -> list[Path]:
@@ -124,7 +115,7 @@ def _recipe(card: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in training["versions"].items())
     return "\n".join(
         [
-            f"## {card['name']}",
+            f"### {card['name']}",
             "",
             f"{card['description'].rstrip('.')}. {card['weights']['count']} meta-parameters, {card['licence']}.",
             "",
@@ -134,9 +125,7 @@ def _recipe(card: Mapping[str, Any]) -> str:
             f"- Versions: {versions}.",
             "",
             "```",
-            "# train",
             training["commands"]["train"],
-            "# continue",
             training["commands"]["continue"],
             "```",
         ]
@@ -159,7 +148,7 @@ def cli(args: Sequence[str] | None = None) -> int:
         return 2
     names = ", ".join(str(file.relative_to(ROOT)) for file in files)
     if config.check and files:
-        print(f"tables.py: not up to date with the cards: {names}; run python pretrained/tables.py", file=sys.stderr)
+        print(f"tables.py: not up to date with the cards: {names}; run python -m tools.tables", file=sys.stderr)
         return 1
     print(f"wrote {names}" if files else "up to date")
     return 0

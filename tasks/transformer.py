@@ -1,16 +1,17 @@
 """A small decoder-only transformer in plain JAX, and the task of predicting the next token with it."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.meta.task import Task
-from tasks._text import Split
+from gmn_lopt.tasks.data.text import language_data
 
 LOGITS_AT_ONCE = 2**20  # in evaluation, of each run
 
@@ -67,7 +68,9 @@ class Transformer:
             }
         return {**params, "norm": norm(), "output": dense(self.width, self.vocabulary)}
 
-    def logits(self, params: PyTree, tokens: Int[Array, "batch length"]) -> Float[Array, "batch length vocabulary"]:
+    def logits(
+        self, params: PyTree, tokens: Int[Array | np.ndarray, "batch length"]
+    ) -> Float[Array, "batch length vocabulary"]:
         """Pre-LayerNorm blocks on a residual stream; each position sees itself and those before it."""
         x = params["token"][tokens] + params["position"]
         for i in range(self.blocks):
@@ -90,26 +93,42 @@ class Transformer:
 
 
 def language_task(
-    name: str, model: Transformer, data: Mapping[str, Split], batch_size: int, horizon: int, test_subset: str
+    name: str,
+    model: Transformer,
+    load: Callable[[], Mapping[str, np.ndarray]],
+    *,
+    batch_size: int,
+    horizon: int,
+    test_sequences: int,
+    unit: str = "tokens",
 ) -> Task:
-    """The task of training a transformer on packed sequences, ``batch_size`` of them a step, with replacement.
+    """The task of training a transformer on packed sequences.
 
     Args:
         name: the task's name.
         model: the model.
-        data: the splits, from :func:`tasks._text.language_data`.
-        batch_size: sequences per batch.
+        load: gives the token streams ``"train"`` and ``"test"``, integers ``[tokens]`` each; called once.
+        batch_size: sequences per batch, drawn with replacement.
         horizon: number of training steps.
-        test_subset: what the data's test split holds, in words; see :class:`gmn_lopt.meta.task.Task`.
+        test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
+        unit: what a token is, in words.
+
+    Raises:
+        ValueError: a setting is out of range, or the streams are too short.
     """
+    if min(batch_size, horizon, test_sequences) < 1:
+        raise ValueError("batch_size, horizon and test_sequences must be at least 1")
+    tokens = load()
+    data = language_data(tokens["train"], tokens["test"], model.length, test_sequences)
 
     def sample(key: jax.Array, split: PyTree) -> PyTree:
         index = jax.random.randint(key, (batch_size,), 0, len(split["input"]))
         return jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), split)
 
     cap = 1.5 * math.log(model.vocabulary)
+    subset = f"{len(data['test']['input'])} sequences of {model.length} {unit}"
     at_once = max(1, LOGITS_AT_ONCE // (model.length * model.vocabulary))
-    return Task(name, horizon, batch_size, cap, data, model.init, model.loss, sample, test_subset, at_once)
+    return Task(name, horizon, batch_size, cap, data, model.init, model.loss, sample, subset, at_once)
 
 
 def _dense(layer: PyTree, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:

@@ -5,16 +5,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Int, UInt16
+from jaxtyping import Integer, UInt16
 
 from gmn_lopt.meta.task import evenly_spaced
-from tasks._cache import Arrays, DataError, cache_path, cached
-from tasks._tfds import explained, open_splits, resolved
+from gmn_lopt.tasks.data import Split, train_valid
+from gmn_lopt.tasks.data.cache import Arrays, DataError, cache_path, cached
+from gmn_lopt.tasks.data.tfds import explained, open_splits, resolved
 
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
 UNKNOWN, END_OF_TEXT = 0, 1  # tokens of every subword vocabulary
-
-Split = dict[str, np.ndarray]  # {"input": Int32["sequences length"], "target": Int32["sequences length"]}
 
 
 def load_tokens(name: str, vocabulary: int, documents: int, data_dir: str | None = None) -> Mapping[str, np.ndarray]:
@@ -89,7 +88,7 @@ def tokenize(documents: Sequence[str], tokenizer: bytes) -> UInt16[np.ndarray, "
 
 
 def language_data(
-    training: Int[np.ndarray, "tokens"], test: Int[np.ndarray, "others"], length: int, test_sequences: int
+    training: Integer[np.ndarray, "tokens"], test: Integer[np.ndarray, "others"], length: int, test_sequences: int
 ) -> dict[str, Split]:
     """Pack token streams into the splits of a language task.
 
@@ -106,18 +105,13 @@ def language_data(
     Raises:
         ValueError: a stream is too short.
     """
-    sequences, others = pack(training, length), pack(test, length)
-    cut = len(sequences["input"]) * 4 // 5
-    if not cut or not len(others["input"]):
+    splits, others = train_valid(pack(training, length)), pack(test, length)
+    if not len(splits["train"]["input"]) or not len(others["input"]):
         raise ValueError(f"too little text for sequences of {length} tokens: {len(training)} and {len(test)} tokens")
-    return {
-        "train": {key: array[:cut] for key, array in sequences.items()},
-        "valid": {key: array[cut:] for key, array in sequences.items()},
-        "test": evenly_spaced(others, test_sequences),
-    }
+    return {**splits, "test": evenly_spaced(others, test_sequences)}
 
 
-def pack(tokens: Int[np.ndarray, "tokens"], length: int) -> Split:
+def pack(tokens: Integer[np.ndarray, "tokens"], length: int) -> Split:
     """Cut a stream into sequences that predict each token but the first exactly once, in pieces of ``length``.
 
     Documents run on from one sequence to the next and several may share one; what is left over at the end is dropped.
@@ -145,7 +139,7 @@ def _build(name: str, vocabulary: int, documents: int, data_dir: str | None, kep
 
 
 def _read(source, documents: int, chunk: int = 1000) -> list[str]:
-    """The text of the first documents of a ``tfds.data_source``, read as in :func:`tasks._images.read`."""
+    """The text of the first documents of a ``tfds.data_source``, read as in :func:`gmn_lopt.tasks.data.images.read`."""
     count = min(len(source), documents)
     chunks = (list(range(start, min(start + chunk, count))) for start in range(0, count, chunk))
     return [example["text"].decode() for numbers in chunks for example in source.__getitems__(numbers)]

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tasks._cache import DataError
+from gmn_lopt.tasks.data.cache import DataError
 
 
 def resolved(data_dir: str | None) -> str | None:

@@ -1,18 +1,18 @@
 """Images for the tasks: read from TensorFlow Datasets, resized to 8x8, scaled to [0, 1], flattened, cached."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int, Shaped
 
-from tasks._cache import Arrays, cache_path, cached
-from tasks._tfds import explained, open_splits, resolved
+from gmn_lopt.tasks.data import Dataset, Split, train_valid
+from gmn_lopt.tasks.data.cache import Arrays, cache_path, cached
+from gmn_lopt.tasks.data.tfds import explained, open_splits, resolved
 
 SIZE = 8
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
-
-Split = dict[str, np.ndarray]  # {"image": Float32["examples pixels"], "label": Int32["examples"]}
 
 
 def load_images(name: str, features: int, classes: int, data_dir: str | None = None) -> Mapping[str, Split]:
@@ -44,15 +44,6 @@ def load_images(name: str, features: int, classes: int, data_dir: str | None = N
         {"image": arrays[f"{split}_image"], "label": arrays[f"{split}_label"]} for split in ("train", "test")
     )
     return {**train_valid(training), "test": test}
-
-
-def train_valid(training: Split) -> dict[str, Split]:
-    """Cut a training split into ``"train"``, its first 80 %, and ``"valid"``, the rest."""
-    cut = len(next(iter(training.values()))) * 4 // 5
-    return {
-        "train": {key: array[:cut] for key, array in training.items()},
-        "valid": {key: array[cut:] for key, array in training.items()},
-    }
 
 
 def resize(images: Shaped[np.ndarray, "examples height width channels"], size: int) -> Float[np.ndarray, "..."]:
@@ -123,3 +114,12 @@ def _check(arrays: Arrays, features: int, classes: int) -> None:
             raise ValueError(f"{split}: images are not in [0, 1]")
         if not (label.min() >= 0 and label.max() < classes):
             raise ValueError(f"{split}: labels are not in 0..{classes - 1}")
+
+
+def _dataset(name: str, features: int, classes: int) -> Dataset:
+    return Dataset(partial(load_images, name, features, classes), classes)
+
+
+FASHION_MNIST = _dataset("fashion_mnist", 64, 10)
+CIFAR10 = _dataset("cifar10", 192, 10)
+CIFAR100 = _dataset("cifar100", 192, 100)

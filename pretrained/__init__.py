@@ -1,1 +1,0 @@
-"""How pretrained optimizers get into the package: cards, commands, and the tables made from them."""
