@@ -1,1 +1,1 @@
-"""Files, errors and hardware."""
+"""Files, errors, progress, hardware and threads."""

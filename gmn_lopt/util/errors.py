@@ -1,4 +1,8 @@
-"""Errors of others in one line."""
+"""Errors in one line: those of the commands, and those of others."""
+
+
+class UsageError(ValueError):
+    """A command asks for something that cannot be done. The message is one line."""
 
 
 def first_line(error: BaseException) -> str:
