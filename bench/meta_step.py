@@ -1,6 +1,6 @@
 """How fast meta-training is, and the learned optimizers' time per training step beside Adam's.
 
-python bench/meta_step.py [--tasks cifar10_mlp] [--estimators pes truncated] [--baseline] [--out DIR]
+python -m bench.meta_step [--tasks cifar10_mlp] [--estimators pes truncated] [--baseline] [--out DIR]
 
 Models and batches are those of the tasks; images and tokens are synthetic arrays of their shapes. An inner step is one
 training step of one unroll: a batch, the loss with its gradient (and factors), and the learned update. With
@@ -16,25 +16,23 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # for tasks/, which is not part of the package
-
 import jax
 import numpy as np
 import optax
-from clocks import CLOCKS
-from meta_step_measure import matrix_product_rate, prepare, synthetic_task, time_in_turn
-from straightforward import Straightforward
 
-from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
+from bench.measure import CLOCKS, matrix_product_rate, prepare, synthetic_task, time_in_turn
+from bench.straightforward import Straightforward
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.candidate import Candidate
 from gmn_lopt.evaluation.timing import time_per_step
-from gmn_lopt.meta.config import PRESETS
 from gmn_lopt.meta.stages import Stage
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.util.hardware import describe_hardware
-from meta_train import use_all_cores
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.recipes import recipe
+from gmn_lopt.util.errors import UsageError
+from gmn_lopt.util.hardware import describe_hardware, use_all_cores
+from gmn_lopt.util.threads import one_blas_thread
 
 
 @dataclass(frozen=True)
@@ -49,56 +47,20 @@ class Config:
     """Tasks whose model and batch to take."""
     estimators: tuple[Literal["pes", "nres", "es", "truncated"], ...] = ("pes", "nres", "es", "truncated")
     """Estimators of the meta-gradient; none: training steps only."""
-    optimizers: tuple[Literal["sgdm", "ds", "ds+gmn", "unf", "unf+gmn"], ...] = ("ds", "ds+gmn")
-    """Learned optimizers, sgdm is the base by itself; there is a straightforward form of ds and ds+gmn only."""
-    size: Literal["paper", "small"] = "paper"
-    """Their networks: the paper's (width 32), or those of ``meta_train.py --preset best`` (width 8, GradMetaNet of
-    width 16 with one set layer on 32 elements of the set)."""
-    width: int | None = None
-    """Width of the per-parameter network, in place of the size's."""
-    gmn_width: int | None = None
-    """Width of GradMetaNet, in place of the size's."""
-    set_size: int | None = None
-    """Elements of the set that GradMetaNet reads, in place of the size's."""
-    base: Literal["momentum", "adam", "muon", "denoised"] = "momentum"
-    """Their base direction."""
+    optimizers: tuple[str, ...] = ("ds", "ds+gmn")
+    """Recipes of gmn_lopt/optimizers/recipes.py, such as unf+gmn, or denoised+ds+gmn with small networks."""
     baseline: bool = False
-    """Whether to measure the straightforward form as well."""
+    """Whether to measure the straightforward form as well, which there is for ds and ds+gmn."""
     pairs: int = 16
     """Antithetic pairs of an evolution strategy, or unrolls of truncated."""
     truncation: int = 50
-    """Inner steps in one window."""
+    """Inner steps in one truncation."""
     repeats: int = 5
     """Meta-steps timed; the median counts."""
     clock: Literal["wall", "processor"] = "wall"
     """Seconds of the wall clock; or of processor time, summed over cores, for a machine that other work runs on."""
     out: Path | None = None
     """Directory for meta_step.json, all figures."""
-
-    def __post_init__(self) -> None:
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and not isinstance(value, bool) and value < 1:
-                raise SystemExit(f"--{field.name} must be at least 1")
-        if self.baseline and not {*self.optimizers} <= {"ds", "ds+gmn"}:
-            raise SystemExit("--baseline measures --optimizers ds and ds+gmn only")
-
-
-def learned_optimizers(config: Config, task: Task) -> dict[str, LearnedOptimizer]:
-    """The learned optimizers to measure, by name."""
-    gradmetanet, plain = GradMetaNetConfig(), LearnedOptimizer(task_structure(task), gradmetanet=None, base=config.base)
-    if config.size == "small":
-        best = PRESETS["best"]
-        gradmetanet, plain = best["gmn"], replace(plain, width=best["width"], hidden_layers=best["hidden_layers"])
-    if config.gmn_width is not None:
-        gradmetanet = replace(gradmetanet, width=config.gmn_width, product_width=config.gmn_width)
-    gradmetanet = replace(gradmetanet, max_set_size=config.set_size or gradmetanet.max_set_size)
-    plain = replace(plain, width=config.width or plain.width)
-    parts = {name: name.partition("+") for name in config.optimizers}
-    return {
-        name: replace(plain, backbone=backbone, gradmetanet=gradmetanet if rest else None)
-        for name, (backbone, _, rest) in parts.items()
-    }
 
 
 def measure_meta_steps(
@@ -109,8 +71,7 @@ def measure_meta_steps(
     stage = Stage(estimator, pairs=config.pairs, truncation=config.truncation)
     cases = {"library": (TrainingProblem(task, lopt), stage)}
     if config.baseline:
-        plain = TrainingProblem(task, Straightforward(lopt)), replace(stage, turns=1)
-        cases = {"straightforward": plain} | cases
+        cases = {"straightforward": (TrainingProblem(task, Straightforward(lopt)), replace(stage, turns=1))} | cases
     phi = lopt.init(jax.random.key(0))
     runs = {name: prepare(stage.build(p), phi, p.splits(), clock) for name, (p, stage) in cases.items()}
     time_in_turn(list(runs.values()), config.repeats, clock)
@@ -132,29 +93,43 @@ def measure_training_steps(config: Config, task: Task, lopts: dict[str, LearnedO
     for name, lopt in lopts.items():
         phi = lopt.init(jax.random.key(0))
         candidates.append(Candidate(name, "", "", lopt.optimizer, phi, lopt.needs_factors))
-    seconds = np.median(time_per_step(task, candidates, clock=CLOCKS[config.clock]), axis=1)
+    seconds = np.median(time_per_step(task, candidates, clock=CLOCKS[config.clock]).seconds, axis=1)
     pairs = zip(candidates, seconds)
     return [{"optimizer": c.name, "step_s": float(s), "relative": float(seconds[0] / s)} for c, s in pairs]
 
 
 def main(config: Config) -> dict[str, Any]:
-    """Measure, print the tables as the figures come, and return the figures."""
+    """Measure, print the tables as the figures come, and return the figures.
+
+    Raises:
+        UsageError: in one line, what cannot be measured.
+    """
+    for field in fields(config):
+        if type(value := getattr(config, field.name)) is int and value < 1:
+            raise UsageError(f"--{field.name} must be at least 1")
+    tasks = {name: synthetic_task(name) for name in config.tasks}
+    try:
+        lopts = {
+            name: {optimizer: recipe(optimizer, task_structure(task)) for optimizer in config.optimizers}
+            for name, task in tasks.items()
+        }
+        for lopt in (lopt for each in lopts.values() for lopt in each.values() if config.baseline):
+            Straightforward(lopt)
+    except ValueError as error:
+        raise UsageError(f"--optimizers {' '.join(config.optimizers)}: {error}") from None
     rate = matrix_product_rate(CLOCKS[config.clock], config.repeats)
     devices = f"{jax.local_device_count()} {jax.devices()[0].platform} device(s)"
-    changed = [
-        f"{name} {getattr(config, name)}" for name in ("width", "gmn_width", "set_size") if getattr(config, name)
-    ]
-    networks = ", ".join([f"networks: {config.size}", *changed])
-    head = f"JAX {jax.__version__}, {describe_hardware()}, {devices}; {networks}, base: {config.base}"
-    setting = f"{config.pairs} pairs or unrolls, windows of {config.truncation} steps, {config.clock} seconds"
-    print(f"{head}; {setting}; large float32 matrix product: {rate / 1e9:,.0f} GFLOP/s\n")
+    setting = (
+        f"JAX {jax.__version__}, {describe_hardware()}, {devices}; {config.pairs} pairs or unrolls, truncations of "
+        f"{config.truncation} steps, {config.clock} seconds"
+    )
+    print(f"{setting}; large float32 matrix product: {rate / 1e9:,.0f} GFLOP/s\n")
     print("| task | optimizer | estimator | form | inner steps/s | ratio | GFLOP/s | % | memory (MB) | compile (s) |")
     print("|---|---|---|---|---|---|---|---|---|---|")
-    result: dict[str, Any] = {"setting": f"{head}; {setting}", "matrix_product_flops_per_s": rate}
+    result: dict[str, Any] = {"setting": setting, "matrix_product_flops_per_s": rate}
     result |= {"meta_steps": [], "training_steps": []}
-    tasks = {name: synthetic_task(name) for name in config.tasks}
     for name, task in tasks.items():
-        for optimizer, lopt in learned_optimizers(config, task).items():
+        for optimizer, lopt in lopts[name].items():
             for estimator in config.estimators:
                 for f in measure_meta_steps(config, task, lopt, estimator, rate):
                     print(
@@ -166,7 +141,7 @@ def main(config: Config) -> dict[str, Any]:
                     result["meta_steps"].append({"task": name, "optimizer": optimizer, "estimator": estimator} | f)
     print("\n| task | optimizer | microseconds per training step | iterations/s relative to Adam |\n|---|---|---|---|")
     for name, task in tasks.items():
-        for f in measure_training_steps(config, task, learned_optimizers(config, task)):
+        for f in measure_training_steps(config, task, lopts[name]):
             line = f"| {name} | {f['optimizer']} | {f['step_s'] * 1e6:,.0f} | {f['relative']:.2f} |"
             print(line, flush=True)
             result["training_steps"].append({"task": name} | f)
@@ -178,5 +153,9 @@ def main(config: Config) -> dict[str, Any]:
 
 if __name__ == "__main__":
     use_all_cores()
+    one_blas_thread()
     jax.config.update("jax_enable_compilation_cache", False)  # compile times are among the figures
-    main(parse(Config, __doc__))
+    try:
+        main(parse(Config, __doc__))
+    except UsageError as error:
+        sys.exit(f"bench.meta_step: {error}")

@@ -1,38 +1,38 @@
 """The benchmark of the meta-step: its reference makes the library's updates, its table is filled."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import pytest
 from optimizing import analyzed, lively, mlp, play, record, relative_difference
 
-import meta_train
-from gmn_lopt import GradMetaNetConfig, LearnedOptimizer
+from bench import meta_step
+from bench.measure import matrix_flops, synthetic_task
+from bench.straightforward import Straightforward
+from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
+from gmn_lopt.networks.pointwise import PointwiseMLP
+from gmn_lopt.optimizers.directions import Denoised
+from gmn_lopt.optimizers.recipes import RECIPES, Recipe
+from gmn_lopt.optimizers.residual import Residual
+from gmn_lopt.optimizers.set_reader import SetReader
+from gmn_lopt.util.errors import UsageError
 
-sys.path.append(str(Path(meta_train.__file__).parent / "bench"))
-
-import meta_step
-from meta_step_measure import matrix_flops, synthetic_task
-from straightforward import Straightforward
-
-SMALL = GradMetaNetConfig(width=6, set_layers=2, product_width=5, max_set_size=7)
+SMALL = SetReader(GradMetaNetConfig(width=6, set_layers=2, product_width=5), max_set_size=7)
 MODEL = mlp(5, 7, 4)
 
 
 @pytest.mark.parametrize(
-    "options",
+    "recipe",
     [
-        {"gradmetanet": None},
-        {"gradmetanet": GradMetaNetConfig(width=6, product_width=5, neuron_layers=2)},
-        {"gradmetanet": SMALL, "base": "denoised", "width": 8, "hidden_layers": 2, "gate": True},
+        RECIPES["ds"],
+        Recipe(residual=Residual(gradmetanet=SetReader(GradMetaNetConfig(6, product_width=5, neuron_layers=2)))),
+        Recipe(Denoised(), Residual(network=PointwiseMLP(8, 2), gradmetanet=SMALL)),
     ],
 )
-def test_straightforward_makes_the_same_updates(options):
-    lopt = LearnedOptimizer(analyzed(MODEL), **options)
+def test_straightforward_makes_the_same_updates(recipe):
+    lopt = recipe.build(analyzed(MODEL))
     phi, recorded = lively(lopt), record(MODEL)
     tx, plain = lopt.optimizer(phi), Straightforward(lopt).optimizer(phi)
     state = plain.init(recorded[0][0])
@@ -43,9 +43,12 @@ def test_straightforward_makes_the_same_updates(options):
     assert jax.tree.structure(state) == jax.tree.structure(tx.init(recorded[0][0]))
 
 
-def test_straightforward_refuses_what_it_does_not_do():
-    with pytest.raises(ValueError, match="additive"):
-        Straightforward(LearnedOptimizer(analyzed(MODEL), rule="normalized"))
+@pytest.mark.parametrize(
+    ("recipe", "says"), [("default+celo", "additive"), ("unf", "PointwiseMLP"), ("ds+gmn++", "for GradMetaNet")]
+)
+def test_straightforward_refuses_what_it_does_not_do(recipe, says):
+    with pytest.raises(ValueError, match=says):
+        Straightforward(RECIPES[recipe].build(analyzed(MODEL)))
 
 
 def test_flops_count_every_turn_of_a_loop():
@@ -67,28 +70,30 @@ def test_tasks_on_random_data_need_no_data_set():
 
 
 def test_tables(tmp_path, capsys):
-    config = meta_step.Config(("fashion_mnist_mlp",), ("truncated",), ("ds",), "small", baseline=True)
-    fast = {"pairs": 1, "truncation": 1, "repeats": 1, "out": tmp_path}
-    result = meta_step.main(replace(config, **fast))
+    config = meta_step.Config(("fashion_mnist_mlp",), ("truncated",), ("ds",), baseline=True)
+    result = meta_step.main(replace(config, pairs=1, truncation=1, repeats=1, out=tmp_path))
     assert json.loads((tmp_path / "meta_step.json").read_text()) == result
     plain, library = result["meta_steps"]
     assert (plain["form"], library["form"]) == ("straightforward", "library")
     assert library["ratio"] == pytest.approx(library["inner_steps_per_s"] / plain["inner_steps_per_s"])
-    # What both multiply is the same but for the time features, and nearly all of it is the backbone's, three times.
-    entries, backbone = 64 * 32 + 32 + 32 * 10 + 10, 8 * 8 + 8 * 8 + 8 * 1
+    # What both multiply is the same but for the time features, and nearly all of it is the network's, three times.
+    entries, network = 64 * 32 + 32 + 32 * 10 + 10, 8 * 32 + 2 * 32 * 32 + 32 * 1
     flops = library["flops_per_s"] * library["meta_step_s"][0]
-    assert 2 * entries * backbone < flops < 4 * 2 * entries * backbone + 6e6
+    assert 2 * entries * network < flops < 4 * 2 * entries * network + 6e6
     adam, learned = result["training_steps"]
     assert (adam["relative"], learned["relative"] < 1) == (1.0, True)
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| fashion_mnist_mlp")]
     assert len(rows) == 4
 
 
-def test_networks_of_other_sizes():
-    config = meta_step.Config(optimizers=("sgdm", "ds+gmn"), size="small", width=4, gmn_width=6, set_size=5)
-    direction, both = meta_step.learned_optimizers(config, synthetic_task("fashion_mnist_mlp")).values()
-    assert (direction.backbone, direction.gradmetanet) == ("sgdm", None)
-    gmn = both.gradmetanet
-    assert (both.width, gmn.width, gmn.product_width, gmn.max_set_size, gmn.set_layers) == (4, 6, 6, 5, 1)
-    with pytest.raises(SystemExit, match="--baseline measures"):
-        replace(config, baseline=True)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"optimizers": ("rnn",)}, "--optimizers rnn: unknown recipe 'rnn'"),
+        ({"optimizers": ("ds", "unf"), "baseline": True}, "--optimizers ds unf: only for"),
+        ({"pairs": 0}, "--pairs must be at least 1"),
+    ],
+)
+def test_wrong_input_is_refused_before_anything_is_measured(changes, says):
+    with pytest.raises(UsageError, match=says):
+        meta_step.main(meta_step.Config(("fashion_mnist_mlp",), **changes))

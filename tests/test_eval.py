@@ -10,13 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import eval as evaluation
 import gmn_lopt
-from gmn_lopt.evaluation.results import ResultsError
+from gmn_lopt.cli import eval as command
+from gmn_lopt.evaluation import evaluate as evaluation
+from gmn_lopt.evaluation.timing import Timing
 from gmn_lopt.meta.task import Task
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
+from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.saved import digest, load, save
+from gmn_lopt.optimizers.set_reader import SetReader
+from gmn_lopt.util.errors import UsageError
 
 LION = "optax:lion:learning_rate=0.05"
 
@@ -40,8 +44,8 @@ TASK = two_weights()  # made once: its functions are what compiled programs are 
 
 @pytest.fixture(autouse=True)
 def task(monkeypatch):
-    monkeypatch.setattr(evaluation, "load_task", lambda name, data_dir: TASK)
-    monkeypatch.setattr(evaluation, "_file_digest", lambda task: "0")
+    monkeypatch.setattr(command, "load_task", lambda name, data_dir: TASK)
+    monkeypatch.setattr(command, "task_file", lambda name: Path(__file__))
 
 
 @pytest.fixture
@@ -58,15 +62,14 @@ def trained(monkeypatch):
     return names
 
 
-def config(out: Path, *optimizers: str, **changes) -> evaluation.Config:
-    few = evaluation.Config(
-        task="two_weights", out=out, optimizer=optimizers, seeds=2, rates_at_once=10, timing_rounds=2
-    )
+def config(out: Path, *optimizers: str, **changes) -> command.Config:
+    few = command.Config(task="two_weights", out=out, optimizer=optimizers, seeds=2, rates_at_once=10, timing_rounds=2)
     return replace(few, **changes)
 
 
 def without_times(report):
     report = json.loads(json.dumps(report))
+    del report["timing"]
     for row in report["optimizers"]:
         del row["seconds_per_step"], row["training_time_speed_up"]
         for seed in row["seeds"]:
@@ -75,7 +78,7 @@ def without_times(report):
 
 
 def test_report_and_pictures_are_written(tmp_path, capsys):
-    report = evaluation.main(config(tmp_path, LION, "slow=optax:sgd:learning_rate=1e-6"))
+    report = command.main(config(tmp_path, LION, "slow=optax:sgd:learning_rate=1e-6"))
     assert json.loads((tmp_path / "report.json").read_text()) == report
     assert [row["name"] for row in report["optimizers"]] == ["adam", "lion(learning_rate=0.05)", "slow"]
     lion, slow = report["optimizers"][1:]
@@ -92,16 +95,16 @@ def test_report_and_pictures_are_written(tmp_path, capsys):
 
 
 def test_a_second_run_computes_only_what_is_new(tmp_path, trained):
-    first = evaluation.main(config(tmp_path, LION))
+    first = command.main(config(tmp_path, LION))
     assert trained == ["adam", "adam", "lion(learning_rate=0.05)"]
-    assert evaluation.main(config(tmp_path, LION)) == first
+    assert command.main(config(tmp_path, LION)) == first
     assert len(trained) == 3
     other = f"other={LION.replace('5', '6')}"
-    more = evaluation.main(config(tmp_path, other, LION))
+    more = command.main(config(tmp_path, other, LION))
     assert trained[3:] == ["other"]
     assert without_times(more)["optimizers"][2] == without_times(first)["optimizers"][1]
     # The same name for another optimizer: computed again.
-    evaluation.main(config(tmp_path, f"other={LION.replace('5', '7')}"))
+    command.main(config(tmp_path, f"other={LION.replace('5', '7')}"))
     assert trained[4:] == ["other"]
 
 
@@ -116,27 +119,30 @@ def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsy
     with monkeypatch.context() as patch:
         patch.setattr(evaluation, "training_curves", interrupt)
         with pytest.raises(KeyboardInterrupt):
-            evaluation.main(config(tmp_path / "a", LION))
+            command.main(config(tmp_path / "a", LION))
         arguments = f"--task two_weights --out {tmp_path / 'a'} --seeds 2 --rates-at-once 10 --optimizer {LION}".split()
-        assert evaluation.cli(arguments) == 130
+        assert command.cli(arguments) == 130
     assert "the same command" in capsys.readouterr().err
-    resumed = evaluation.main(config(tmp_path / "a", LION))
+    resumed = command.main(config(tmp_path / "a", LION))
     assert trained == ["adam", "adam", "lion(learning_rate=0.05)"]
-    assert without_times(resumed) == without_times(evaluation.main(config(tmp_path / "b", LION)))
+    assert without_times(resumed) == without_times(command.main(config(tmp_path / "b", LION)))
 
 
 def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path, trained, monkeypatch):
     # Only the training is of interest here, and compiling takes its time.
-    monkeypatch.setattr(evaluation, "time_per_step", lambda task, everyone, **_: np.ones((len(everyone), 2)))
+    monkeypatch.setattr(
+        evaluation, "time_per_step", lambda task, everyone, **_: Timing(np.ones((len(everyone), 2)), False, 0.0)
+    )
     for name in ("plot_curves", "plot_trajectories"):
         monkeypatch.setattr(evaluation.plots, name, lambda *_: None)
     params, batch = TASK.init(jax.random.key(0)), TASK.sample(jax.random.key(0), TASK.data["train"])
     structure = gmn_lopt.analyze(TASK.loss, params, batch)
-    lopt = LearnedOptimizer(structure, gradmetanet=GradMetaNetConfig(width=4, set_layers=1, neuron_layers=0))
+    small = GradMetaNetConfig(width=4, set_layers=1, neuron_layers=0)
+    lopt = LearnedOptimizer(structure, residual=Residual(gradmetanet=SetReader(small)))
     for seed, place in enumerate(("run/optimizer", "saved")):
         save(str(tmp_path / place), lopt, lopt.init(jax.random.key(seed)))
     specs = (str(tmp_path / "run"), f"after truncated={tmp_path / 'saved'}")
-    report = evaluation.main(config(tmp_path / "out", *specs))
+    report = command.main(config(tmp_path / "out", *specs))
     assert [row["name"] for row in report["optimizers"]] == ["adam", "run", "after truncated"]
     assert [row.get("digest") for row in report["optimizers"]] == [
         None,
@@ -164,7 +170,7 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
     # Trained further at the same place: computed again, and only that one.
     save(str(tmp_path / "saved"), lopt, lopt.init(jax.random.key(9)))
     trained.clear()
-    evaluation.main(config(tmp_path / "out", *specs))
+    command.main(config(tmp_path / "out", *specs))
     assert trained == ["after truncated"]
 
 
@@ -182,19 +188,16 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
         ("--optimizer /no/such/place", "/no/such/place"),
         ("--optimizer tests", "config.json"),
         ("--seeds three", "three"),
-        ("--task-setting hidden", "NAME=VALUE"),
-        ("--task-setting hidden=1.2.3", "NAME=VALUE"),
-        ("--task-setting 3=4", "NAME=VALUE"),
-        ("--task-setting hidden=6 --task-setting hidden=7", "each setting once"),
-        ("--task-setting data_dir='x'", "use --data-dir"),
-        ("--transfer two_weights:a=", "--transfer 'two_weights:a=': write two_weights:key=value"),
+        ("--task two_weights:hidden=1.2.3", "--task 'two_weights:hidden=1.2.3': write two_weights:setting=value"),
+        ("--task two_weights:hidden=6,hidden=7", "each setting once"),
+        ("--transfer two_weights:a=", "--transfer 'two_weights:a=': write two_weights:setting=value"),
         ("--transfer two_weights --transfer two_weights", "give each task once"),
         ("--speed 3", "--speed"),
     ],
 )
 def test_bad_input_ends_in_one_line(tmp_path, capsys, changes, says):
     try:
-        code = evaluation.cli(["--task", "two_weights", "--out", str(tmp_path), *changes.split()])
+        code = command.cli(["--task", "two_weights", "--out", str(tmp_path), *changes.split()])
     except SystemExit as error:
         code = error.code
     captured = capsys.readouterr()
@@ -211,22 +214,22 @@ def test_settings_of_the_task(tmp_path, monkeypatch, capsys):
         given.update(settings)
         return TASK
 
-    monkeypatch.setattr(evaluation, "load_task", load_task)
-    settings = ("hidden=64", "widths=(3, 4)", "augment=False")
-    report = evaluation.main(config(tmp_path, task_setting=settings))
-    assert given == {"hidden": 64, "widths": (3, 4), "augment": False}
-    assert report["settings"]["task_settings"] == {"hidden": 64, "widths": [3, 4], "augment": False}
+    monkeypatch.setattr(command, "load_task", load_task)
+    task = "two_weights:hidden=64, widths=(3, 4), augment=False, data=wine"
+    report = command.main(config(tmp_path, task=task))
+    assert given == {"hidden": 64, "widths": (3, 4), "augment": False, "data": "wine"}
+    assert report["settings"]["task_settings"] == given | {"widths": [3, 4]}
     title = (tmp_path / "report.md").read_text().splitlines()[0]
-    assert title.startswith("# two_weights (hidden=64, widths=3x4, augment=False): ")
-    assert evaluation.main(config(tmp_path, task_setting=settings))["settings"] == report["settings"]
-    with pytest.raises(ResultsError, match=r"task_settings was .*, is None"):
-        evaluation.main(config(tmp_path))
+    assert title.startswith("# two_weights (hidden=64, widths=3x4, augment=False, data=wine): ")
+    assert command.main(config(tmp_path, task=task.replace(" ", "")))["settings"] == report["settings"]
+    with pytest.raises(UsageError, match=r"task_settings was .*, is None"):
+        command.main(config(tmp_path))
 
 
 def test_the_validation_split_may_stand_for_the_test_split(tmp_path):
     losses = {}
     for split in ("test", "valid"):
-        report = evaluation.main(config(tmp_path / split, split=split))
+        report = command.main(config(tmp_path / split, split=split))
         losses[split] = report["optimizers"][0]["best_test_loss"]
         assert report["settings"].get("split", "test") == split
     assert losses["test"] != losses["valid"]
@@ -242,12 +245,14 @@ def test_transfer_is_one_command(tmp_path, monkeypatch, capsys):
         given.append((name, settings))
         return steeper if settings else TASK
 
-    monkeypatch.setattr(evaluation, "load_task", load_task)
-    monkeypatch.setattr(evaluation, "time_per_step", lambda task, everyone, **_: np.ones((len(everyone), 2)))
+    monkeypatch.setattr(command, "load_task", load_task)
+    monkeypatch.setattr(
+        evaluation, "time_per_step", lambda task, everyone, **_: Timing(np.ones((len(everyone), 2)), False, 0.0)
+    )
     for name in ("plot_curves", "plot_trajectories"):
         monkeypatch.setattr(evaluation.plots, name, lambda *_: None)
     transfers = ("two_weights:scale=2, dims=(3, 4)", "two_weights:scale='a/b'")
-    report = evaluation.main(config(tmp_path / "out", LION, transfer=transfers))
+    report = command.main(config(tmp_path / "out", LION, transfer=transfers))
     assert given == [
         ("two_weights", {}),
         ("two_weights", {"scale": 2, "dims": (3, 4)}),
@@ -258,7 +263,7 @@ def test_transfer_is_one_command(tmp_path, monkeypatch, capsys):
     assert report == json.loads((tmp_path / "out" / "report.json").read_text())
     there = json.loads((tmp_path / "out" / "transfer" / places[0] / "report.json").read_text())
     assert there["curves"]["test_loss"] != report["curves"]["test_loss"]
-    alone = evaluation.main(config(tmp_path / "alone", LION, task_setting=("scale=2", "dims=(3, 4)")))
+    alone = command.main(config(tmp_path / "alone", LION, task="two_weights:scale=2,dims=(3, 4)"))
     assert alone == there
 
     rows = (tmp_path / "out" / "transfer.md").read_text().splitlines()[4:]
@@ -270,27 +275,19 @@ def test_transfer_is_one_command(tmp_path, monkeypatch, capsys):
     assert "\n".join(rows) in capsys.readouterr().out
 
 
-def test_a_setting_may_be_a_bare_word():
-    settings = evaluation.parse_task_settings(["data=wine", "other='a b'", "none=None", "flag=True"])
-    assert settings == {"data": "wine", "other": "a b", "none": None, "flag": True}
-    with pytest.raises(evaluation.UsageError, match="write NAME=VALUE"):
-        evaluation.parse_task_settings(["data=not a word"])
-
-
 def test_a_transfer_that_cannot_be_done_is_refused_before_anything_runs(tmp_path, monkeypatch, capsys):
     monkeypatch.undo()
     arguments = ["--task", "digits_mlp", "--out", str(tmp_path)]
     for transfer, says in (("digits_mlp:depth=3", "no setting depth"), ("linear_regression", "does not divide")):
-        assert evaluation.cli([*arguments, "--transfer", transfer, "--eval-every", "20"]) == 2
+        assert command.cli([*arguments, "--transfer", transfer, "--eval-every", "20"]) == 2
         assert says in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.npz"))  # no results
 
 
 def test_a_part_of_the_test_split_is_named_and_as_large_for_validation(tmp_path, monkeypatch):
     part = replace(TASK, data={**TASK.data, "test": TASK.data["test"][:5]}, test_subset="5 pairs of numbers")
-    monkeypatch.setattr(evaluation, "load_task", lambda name, data_dir: part)
     for split in ("test", "valid"):
-        problem = evaluation.prepare(config(tmp_path / split, split=split))
+        problem = evaluation.prepare(part, (), tmp_path / split, config(tmp_path, split=split))
         expected = TASK.data["test"][:5] if split == "test" else TASK.data["valid"][::3]
         np.testing.assert_array_equal(problem.task.data["test"], expected)
         evaluation.evaluate(problem)
@@ -300,30 +297,36 @@ def test_a_part_of_the_test_split_is_named_and_as_large_for_validation(tmp_path,
 
 def test_results_depend_on_the_files_that_a_task_is_made_of(monkeypatch, tmp_path):
     monkeypatch.undo()
-    task = evaluation.find_task("text_transformer", None)
-    before = evaluation._file_digest(task)
-    assert before != evaluation._file_digest(evaluation.find_task("digits_mlp", None))
-    (tmp_path / "model.py").write_text("def loss(params, batch): ...")
+    own, other = tmp_path / "task.py", tmp_path / "model.py"
+    own.write_text("a = 1")
+    other.write_text("def loss(params, batch): ...")
     names: dict = {}
-    exec(compile("def loss(params, batch): ...", str(tmp_path / "model.py"), "exec"), names)
-    assert evaluation._file_digest(replace(task, loss=names["loss"])) != before
+    exec(compile(other.read_text(), str(other), "exec"), names)
+    task = replace(TASK, loss=names["loss"])
+    digests = {evaluation._file_digest(TASK, ()), evaluation._file_digest(task, [own])}
+    for file in (own, other):
+        file.write_text(file.read_text() + "\n")
+        digests.add(evaluation._file_digest(task, [own]))
+    assert len(digests) == 4
+    assert command.task_file("digits_mlp").name == "digits_mlp.py"
+    assert command.task_file("gmn_lopt.meta.task:Task").name == "task.py"
 
 
-def test_settings_reach_the_task(monkeypatch):
+def test_settings_reach_the_task(monkeypatch, tmp_path):
     monkeypatch.undo()
-    task = evaluation.find_task("digits_mlp", None, hidden=7, batch_size=5)
+    task = command.problem_of(config(tmp_path), tmp_path, "--task", "digits_mlp", {"hidden": 7, "batch_size": 5}).task
     assert [layer["kernel"].shape for layer in task.init(jax.random.key(0)).values()] == [(64, 7), (7, 10)]
     assert task.batch_size == 5
     for settings, says in (({"depth": 3}, "no setting depth; it has: hidden"), ({"hidden": "wide"}, "digits_mlp")):
-        with pytest.raises(evaluation.UsageError, match=says):
-            evaluation.find_task("digits_mlp", None, **settings)
+        with pytest.raises(UsageError, match=says):
+            command.problem_of(config(tmp_path), tmp_path, "--task", "digits_mlp", settings)
 
 
 def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, capsys):
-    evaluation.main(config(tmp_path))
+    command.main(config(tmp_path))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     capsys.readouterr()
-    assert evaluation.cli(["--task", "two_weights", "--out", str(tmp_path), "--seeds", "3"]) == 2
+    assert command.cli(["--task", "two_weights", "--out", str(tmp_path), "--seeds", "3"]) == 2
     error = capsys.readouterr().err
     assert re.search(r"seeds was \[0, 1\], is \[0, 1, 2\]", error)
     assert error.count("\n") == 1
@@ -333,6 +336,6 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, capsys):
 def test_unknown_tasks_are_refused(monkeypatch, tmp_path, capsys):
     monkeypatch.undo()
     for name in ("digits", "_cache", "../tasks/digits_mlp"):
-        assert evaluation.cli(["--task", name, "--out", str(tmp_path)]) == 2
+        assert command.cli(["--task", name, "--out", str(tmp_path)]) == 2
         assert "digits_mlp" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

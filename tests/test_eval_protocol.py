@@ -8,6 +8,7 @@ import pytest
 
 from gmn_lopt.evaluation import protocol
 from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
+from gmn_lopt.util.errors import UsageError
 
 STEPS = np.array([10, 20, 30, 40, 50])
 ADAM = np.array([[5.0, 3, 1, 2, 1], [4, 3, 2, 1.5, 1.2]])
@@ -54,7 +55,7 @@ def test_tuning_takes_the_best_mean_over_seeds_of_the_best_loss():
         ]
     )
     assert protocol.best_setting(curves) == 0
-    with pytest.raises(protocol.ProtocolError, match="finite"):
+    with pytest.raises(UsageError, match="finite"):
         protocol.best_setting(curves[3:])
 
 
@@ -74,7 +75,7 @@ def test_default_distance_of_evaluations(horizon, every):
     assert protocol.evaluation_steps(horizon, every)[-1] == horizon
 
 
-def report_of(*others: np.ndarray, smoothing: int = 1, loss_cap: float = 9.0):
+def report_of(*others: np.ndarray, smoothing: int = 1, loss_cap: float = 9.0, waiting: float = 0.01):
     def outcome(name, curves, milliseconds):
         times = np.array([milliseconds, milliseconds, 100.0]) / 1e3  # the median does not mind one slow round
         return Outcome(name, name, curves, np.ones_like(curves), times, np.zeros((2, 6, 0)))
@@ -82,7 +83,7 @@ def report_of(*others: np.ndarray, smoothing: int = 1, loss_cap: float = 9.0):
     settings = {"task": "toy", "horizon": 50, "eval_every": 10, "smoothing": smoothing, "test_examples": 7}
     outcomes = [outcome("adam", ADAM, 1.0), *(outcome(f"other {i}", curves, 4.0) for i, curves in enumerate(others))]
     grid = np.stack([ADAM + 1] * 19 + [ADAM])
-    return build_report(settings | {"loss_cap": loss_cap}, {"jax": "1"}, [3, 4], grid, outcomes)
+    return build_report(settings | {"loss_cap": loss_cap}, {"jax": "1"}, [3, 4], grid, outcomes, True, waiting)
 
 
 def test_report_says_what_the_protocol_asks_for():
@@ -130,3 +131,13 @@ def test_a_diverged_run_is_not_averaged_away():
 def test_smoothing_applies_to_the_baseline_too():
     report = report_of(smoothing=2)
     assert report["baseline"]["seeds"][0] == {"seed": 3, "best_test_loss": 1.5, "step": 40}
+
+
+def test_a_busy_machine_is_said():
+    calm, busy = (report_of(ADAM, waiting=waiting) for waiting in (0.09, 0.43))
+    assert calm["timing"] == {"one_core": True, "waiting": 0.09, "busy": False}
+    assert busy["timing"] == {"one_core": True, "waiting": 0.43, "busy": True}
+    for text in (table(busy), markdown(busy, [])):
+        assert "The machine was busy while steps were timed (43% of the time" in text
+    assert "busy" not in markdown(calm, [])
+    assert "the batch is given) on one core, median of 3 rounds" in markdown(calm, [])

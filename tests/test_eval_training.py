@@ -1,5 +1,9 @@
 """Training curves: the same problem for every optimizer, and the same numbers as a plain loop."""
 
+import os
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -169,8 +173,27 @@ def test_loss_on_parts_needs_the_memory_of_one_part():
 def test_timing_tells_slow_from_fast():
     calls = []
     candidates = [Candidate("a", "", "", slow, jnp.array(0.1)), Candidate("b", "", "", adam, jnp.array(0.1))]
-    times = time_per_step(regression(), candidates, rounds=3, seconds=0.01, progress=lambda: calls.append(1))
+    timing = time_per_step(regression(), candidates, rounds=3, seconds=0.01, progress=lambda: calls.append(1))
+    times = timing.seconds
     assert times.shape == (2, 3)
+    assert not timing.one_core
     assert len(calls) == 6
     assert (times > 0).all()
     assert np.median(times[0]) > 2 * np.median(times[1])
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="needs Linux")
+def test_a_busy_machine_is_noticed_and_slows_all_alike():
+    candidates = [Candidate("a", "", "", slow, jnp.array(0.1)), Candidate("b", "", "", adam, jnp.array(0.1))]
+    core = sorted(os.sched_getaffinity(0))[os.getpid() % len(os.sched_getaffinity(0))]
+    program = f"import os; os.sched_setaffinity(0, [{core}])\nwhile True: pass"
+    loops = [subprocess.Popen([sys.executable, "-c", program]) for _ in range(3)]
+    try:
+        timing = time_per_step(regression(), candidates, rounds=5, seconds=0.03, on_one_core=True)
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    assert timing.one_core
+    assert timing.waiting > 0.4
+    assert np.median(timing.seconds[0]) > 1.5 * np.median(timing.seconds[1])

@@ -54,8 +54,8 @@ from gmn_lopt.util import codec
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.hardware import describe_hardware, use_all_cores
 from gmn_lopt.util.spec import format_spec, parse_spec
-from tasks import load_task
-from tasks._mixture import make_all
+from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks.mixture import make_all
 
 MIXTURE = "mixture"
 

@@ -17,11 +17,7 @@ MARKERS = "osD^vP*X"
 
 
 def plot_curves(
-    file: Path,
-    title: str,
-    steps: Int[np.ndarray, "E"],
-    smoothing: int,
-    outcomes: Sequence[Outcome],
+    file: Path, title: str, steps: Int[np.ndarray, "E"], smoothing: int, outcomes: Sequence[Outcome]
 ) -> None:
     """Draw the mean test loss of each optimizer with the range over seeds, and where it passes Adam's best.
 
@@ -53,30 +49,12 @@ def plot_curves(
             steps, shown.min(axis=0), shown.max(axis=0), where=whole, color=colour, alpha=0.16, linewidth=0, zorder=1
         )
         if len(hits):
-            axes.errorbar(
-                hits.mean(),
-                best,
-                xerr=[[hits.mean() - hits.min()], [hits.max() - hits.mean()]],
-                fmt=marker,
-                color=colour,
-                markeredgecolor="white",
-                markersize=9,
-                capsize=3,
-                elinewidth=1.3,
-                zorder=6 + 0.1 * i,
-            )
+            spread = [[hits.mean() - hits.min()], [hits.max() - hits.mean()]]
+            style: Any = {"markeredgecolor": "white", "markersize": 9, "capsize": 3, "elinewidth": 1.3}
+            axes.errorbar(hits.mean(), best, xerr=spread, fmt=marker, color=colour, zorder=6 + 0.1 * i, **style)
 
-    axes.annotate(
-        f"tuned Adam's best: {best:.3g}",
-        (0.0, best),
-        xycoords=("axes fraction", "data"),
-        xytext=(4, -3),
-        textcoords="offset points",
-        ha="left",
-        va="top",
-        fontsize=8.5,
-        color=COLOURS[0],
-    )
+    place: Any = {"xycoords": ("axes fraction", "data"), "xytext": (4, -3), "textcoords": "offset points", "va": "top"}
+    axes.annotate(f"tuned Adam's best: {best:.3g}", (0.0, best), fontsize=8.5, color=COLOURS[0], **place)
     low, high = _limits(curves)
     axes.set_yscale("log" if low > 0 and high > 4 * low else "linear")
     axes.set(xlim=(0, steps[-1]), ylim=(low, high), xlabel="training step", title=title)
@@ -85,16 +63,11 @@ def plot_curves(
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=9)
-    figure.text(
-        0.995,
-        -0.005,
-        f"mean over {seeds} seed{'s' * (seeds != 1)}, bands: lowest to highest; markers: where an optimizer "
-        "passes Adam's best, mean and range over the seeds that do",
-        ha="right",
-        va="top",
-        fontsize=7.5,
-        color="#666666",
+    note = (
+        f"mean over {seeds} seed{'s' * (seeds != 1)}, bands: lowest to highest; markers: where an optimizer passes "
+        "Adam's best, mean and range over the seeds that do"
     )
+    figure.text(0.995, -0.005, note, ha="right", va="top", fontsize=7.5, color="#666666")
     figure.savefig(file, bbox_inches="tight")
 
 
@@ -135,15 +108,8 @@ def plot_trajectories(
         axes.contourf(x, y, values, levels=levels, cmap="Greys", alpha=0.35)
         axes.contour(x, y, values, levels=levels, colors="#8a8a8a", linewidths=0.5)
         for i, (outcome, path) in enumerate(zip(outcomes, paths)):
-            axes.plot(
-                path[:, 0],
-                path[:, 1],
-                color=COLOURS[i % len(COLOURS)],
-                marker=MARKERS[i % len(MARKERS)],
-                markersize=4,
-                linewidth=1.4,
-                label=outcome.name,
-            )
+            style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
+            axes.plot(*path.T, linewidth=1.4, label=outcome.name, **style)
         axes.plot(*paths[0][0], "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
         axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="weight 1", title=f"seed {seeds[s]}")
         axes.set_aspect("equal")

@@ -10,12 +10,10 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
+from gmn_lopt.util.errors import UsageError
+
 LEARNING_RATES = tuple(0.0005 * j for j in range(1, 21))
 """The grid that Adam is tuned on."""
-
-
-class ProtocolError(ValueError):
-    """The protocol cannot be carried out on these curves."""
 
 
 class Target(NamedTuple):
@@ -58,11 +56,11 @@ def best_setting(curves: Float[np.ndarray, "H S E"]) -> int:
     """The setting of a grid with the best mean over seeds of the best test loss (the first of equals).
 
     Raises:
-        ProtocolError: if no setting has a finite loss on every seed.
+        UsageError: if no setting has a finite loss on every seed.
     """
     means = curves.min(axis=2).mean(axis=1)
     if not np.isfinite(means).any():
-        raise ProtocolError("no learning rate of Adam's grid reaches a finite test loss on every seed: check the task")
+        raise UsageError("no learning rate of Adam's grid reaches a finite test loss on every seed: check the task")
     return int(np.argmin(means))
 
 

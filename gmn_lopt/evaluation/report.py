@@ -10,6 +10,9 @@ from jaxtyping import Float
 
 from gmn_lopt.evaluation import protocol
 
+BUSY = 0.1
+"""The part of the time spent waiting for a processor from which a machine was busy, so that times are uncertain."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -40,6 +43,8 @@ def build_report(
     seeds: Sequence[int],
     grid_curves: Float[np.ndarray, "H S E"],
     outcomes: Sequence[Outcome],
+    one_core: bool = False,
+    waiting: float = 0.0,
 ) -> dict[str, Any]:
     """Carry out the protocol on measured curves.
 
@@ -49,6 +54,8 @@ def build_report(
         seeds: the seeds, in the order of the curves' rows.
         grid_curves: Adam's test losses for ``protocol.LEARNING_RATES``, not smoothed.
         outcomes: the optimizers; the first one is tuned Adam, the baseline.
+        one_core: whether steps were timed on one core.
+        waiting: the part of the time in which they waited for a processor.
 
     Returns:
         A JSON value; numbers that are not finite are None.
@@ -66,13 +73,16 @@ def build_report(
         seconds = float(np.median(outcome.seconds_per_step))
         first = protocol.first_steps(smoothed, steps, goal.loss)
         factor = protocol.step_reduction(smoothed, steps, goal)
-        measures = {
-            "step_reduction": factor,
-            "training_time_speed_up": factor * baseline_seconds / seconds,
+        # A mean over the seeds that did not diverge would flatter; only of the factors are misses told apart.
+        factors = {"step_reduction": factor, "training_time_speed_up": factor * baseline_seconds / seconds}
+        losses = {
             "best_test_loss": smoothed.min(axis=1),
             "final_test_loss": smoothed[:, -1],
             "mean_training_loss": outcome.train_loss.mean(axis=1),
         }
+        measures = factors | losses
+        spreads = {key: dict(zip(("mean", "std"), protocol.mean_and_std(value))) for key, value in measures.items()}
+        spreads |= {key: {"mean": math.inf, "std": None} for key, v in losses.items() if not np.isfinite(v).all()}
         rows.append(
             {
                 "name": outcome.name,
@@ -80,7 +90,7 @@ def build_report(
                 **({"digest": outcome.digest} if outcome.digest else {}),
                 "hits": int(np.isfinite(first).sum()),
                 "misses": int(np.isnan(first).sum()),
-                **{key: dict(zip(("mean", "std"), protocol.mean_and_std(value))) for key, value in measures.items()},
+                **spreads,
                 "seconds_per_step": {"median": seconds, "rounds": outcome.seconds_per_step.tolist()},
                 "seeds": [
                     {"seed": seed, "miss": bool(np.isnan(first[i])), "first_step": _integer(first[i])}
@@ -89,10 +99,6 @@ def build_report(
                 ],
             }
         )
-        for key, value in measures.items():
-            # A mean over the seeds that did not diverge would flatter; only of the factor are the misses told apart.
-            if key not in ("step_reduction", "training_time_speed_up") and not np.isfinite(value).all():
-                rows[-1][key] = {"mean": math.inf, "std": None}
     chosen = protocol.best_setting(protocol.smooth(grid_curves, window))
     report = {
         "settings": dict(settings),
@@ -110,6 +116,7 @@ def build_report(
                 for rate, best in zip(protocol.LEARNING_RATES, grid_best)
             ],
         },
+        "timing": {"one_core": one_core, "waiting": waiting, "busy": waiting > BUSY},
         "optimizers": rows,
         "curves": {
             "steps": steps.tolist(),
@@ -129,31 +136,25 @@ def task_title(settings: Mapping[str, Any]) -> str:
 
 
 def table(report: Mapping[str, Any]) -> str:
-    """The main table: one line per optimizer, in Markdown with aligned columns."""
-    head = [
-        "optimizer",
-        "step reduction",
-        "training-time speed-up",
-        "best test loss",
-        "final test loss",
-        "mean training loss",
-        "time per step",
-    ]
+    """The main table: one line per optimizer, in Markdown with aligned columns; a footnote if the machine was busy."""
+    columns = {
+        "step_reduction": ("step reduction", 2),
+        "training_time_speed_up": ("training-time speed-up", 2),
+        "best_test_loss": ("best test loss", 4),
+        "final_test_loss": ("final test loss", 4),
+        "mean_training_loss": ("mean training loss", 4),
+    }
+    head = ["optimizer", *(name for name, _ in columns.values()), "time per step"]
     lines = []
     for row in report["optimizers"]:
-        misses = _misses(row)
-        lines.append(
-            [
-                row["name"],
-                spread(row["step_reduction"], 2) + misses,
-                spread(row["training_time_speed_up"], 2) + misses,
-                spread(row["best_test_loss"], 4),
-                spread(row["final_test_loss"], 4),
-                spread(row["mean_training_loss"], 4),
-                f"{row['seconds_per_step']['median'] * 1e3:.3f} ms",
-            ]
-        )
-    return _markdown(head, lines)
+        cells = [spread(row[key], n) + _misses(row) * (not key.endswith("loss")) for key, (_, n) in columns.items()]
+        lines.append([row["name"], *cells, f"{row['seconds_per_step']['median'] * 1e3:.3f} ms"])
+    waiting = report["timing"]["waiting"]
+    busy = (
+        f"\n\nThe machine was busy while steps were timed ({waiting:.0%} of the time went by waiting for a processor): "
+        "times per step and training-time speed-ups are uncertain."
+    )
+    return markdown_table(head, lines) + busy * report["timing"]["busy"]
 
 
 def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
@@ -166,8 +167,10 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
     settings, environment, baseline = report["settings"], report["environment"], report["baseline"]
     count, rate = len(baseline["seeds"]), baseline["learning_rate"]
     smoothing, cap = settings["smoothing"], settings["loss_cap"]
+    capped = "" if cap is None else f" Training losses above {cap:g} or not finite count as {cap:g}."
     edge = " **This is the edge of the grid: Adam might do better beyond it.**" if baseline["at_edge_of_grid"] else ""
     names = [row["name"] for row in report["optimizers"]]
+    rounds = len(report["optimizers"][0]["seconds_per_step"]["rounds"])
     per_seed = [
         [str(seed["seed"]), f"{seed['best_test_loss']:.4f}", str(seed["step"])]
         + [_seed_cell(row["seeds"][i]) for row in report["optimizers"][1:]]
@@ -200,17 +203,17 @@ def markdown(report: Mapping[str, Any], pictures: Sequence[str]) -> str:
         + f"- Tuned Adam: learning rate {rate:g}, of 0.0005 j for j = 1..20 the one with the best mean over seeds of "
         f"the best test loss.{edge}\n"
         "- Every optimizer trains from the same initialisations on the same batches: both depend on the seed only.\n"
-        "- Test losses that are not finite count as infinite."
-        + (f" Training losses above {cap:g} or not finite count as {cap:g}.\n" if cap is not None else "\n")
-        + f"- Time per step: one compiled step (gradients, factors where needed, update; the batch is given), "
-        f"median of {len(report['optimizers'][0]['seconds_per_step']['rounds'])} rounds in which all optimizers took "
-        "turns.",
+        f"- Test losses that are not finite count as infinite.{capped}\n"
+        "- Time per step: one compiled step (gradients, factors where needed, update; the batch is given)"
+        f"{' on one core' * report['timing']['one_core']}, median of {rounds} rounds in which all took turns.",
         "## Seeds",
-        _markdown(["seed", "Adam's `L*`", "at step", *(f"{name}: factor (at step)" for name in names[1:])], per_seed),
+        markdown_table(
+            ["seed", "Adam's `L*`", "at step", *(f"{name}: factor (at step)" for name in names[1:])], per_seed
+        ),
         "## Adam's learning rates",
-        _markdown(["learning rate", "mean best test loss", ""], grid),
+        markdown_table(["learning rate", "mean best test loss", ""], grid),
         "## Optimizers",
-        _markdown(["name", "source"], sources),
+        markdown_table(["name", "source"], sources),
         "## Environment",
         "\n".join(f"- {key}: {value}" for key, value in environment.items()),
     ]
@@ -228,10 +231,11 @@ def transfer_table(reports: Sequence[Mapping[str, Any]]) -> str:
         cells = [spread(row["step_reduction"], 2) + _misses(row) for row in report["optimizers"][1:]]
         lines.append([task_title(report["settings"]), f"{report['baseline']['learning_rate']:g}", *cells])
     names = [row["name"] for row in reports[0]["optimizers"][1:]]
-    return _markdown(["step reduction on", "Adam's rate", *names], lines)
+    return markdown_table(["step reduction on", "Adam's rate", *names], lines)
 
 
-def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown with aligned columns."""
     cells = [[cell.replace("|", "\\|") for cell in row] for row in (head, *rows)]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(head))]
     lines = ["| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths)) + " |" for row in cells]

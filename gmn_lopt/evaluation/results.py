@@ -11,11 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.files import write_atomically
-
-
-class ResultsError(ValueError):
-    """The output directory cannot be used as asked."""
 
 
 class Results:
@@ -26,7 +23,7 @@ class Results:
         settings: what the results depend on, beside the optimizer. JSON values.
 
     Raises:
-        ResultsError: if the directory cannot be written or holds results of other settings; the message lists the
+        UsageError: if the directory cannot be written or holds results of other settings; the message lists the
             differences.
     """
 
@@ -36,7 +33,7 @@ class Results:
         try:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise ResultsError(f"cannot write to {directory}: {error.strerror}; choose another --out") from None
+            raise UsageError(f"cannot write to {directory}: {error.strerror}; choose another --out") from None
         file = directory / "settings.json"
         if any(directory.glob("*.npz")):
             try:
@@ -47,9 +44,9 @@ class Results:
                     if before.get(key) != settings.get(key)
                 ]
             except (OSError, ValueError, AttributeError):
-                raise ResultsError(f"{file} is missing or not readable: choose another --out, or delete it") from None
+                raise UsageError(f"{file} is missing or not readable: choose another --out, or delete it") from None
             if differences:
-                raise ResultsError(
+                raise UsageError(
                     f"{directory} holds results of another configuration ({'; '.join(differences)}): choose another "
                     "--out, or delete it"
                 )

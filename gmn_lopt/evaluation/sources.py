@@ -1,9 +1,7 @@
 """Where optimizers under evaluation come from: ``optax:NAME:...``, a run, a saved optimizer, a shipped name."""
 
-import ast
 import difflib
 import hashlib
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +13,13 @@ import optax
 
 from gmn_lopt.evaluation.candidate import Candidate, train_step
 from gmn_lopt.factors.structure import GradientStructure
-from gmn_lopt.meta.task import Task
+from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
-from gmn_lopt.optimizers.saved import digest, load_learned, make_optimizer, shipped_names
-from gmn_lopt.util.errors import first_line
+from gmn_lopt.optimizers.saved import digest, load_learned, make_optimizer
+from gmn_lopt.util.errors import UsageError, first_line
+from gmn_lopt.util.spec import parse_spec, split_label
 
-
-class SourceError(ValueError):
-    """An optimizer that was asked for cannot be had, or not for this task."""
+OPTAX = "optax:"
 
 
 def adam(learning_rate: Any) -> optax.GradientTransformation:
@@ -37,7 +34,7 @@ class _Optax:
     source: str
 
     def __call__(self, hyper: Any) -> optax.GradientTransformation:
-        return optax_transformation(self.source)
+        return optax_transformation(*parse_spec(self.source))
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,155 +51,103 @@ class _Learned:
         return self.lopt.optimizer(hyper, **self.settings)
 
 
-def split_label(spec: str) -> tuple[str | None, str]:
-    """Split ``label=source``; the label is None in ``optax:...``, in a path that exists as written, and where what
-    stands before the first ``=`` is an optimizer with the name of its first setting.
-    """
-    label, equals, source = spec.partition("=")
-    if not equals or spec.startswith("optax:") or Path(spec).exists():
-        return None, spec
-    before, colon, setting = label.rpartition(":")
-    if colon and setting.strip().isidentifier() and _is_learned(before):
-        return None, spec
-    if not label.strip() or not source.strip():
-        raise SourceError(f"--optimizer {spec!r}: write LABEL=SOURCE, with neither of them empty")
-    return label.strip(), source.strip()
-
-
-def split_settings(source: str, flag: str = "--optimizer") -> tuple[str, dict[str, Any]]:
-    """Split ``PLACE[:key=value,...]``, the source of a learned optimizer or a task, into the place and the settings.
-
-    Values are Python literals. A path that exists as written is one, whatever it contains.
+def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
+    """Find all optimizers that ``--optimizer`` names and check that they can train the task.
 
     Args:
-        source: what to split.
-        flag: where it was given, for the message.
+        specs: what names one each, ``[LABEL=]SOURCE[:setting=value,...]``. A source is ``optax:NAME``, a run directory
+            of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
+            ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer.
+        task: the task they are to train. Its model is analysed if there is a learned optimizer.
 
     Raises:
-        SourceError: if what follows the colon is not of this form.
+        UsageError: in one line, if one cannot be found, read, or applied to this task, or two have one name.
     """
-    found = re.match(r"(.+?):(\s*[A-Za-z_]\w*\s*=.*)$", source)
-    if Path(source).exists() or found is None:
-        return source, {}
-    try:
-        return found[1], _literals(found[2])
-    except (SyntaxError, ValueError):
-        raise SourceError(
-            f"{flag} {source!r}: write {found[1]}:key=value,key=value with numbers, strings or other literals as values"
-        ) from None
+    structure: GradientStructure | None = None
+    found: list[Candidate] = []
+    for spec in specs:
+        try:
+            label, source, place, settings = parse_source(spec)
+            if place.startswith(OPTAX):
+                candidate = _from_optax(label, source, place, settings)
+            else:
+                structure = structure or task_structure(task)
+                candidate = _learned(label, source, place, settings, structure, found)
+            if candidate.name in ("adam", *(other.name for other in found)):
+                raise ValueError(f"the name {candidate.name!r} is taken; put another label in front, LABEL=...")
+            _check(candidate, task)
+        except (ValueError, OSError, KeyError, TypeError) as error:
+            raise UsageError(f"--optimizer {spec!r}: {first_line(error)}") from None
+        found.append(candidate)
+    return found
 
 
-def parse_optax(spec: str) -> tuple[str, dict[str, Any]]:
-    """Parse ``optax:NAME:key=value,key=value`` into the factory's name and its arguments.
+def parse_source(spec: str) -> tuple[str | None, str, str, dict[str, Any]]:
+    """Split ``[LABEL=]SOURCE[:setting=value,...]``; a path that exists as written is a source, whatever it contains.
 
-    Values are Python literals, read by ``ast.literal_eval``; nothing is evaluated.
+    Returns:
+        The label or None, the source as it is written, and the two parts of it: the place and the settings.
 
     Raises:
-        SourceError: if the arguments are not of this form.
+        ValueError: in one line, if it is not of this form.
+
+    Example:
+        >>> parse_source("fast=optax:lion:learning_rate=3e-4")
+        ('fast', 'optax:lion:learning_rate=3e-4', 'optax:lion', {'learning_rate': 0.0003})
     """
-    name, _, arguments = spec.removeprefix("optax:").partition(":")
-    try:
-        return name.strip(), _literals(arguments)
-    except (SyntaxError, ValueError):
-        raise SourceError(
-            f"--optimizer {spec!r}: write optax:NAME:key=value,key=value with numbers, strings or other literals as "
-            "values, for example optax:lion:learning_rate=3e-4"
-        ) from None
+    if Path(spec).exists():
+        return None, spec, spec, {}
+    name, settings = parse_spec(spec)
+    label, place = split_label(name)
+    source = spec if label is None else spec.partition("=")[2].strip()
+    if Path(source).exists():
+        return label, source, source, {}
+    return label, source, place, settings
 
 
-def optax_transformation(spec: str) -> optax.GradientTransformation:
-    """Build the optimizer that ``optax:NAME:key=value,...`` names; ``NAME`` may be ``contrib.NAME``.
+def optax_transformation(name: str, settings: Mapping[str, Any]) -> optax.GradientTransformation:
+    """Build the optimizer ``optax:NAME`` with these arguments; ``NAME`` may be ``contrib.NAME``.
 
     Raises:
-        SourceError: if optax has no such optimizer or it does not take these arguments.
+        ValueError: in one line, if optax has no such optimizer or it does not take these arguments.
     """
-    name, arguments = parse_optax(spec)
+    name = name.removeprefix(OPTAX)
     module, short = (optax.contrib, name.removeprefix("contrib.")) if name.startswith("contrib.") else (optax, name)
     factory = getattr(module, short, None) if short.isidentifier() and not short.startswith("_") else None
     if not callable(factory):
         near = difflib.get_close_matches(short, [n for n in dir(module) if n[0].islower()], 3)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise SourceError(f"--optimizer {spec!r}: optax has no optimizer {name!r}{hint}")
+        raise ValueError(f"optax has no optimizer {name!r} (write optax:NAME:setting=value,setting=value){hint}")
     try:
-        tx = factory(**arguments)
+        tx = factory(**settings)
     except Exception as error:  # optax checks arguments in many ways
-        raise SourceError(
-            f"--optimizer {spec!r}: optax.{name} does not take these arguments: {first_line(error)}"
-        ) from None
+        raise ValueError(f"optax.{name} does not take these arguments: {first_line(error)}") from None
     if not isinstance(tx, optax.GradientTransformation):
-        raise SourceError(f"--optimizer {spec!r}: optax.{name} does not make an optimizer")
+        raise ValueError(f"optax.{name} does not make an optimizer")
     return tx
 
 
-def find_candidate(
-    spec: str, task: Task, structure: GradientStructure | None, known: Sequence[Candidate] = ()
+def _from_optax(label: str | None, source: str, place: str, settings: Mapping[str, Any]) -> Candidate:
+    optax_transformation(place, settings)
+    name = label or place.removeprefix(OPTAX) + _shown(settings)
+    return Candidate(name, source, _digest(source.encode()), _Optax(source))
+
+
+def _learned(
+    label: str | None,
+    source: str,
+    place: str,
+    settings: Mapping[str, Any],
+    structure: GradientStructure,
+    known: Sequence[Candidate],
 ) -> Candidate:
-    """Find the optimizer that a ``--optimizer`` argument names and check that it can train the task.
-
-    Args:
-        spec: ``[label=]`` and then ``optax:NAME:key=value,...``, or the place of a learned optimizer: a run directory
-            of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
-            after a place ``:key=value,...`` where the optimizer takes settings, such as ``learning_rate``.
-        task: the task it is to train.
-        structure: the gradient structure of the task's model; only learned optimizers need it.
-        known: the candidates found before. A learned optimizer that differs from one of them in its meta-parameters
-            only shares its compiled programs.
-
-    Raises:
-        SourceError: in one line, if it cannot be found, read, or applied to this task.
-    """
-    label, source = split_label(spec)
-    if source.startswith("optax:"):
-        optax_transformation(source)
-        name, arguments = parse_optax(source)
-        candidate = Candidate(label or f"{name}{_shown(arguments)}", source, _digest(source.encode()), _Optax(source))
-    else:
-        if structure is None:
-            raise SourceError(f"--optimizer {spec!r}: a learned optimizer needs the structure of the task's model")
-        candidate = _learned(label, source, structure, known)
-    _check(candidate, task)
-    return candidate
-
-
-def _literals(arguments: str) -> dict[str, Any]:
-    """Read ``key=value,...``, with Python literals as values; nothing is evaluated."""
-    call = ast.parse(f"f({arguments})", mode="eval").body
-    if not isinstance(call, ast.Call) or call.args:
-        raise ValueError
-    values = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-    if len(values) != len(call.keywords):
-        raise ValueError
-    return values
-
-
-def _shown(arguments: Mapping[str, Any]) -> str:
-    return f"({', '.join(f'{key}={value}' for key, value in arguments.items())})"
-
-
-def _is_learned(place: str) -> bool:
-    return Path(place).is_dir() or place in shipped_names()
-
-
-def _digest(*parts: bytes) -> str:
-    found = hashlib.sha256()
-    for part in parts:
-        found.update(len(part).to_bytes(8, "little") + part)
-    return found.hexdigest()
-
-
-def _learned(label: str | None, source: str, structure: GradientStructure, known: Sequence[Candidate]) -> Candidate:
-    place, settings = split_settings(source)
+    """One that differs from a known one in its meta-parameters only shares its compiled programs."""
     path = Path(place)
     directory = path / "optimizer" if (path / "optimizer").is_dir() else path
     if path.is_dir() and not (directory / "config.json").is_file():
-        raise SourceError(
-            f"--optimizer {source!r} is neither a run of meta_train.py nor a saved optimizer: no config.json"
-        )
-    try:
-        lopt, phi = load_learned(str(directory) if path.is_dir() else place, structure)
-        make_optimizer(lopt, phi, settings, place)  # refuses settings that it does not take
-    except (ValueError, OSError, KeyError, TypeError) as error:
-        raise SourceError(f"--optimizer {source!r}: {first_line(error)}") from None
+        raise ValueError("neither a run of meta_train.py nor a saved optimizer: no config.json")
+    lopt, phi = load_learned(str(directory) if path.is_dir() else place, structure)
+    make_optimizer(lopt, phi, settings, place)  # refuses settings that it does not take
     if directory.is_dir():
         files = sorted(file for file in directory.rglob("*") if file.is_file())
         parts = [part for f in files for part in (str(f.relative_to(directory)).encode(), f.read_bytes())]
@@ -216,6 +161,17 @@ def _learned(label: str | None, source: str, structure: GradientStructure, known
     return Candidate(name, source, _digest(*parts), make, phi, lopt.needs_factors, digest(phi))
 
 
+def _shown(settings: Mapping[str, Any]) -> str:
+    return f"({', '.join(f'{key}={value}' for key, value in settings.items())})"
+
+
+def _digest(*parts: bytes) -> str:
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(len(part).to_bytes(8, "little") + part)
+    return found.hexdigest()
+
+
 def _check(candidate: Candidate, task: Task) -> None:
     """Trace one step, without computing anything."""
 
@@ -227,4 +183,4 @@ def _check(candidate: Candidate, task: Task) -> None:
     try:
         jax.eval_shape(step, candidate.hyper, jax.random.key(0), task.data["train"])
     except Exception as error:  # whatever an optimizer may raise: the user needs its name
-        raise SourceError(f"--optimizer {candidate.source!r} cannot train {task.name}: {first_line(error)}") from None
+        raise ValueError(f"cannot train {task.name}: {first_line(error)}") from None

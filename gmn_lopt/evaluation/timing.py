@@ -1,9 +1,10 @@
-"""Wall-clock time per training step, of all optimizers in turn."""
+"""Wall-clock time per training step, of all optimizers in turn, and whether the machine was busy meanwhile."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,24 @@ from jaxtyping import Float
 from gmn_lopt.evaluation.candidate import Candidate, train_step
 from gmn_lopt.evaluation.training import run_keys
 from gmn_lopt.meta.task import Task
+from gmn_lopt.util.threads import one_core
+
+PROBE = 0.005  # seconds of processor time after each measurement, in which waiting for a processor is measured
+
+
+class Timing(NamedTuple):
+    """What was measured.
+
+    Attributes:
+        seconds: time per step of each measurement; the median over rounds is what to report.
+        one_core: whether all was computed by one core.
+        waiting: the part of the time in which this process was ready to compute, but other work had the processor: 0 on
+            an idle machine, a half where one other process shares the core.
+    """
+
+    seconds: Float[np.ndarray, "candidates rounds"]
+    one_core: bool
+    waiting: float
 
 
 def time_per_step(
@@ -20,9 +39,10 @@ def time_per_step(
     *,
     rounds: int = 11,
     seconds: float = 0.05,
+    on_one_core: bool = False,
     progress: Callable[[], Any] = lambda: None,
     clock: Callable[[], float] = time.perf_counter,
-) -> Float[np.ndarray, "candidates rounds"]:
+) -> Timing:
     """Measure the time of one training step of each candidate, in seconds.
 
     A step is one call of one compiled function, not vmapped, its state donated: forward and backward pass, factors if
@@ -34,32 +54,41 @@ def time_per_step(
         candidates: the optimizers.
         rounds: number of measurements of each.
         seconds: about how long one measurement takes; it counts as many steps as fit.
+        on_one_core: whether to compute on one core, where the system allows to ask for it. The steps of small models
+            gain nothing from several, and with other work on the machine their threads wait for each other.
         progress: called after each measurement.
         clock: what to measure time with; ``time.process_time`` counts no waiting for a processor that others use.
-
-    Returns:
-        Time per step of each measurement; the median over rounds is what to report.
     """
     init_key, batch_key = run_keys(0)
     batch = jax.jit(task.sample)(jax.random.fold_in(batch_key, 0), task.data["train"])
-
-    states, steps = [], []
-    for candidate in candidates:
-        params = jax.jit(task.init)(init_key)
-        state = (params, jax.jit(candidate.make(candidate.hyper).init)(params))
-        # Donation needs every buffer once; an initial state may hold the same constant several times.
-        state = jax.tree.map(lambda x: x.copy(), state)
-        _, state = _measure(task, candidate, batch, state, 2, clock)  # compiles
-        duration, state = _measure(task, candidate, batch, state, 5, clock)
-        states.append(state)
-        steps.append(max(3, round(seconds / duration)))
-
     times = np.zeros((len(candidates), rounds))
-    for r in range(rounds):
-        for i in (*range(r % len(candidates), len(candidates)), *range(r % len(candidates))):
-            times[i, r], states[i] = _measure(task, candidates[i], batch, states[i], steps[i], clock)
-            progress()
-    return times
+    waited = computed = 0.0
+    states, steps = [], []
+    with one_core() if on_one_core else contextlib.nullcontext(False) as alone:
+        for candidate in candidates:
+            params = jax.jit(task.init)(init_key)
+            state = (params, jax.jit(candidate.make(candidate.hyper).init)(params))
+            # Donation needs every buffer once; an initial state may hold the same constant several times.
+            state = jax.tree.map(lambda x: x.copy(), state)
+            _, state = _measure(task, candidate, batch, state, 2, clock)  # compiles
+            duration, state = _measure(task, candidate, batch, state, 5, clock)
+            states.append(state)
+            steps.append(max(3, round(seconds / duration)))
+        for r in range(rounds):
+            for i in (*range(r % len(candidates), len(candidates)), *range(r % len(candidates))):
+                times[i, r], states[i] = _measure(task, candidates[i], batch, states[i], steps[i], clock)
+                wall, processor = _probe()
+                waited, computed = waited + max(0.0, wall - processor), computed + processor
+                progress()
+    return Timing(times, alone, waited / (waited + computed))
+
+
+def _probe() -> tuple[float, float]:
+    """Seconds of the wall clock and of processor time that a loop takes: alike, unless other work has the processor."""
+    wall, processor = time.perf_counter(), time.thread_time()
+    while time.thread_time() - processor < PROBE:
+        pass
+    return time.perf_counter() - wall, time.thread_time() - processor
 
 
 def _measure(

@@ -68,42 +68,46 @@ def training_curves(
     evaluations = task.horizon // eval_every
     if evaluations * eval_every != task.horizon:
         raise ValueError(f"eval_every={eval_every} must divide the horizon {task.horizon}")
-    windows = max(n for n in range(1, max(1, evaluations // 20) + 1) if evaluations % n == 0)
+    # Evaluations in one call: as many calls as evaluations up to twenty, some twenty beyond.
+    at_once = max(n for n in range(1, max(1, evaluations // 20) + 1) if evaluations % n == 0)
+    plan = _Plan(
+        *(task.init, task.loss, task.sample, task.loss_cap, task.at_once, candidate.make, candidate.needs_factors),
+        *(eval_every, at_once, grid, record_weights),
+    )
     init_keys, batch_keys = (jnp.stack(keys) for keys in zip(*map(run_keys, seeds)))
     runs = len(seeds) * (len(jax.tree.leaves(candidate.hyper)[0]) if grid else 1)
 
-    state = _start(candidate.hyper, init_keys, init=task.init, make=candidate.make, grid=grid)
-    train_split, test_split = jax.device_put((task.data["train"], task.data["test"]))
+    state = _start(candidate.hyper, init_keys, plan)
+    splits = jax.device_put((task.data["train"], task.data["test"]))
     pieces = []
     if record_weights:
         first = _vectors(state[0], len(init_keys.shape) + grid)
-    for start in range(0, task.horizon, windows * eval_every):
-        state, piece = _advance(
-            state,
-            candidate.hyper,
-            batch_keys,
-            start,
-            train_split,
-            test_split,
-            loss=task.loss,
-            cap=task.loss_cap,
-            sample=task.sample,
-            make=candidate.make,
-            needs_factors=candidate.needs_factors,
-            eval_every=eval_every,
-            windows=windows,
-            grid=grid,
-            record_weights=record_weights,
-            at_once=task.at_once,
-        )
+    for start in range(0, task.horizon, at_once * eval_every):
+        state, piece = _advance(state, candidate.hyper, batch_keys, start, *splits, plan)
         pieces.append(jax.device_get(piece))
-        progress(runs * windows * eval_every)
+        progress(runs * at_once * eval_every)
     test, train, weights = (np.concatenate(parts, axis=1 + grid) for parts in zip(*pieces))
     if record_weights:
         weights = np.concatenate([np.expand_dims(first, 1 + grid), weights], axis=1 + grid)
     else:
         weights = np.zeros((*test.shape[:-1], test.shape[-1] + 1, 0), test.dtype)
     return Curves(test, train, weights)
+
+
+class _Plan(NamedTuple):
+    """What a compiled program is found by."""
+
+    init: Callable[..., Any]
+    loss: Callable[..., Any]
+    sample: Callable[..., Any]
+    cap: float
+    examples_at_once: int | None
+    make: Callable[..., Any]
+    needs_factors: bool
+    eval_every: int
+    evaluations: int
+    grid: bool
+    record_weights: bool
 
 
 def _over_runs(run: Callable[..., Any], grid: bool) -> Callable[..., Any]:
@@ -115,69 +119,36 @@ def _over_runs(run: Callable[..., Any], grid: bool) -> Callable[..., Any]:
     return jax.vmap(over_seeds, in_axes=(0, 0, None)) if grid else over_seeds
 
 
-@partial(jax.jit, static_argnames=("init", "make", "grid"))
-def _start(hyper, keys, *, init, make, grid):
+@partial(jax.jit, static_argnames="plan")
+def _start(hyper, keys, plan):
     def run(_, hyper, key):
-        params = init(key)
-        return params, make(hyper).init(params)
+        params = plan.init(key)
+        return params, plan.make(hyper).init(params)
 
-    shape = (len(jax.tree.leaves(hyper)[0]), len(keys)) if grid else (len(keys),)
-    return _over_runs(run, grid)(jnp.zeros(shape), hyper, keys)
+    shape = (len(jax.tree.leaves(hyper)[0]), len(keys)) if plan.grid else (len(keys),)
+    return _over_runs(run, plan.grid)(jnp.zeros(shape), hyper, keys)
 
 
-@partial(
-    jax.jit,
-    static_argnames=(
-        "loss",
-        "cap",
-        "sample",
-        "make",
-        "needs_factors",
-        "eval_every",
-        "windows",
-        "grid",
-        "record_weights",
-        "at_once",
-    ),
-    donate_argnames="state",
-)
-def _advance(
-    state,
-    hyper,
-    keys,
-    start,
-    train,
-    test,
-    *,
-    loss,
-    cap,
-    sample,
-    make,
-    needs_factors,
-    eval_every,
-    windows,
-    grid,
-    record_weights,
-    at_once,
-):
-    """``windows`` times: ``eval_every`` steps, then one evaluation. The splits are arguments, not constants."""
+@partial(jax.jit, static_argnames="plan", donate_argnames="state")
+def _advance(state, hyper, keys, start, train, test, plan):
+    """Some times ``eval_every`` steps and then one evaluation. The splits are arguments, not constants."""
 
     def run(state, hyper, key):
-        tx = make(hyper)
+        tx = plan.make(hyper)
 
         def step(carry, t):
-            batch = sample(jax.random.fold_in(key, t), train)
-            params, opt_state, value = train_step(loss, tx, needs_factors, carry[0], carry[1], batch)
-            return (params, opt_state), jnp.where(jnp.isfinite(value), jnp.minimum(value, cap), cap)
+            batch = plan.sample(jax.random.fold_in(key, t), train)
+            params, opt_state, value = train_step(plan.loss, tx, plan.needs_factors, carry[0], carry[1], batch)
+            return (params, opt_state), jnp.where(jnp.isfinite(value), jnp.minimum(value, plan.cap), plan.cap)
 
-        def window(carry, first):
-            carry, values = jax.lax.scan(step, carry, first + jnp.arange(eval_every))
-            weights = _vector(carry[0]) if record_weights else jnp.zeros(0)
-            return carry, (mean_loss(loss, carry[0], test, at_once), values.mean(), weights)
+        def to_evaluation(carry, first):
+            carry, values = jax.lax.scan(step, carry, first + jnp.arange(plan.eval_every))
+            weights = _vector(carry[0]) if plan.record_weights else jnp.zeros(0)
+            return carry, (mean_loss(plan.loss, carry[0], test, plan.examples_at_once), values.mean(), weights)
 
-        return jax.lax.scan(window, state, start + eval_every * jnp.arange(windows))
+        return jax.lax.scan(to_evaluation, state, start + plan.eval_every * jnp.arange(plan.evaluations))
 
-    return _over_runs(run, grid)(state, hyper, keys)
+    return _over_runs(run, plan.grid)(state, hyper, keys)
 
 
 def mean_loss(

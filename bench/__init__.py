@@ -1,0 +1,1 @@
+"""Measurements by which this project is developed. Run one as ``python -m bench.meta_step``, from the checkout."""
