@@ -18,7 +18,7 @@ class _Roles(Preprocessor):
 class Roles(Extension):
     """Show Sphinx's roles as code."""
 
-    def extendMarkdown(self, md: Markdown) -> None:  # noqa: N802
+    def extendMarkdown(self, md: Markdown) -> None:
         """Called by Markdown."""
         md.preprocessors.register(_Roles(md), "roles", 35)
 

@@ -2,11 +2,17 @@
 
 import contextlib
 import doctest
+import importlib.util
+import inspect
 import io
+import pkgutil
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
+import optax
 import pytest
 
 import gmn_lopt
@@ -123,21 +129,35 @@ def test_the_code_of_a_page_runs_and_prints_what_stands_there(path, tmp_path, mo
 
 def public(module) -> list[tuple[str, object]]:
     """The functions and classes that a module exports."""
-    return [(f"{module.__name__}.{key}", getattr(module, key)) for key in module.__all__ if key != "__version__"]
+    return [
+        (f"{module.__name__}.{key}", getattr(module, key))
+        for key in getattr(module, "__all__", ())
+        if key != "__version__"
+    ]
 
 
+def source_of(module: str) -> str:
+    spec = importlib.util.find_spec(module)
+    return Path(spec.origin).read_text() if spec and spec.origin else ""
+
+
+COMMON = {"jax": jax, "jnp": jnp, "optax": optax, "gmn_lopt": gmn_lopt}  # what examples need not import
 PUBLIC = [*public(gmn_lopt), *public(gmn_lopt.meta)]
 
 
 @pytest.mark.parametrize("name, value", PUBLIC, ids=[key for key, _ in PUBLIC])
-def test_public_names_have_an_example_that_runs(name, value, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    tests = doctest.DocTestFinder(recurse=False).find(value, name)
-    examples = sum(len(test.examples) for test in tests)
-    assert examples, f"{name} has no example in its docstring"
-    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
-    failures = io.StringIO()
-    for test in tests:
-        test.globs = {}  # an example stands by itself
-        runner.run(test, out=failures.write)
-    assert not runner.failures, failures.getvalue()
+def test_public_names_have_an_example(name, value):
+    assert ">>> " in (inspect.getdoc(value) or ""), f"{name} has no example in its docstring"
+
+
+MODULES = [module.name for module in pkgutil.walk_packages(gmn_lopt.__path__, "gmn_lopt.")]
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if ">>> " in source_of(name)])
+def test_the_examples_of_a_module_run(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for what they save
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        found = doctest.testmod(importlib.import_module(name), extraglobs=COMMON, optionflags=doctest.ELLIPSIS)
+    assert not found.failed, printed.getvalue()
+    assert found.attempted == len(re.findall(r"^ *>>> ", source_of(name), re.MULTILINE))

@@ -1,11 +1,14 @@
-"""Every example trains its model."""
+"""Every example trains its model, run by its file or by its name."""
 
 import importlib
+import runpy
+import sys
 from pathlib import Path
 
 import pytest
 
-NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "examples").glob("[a-z]*.py"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -20,3 +23,12 @@ def test_example(name, capsys):
 
 def test_there_is_one_for_each_library():
     assert NAMES == ["equinox_digits", "linen_digits", "nnx_digits", "optax_digits"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_needs_nothing_beside_it(name, monkeypatch):
+    if name.startswith("equinox"):
+        pytest.importorskip("equinox")
+    root = str(EXAMPLES.parent)
+    monkeypatch.setattr(sys, "path", [str(EXAMPLES), *(path for path in sys.path if path not in ("", ".", root))])
+    runpy.run_path(str(EXAMPLES / f"{name}.py"))  # its imports; training is tested above
