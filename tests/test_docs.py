@@ -7,6 +7,7 @@ import inspect
 import io
 import pkgutil
 import re
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,9 @@ import pytest
 
 import gmn_lopt
 import gmn_lopt.meta
+from gmn_lopt.cli import eval as eval_
+from gmn_lopt.cli import meta_train
+from gmn_lopt.cli.command_line import parse
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "tools").rglob("*.md")])
@@ -125,6 +129,24 @@ def test_the_code_of_a_page_runs_and_prints_what_stands_there(path, tmp_path, mo
             exec(compile(source, name(path), "exec", dont_inherit=True), names)
         if block.printed is not None:
             assert printed.getvalue().rstrip() == block.printed.rstrip()
+
+
+def commands(text: str) -> list[list[str]]:
+    """The command lines of a page that are complete: resuming reads the rest from a run."""
+    lines = re.sub(r" *\\\n *", " ", "\n".join(match[3] for match in FENCE.finditer(GENERATED.sub("", text))))
+    found = [shlex.split(line) for line in lines.splitlines() if line.startswith(("gmn-meta-train ", "gmn-eval "))]
+    return [command for command in found if "--task" in command]
+
+
+COMMANDS = sorted({tuple(command) for path in FILES for command in commands(path.read_text())})
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command[:5]))
+def test_the_commands_are_understood(command):
+    if command[0] == "gmn-meta-train":
+        meta_train.from_command_line(None, command[1:])
+    else:
+        parse(eval_.Config, None, command[1:])
 
 
 def public(module) -> list[tuple[str, object]]:
