@@ -167,6 +167,22 @@ COMMON = {"jax": jax, "jnp": jnp, "optax": optax, "gmn_lopt": gmn_lopt}  # what 
 PUBLIC = [*public(gmn_lopt), *public(gmn_lopt.meta)]
 
 
+def listed() -> dict[str, list[str]]:
+    """The names that the pages of the API ask for, by module."""
+    found: dict[str, list[str]] = {}
+    for path in (ROOT / "docs" / "api").glob("*.md"):
+        for module, options in re.findall(r"^::: (\S+)\n((?: +.*\n)*)", path.read_text(), re.MULTILINE):
+            found.setdefault(module, []).extend(re.findall(r"^ +- (\w+)$", options, re.MULTILINE))
+    return found
+
+
+def test_the_api_pages_have_every_public_name_and_no_other():
+    for module, names in listed().items():  # mkdocstrings passes over a name that there is not
+        assert not [key for key in names if not hasattr(importlib.import_module(module), key)], module
+    names = {key for names in listed().values() for key in names}
+    assert not [name for name, _ in PUBLIC if name.rpartition(".")[2] not in names]
+
+
 @pytest.mark.parametrize("name, value", PUBLIC, ids=[key for key, _ in PUBLIC])
 def test_public_names_have_an_example(name, value):
     assert ">>> " in (inspect.getdoc(value) or ""), f"{name} has no example in its docstring"
