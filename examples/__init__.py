@@ -1,1 +1,1 @@
-"""Small models trained with a learned optimizer, one file per library. Run one as ``python -m examples.nnx_digits``."""
+"""Small models trained with a learned optimizer, one file per library. Run one as ``python examples/nnx_digits.py``."""

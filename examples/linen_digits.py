@@ -1,11 +1,11 @@
-"""Train a flax.linen model with a pretrained learned optimizer: python -m examples.linen_digits."""
+"""Train a flax.linen model with a pretrained learned optimizer: ``python examples/linen_digits.py``."""
 
 import flax.linen as nn
 import jax
 import optax
 
 import gmn_lopt
-from examples._digits import batches
+from gmn_lopt.tasks import load_task
 
 
 class Model(nn.Module):
@@ -19,26 +19,28 @@ class Model(nn.Module):
 
 def main(steps: int = 200) -> float:
     """Train; returns the loss on the last batch, before its step."""
+    digits = load_task("digits_mlp")  # only its data, 1,797 images of 8x8 pixels
+    batch = digits.sample(jax.random.key(0), digits.data["train"])
     model = Model()
-    x, y = next(batches(1))
-    params = model.init(jax.random.key(0), x)
+    params = model.init(jax.random.key(0), batch["image"])
 
-    def loss_fn(params, x, y):
-        return optax.softmax_cross_entropy_with_integer_labels(model.apply(params, x), y).mean()
+    def loss_fn(params, batch):
+        logits = model.apply(params, batch["image"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    structure = gmn_lopt.analyze(loss_fn, params, x, y)
-    tx = gmn_lopt.load("fashion_mnist_mlp-ds+gmn", structure)
+    tx = gmn_lopt.load("default", gmn_lopt.analyze(loss_fn, params, batch))
     state = tx.init(params)
 
     @jax.jit
-    def step(params, state, x, y):
-        loss, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, x, y)
+    def step(params, state, batch):
+        loss, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, batch)
         updates, state = tx.update(grads, state, params, factors=factors)
         return optax.apply_updates(params, updates), state, loss
 
     losses = []
-    for x, y in batches(steps):
-        params, state, loss = step(params, state, x, y)
+    for i in range(steps):
+        batch = digits.sample(jax.random.key(i), digits.data["train"])
+        params, state, loss = step(params, state, batch)
         losses.append(float(loss))
     print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
     return losses[-1]

@@ -1,8 +1,8 @@
-"""A learned optimizer inside optax: python -m examples.optax_digits.
+"""A learned optimizer inside optax: ``python examples/optax_digits.py``.
 
 It is a GradientTransformationExtraArgs like any other: here behind clipping, with weight decay and a schedule after it,
 and one step for every two batches, with their mean gradient and the factors of the second. Only ``factors`` are new,
-an extra argument that optax hands on.
+an extra argument that optax hands on. This optimizer reads the set by GradMetaNet.
 """
 
 import jax
@@ -10,26 +10,24 @@ import jax.numpy as jnp
 import optax
 
 import gmn_lopt
-from examples._digits import batches
-
-SIZES = (64, 32, 10)
+from gmn_lopt.tasks import load_task
 
 
-def loss_fn(params, x, y):
+def loss_fn(params, batch):
     """A multi-layer perceptron's cross-entropy."""
-    hidden = jax.nn.relu(x @ params["w1"] + params["b1"])
-    return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["w2"] + params["b2"], y).mean()
+    hidden = jax.nn.relu(batch["image"] @ params["w1"] + params["b1"])
+    logits = hidden @ params["w2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
 
 def main(steps: int = 200) -> float:
     """Train; returns the loss on the last batch, before its step."""
-    keys = jax.random.split(jax.random.key(0))
-    params = {}
-    for i in (1, 2):
-        params[f"w{i}"] = jax.nn.initializers.lecun_normal()(keys[i - 1], SIZES[i - 1 : i + 1])
-        params[f"b{i}"] = jnp.zeros(SIZES[i])
+    digits = load_task("digits_mlp")  # only its data, 1,797 images of 8x8 pixels
+    keys, lecun = jax.random.split(jax.random.key(0)), jax.nn.initializers.lecun_normal()
+    params = {"w1": lecun(keys[0], (64, 32)), "b1": jnp.zeros(32), "w2": lecun(keys[1], (32, 10)), "b2": jnp.zeros(10)}
 
-    structure = gmn_lopt.analyze(loss_fn, params, *next(batches(1)))
+    batch = digits.sample(jax.random.key(0), digits.data["train"])
+    structure = gmn_lopt.analyze(loss_fn, params, batch)
     learned = optax.chain(
         optax.clip_by_global_norm(1.0),
         gmn_lopt.load("fashion_mnist_mlp-ds+gmn", structure),  # its updates are the steps, sign and size included
@@ -40,14 +38,15 @@ def main(steps: int = 200) -> float:
     state = tx.init(params)
 
     @jax.jit
-    def step(params, state, x, y):
-        loss, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, x, y)
+    def step(params, state, batch):
+        loss, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, batch)
         updates, state = tx.update(grads, state, params, factors=factors)
         return optax.apply_updates(params, updates), state, loss
 
     losses = []
-    for x, y in batches(steps):
-        params, state, loss = step(params, state, x, y)
+    for i in range(steps):
+        batch = digits.sample(jax.random.key(i), digits.data["train"])
+        params, state, loss = step(params, state, batch)
         losses.append(float(loss))
     print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
     return losses[-1]

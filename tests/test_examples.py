@@ -1,11 +1,13 @@
 """Every example trains its model."""
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
 
-NAMES = sorted(path.stem for path in (Path(__file__).parents[1] / "examples").glob("[a-z]*.py"))
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -20,3 +22,8 @@ def test_example(name, capsys):
 
 def test_there_is_one_for_each_library():
     assert NAMES == ["equinox_digits", "linen_digits", "nnx_digits", "optax_digits"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_file_can_be_copied(name):
+    assert not re.search(r"\b(from|import) examples\b|sys\.path", (EXAMPLES / f"{name}.py").read_text())
