@@ -21,6 +21,7 @@ from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.pointwise import PointwiseMLP
 from gmn_lopt.optimizers.features.paper import DECAYS, EPSILON, PaperFeatures
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.optimizers.residual import ResidualState
 from gmn_lopt.optimizers.rules import Additive
 from gmn_lopt.optimizers.step_size import Constant
@@ -73,10 +74,8 @@ class Straightforward:
         assert lopt.residual is not None
         if factors is not None:
             factors = Factors(factors.activations, tuple(len(g) * g for g in factors.tangents))
-        indices = range(len(structure.parameters))
-        direction, direction_state = lopt.direction.update(
-            *(phi["direction"], structure, indices, grads, state.direction, factors)
-        )
+        gradient = Gradient(structure, list(range(len(structure.parameters))), grads, factors)
+        direction, direction_state = lopt.direction.update(phi["direction"], gradient, state.direction)
         averages = jax.tree.map(_advance, state.residual.gradients, grads)
         factor_averages = state.residual.factors
         extra: Sequence[Array | None] = [None] * len(structure.parameters)

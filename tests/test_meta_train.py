@@ -24,9 +24,9 @@ from gmn_lopt.meta.stages import Stage, parse_stage
 from gmn_lopt.networks import PointwiseMLP
 from gmn_lopt.optimizers.recipes import RECIPES
 from gmn_lopt.optimizers.saved import load_learned
+from gmn_lopt.tasks import load_task
 from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.hardware import usable_cores
-from gmn_lopt.tasks import load_task
 
 ROOT = Path(__file__).parent.parent
 STAGES = (

@@ -50,12 +50,12 @@ from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, load_recipe
+from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks.mixture import make_all
 from gmn_lopt.util import codec
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.hardware import describe_hardware, use_all_cores
 from gmn_lopt.util.spec import format_spec, parse_spec
-from gmn_lopt.tasks import load_task
-from gmn_lopt.tasks.mixture import make_all
 
 MIXTURE = "mixture"
 
