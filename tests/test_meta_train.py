@@ -172,6 +172,7 @@ def test_contradicting_settings_are_refused(finished):
 def test_differences_are_named():
     assert differences({"a": [1, {"b": 2}], "c": 3}, {"a": [1, {"b": 4}], "c": 3}) == ["a[1].b was 2, now 4"]
     assert differences({"a": None}, {"a": {"b": 1}}) == ["a was None, now {'b': 1}"]
+    assert differences({"a": {"name": "A", "x": 1}}, {"a": {"name": "B"}}) == ["a was A, now B"]
     assert differences([1], [1, 2], "a") == ["a was [1], now [1, 2]"]
 
 

@@ -211,14 +211,15 @@ def _compare(old: Mapping[str, Any], new: Mapping[str, Any], free: Collection[st
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
-    """Where two nests of JSON values differ, as ``NAME was OLD, now NEW``."""
-    if isinstance(old, dict) and isinstance(new, dict):
+    """Where two nests of JSON values differ, as ``NAME was OLD, now NEW``; of different classes, their names."""
+    if isinstance(old, dict) and isinstance(new, dict) and old.get("name") == new.get("name"):
         prefix = f"{name}." if name else ""
         keys = sorted({*old, *new})
         return [text for key in keys for text in differences(old.get(key), new.get(key), f"{prefix}{key}")]
     if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
         return [text for i, (a, b) in enumerate(zip(old, new)) for text in differences(a, b, f"{name}[{i}]")]
-    return [] if old == new else [f"{name} was {old!r}, now {new!r}"]
+    shown = [x["name"] if isinstance(x, dict) and "name" in x else repr(x) for x in (old, new)]
+    return [] if old == new else [f"{name} was {shown[0]}, now {shown[1]}"]
 
 
 def _finite(value: Any) -> Any:
