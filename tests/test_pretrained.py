@@ -20,10 +20,8 @@ from gmn_lopt.cli import meta_train
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation import plots
 from gmn_lopt.meta import config as training_config
-from gmn_lopt.meta.presets import BEST
-from gmn_lopt.meta.stages import Stage, parse_stage
+from gmn_lopt.meta.stages import Stage
 from gmn_lopt.meta.task import task_structure
-from gmn_lopt.optimizers.recipes import RECIPES
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, save, shipped_names
 from gmn_lopt.tasks import load_task
 from tools import cards, commands, ship, tables
@@ -119,7 +117,7 @@ def test_shipping(trained, root, monkeypatch):
 
     # The commands make the same settings, and the same evaluation.
     words = shlex.split(training["commands"]["train"])
-    assert words[:7] == ["gmn-meta-train", "--preset", "paper", "--task", "digits_mlp", "--optimizer", "sgdm"]
+    assert words[:3] == ["gmn-meta-train", "--task", "digits_mlp"]
     assert meta_train.from_command_line(None, words[1:]) == replace(RUN, out=Path(f"runs/{NAME}"))
     on = meta_train.from_command_line(None, shlex.split(training["commands"]["continue"])[1:])
     assert on == replace(RUN, stages=RUN.stages[1:], start=NAME, out=Path(f"runs/{NAME}-continued"))
@@ -249,27 +247,6 @@ def test_eval_commands_name_every_kind_of_setting():
     assert found.optimizer == ("n:learning_rate=0.1",)
     assert (found.first_seed, found.seeds, found.smoothing, found.eval_every) == (3, 2, 5, 2)
     assert ":" not in str(found.out)
-
-
-@pytest.mark.parametrize("name", RECIPES)
-def test_train_commands_name_every_kind_of_setting(name):
-    stages = (parse_stage("nres:meta_steps=7,coefficient_sigma=0.1"), parse_stage("truncated:objective=final,pairs=3"))
-    recipe = RECIPES[name]
-    changed = replace(recipe, step_size=replace(recipe.step_size, initial=0.7))
-    residual = changed.residual
-    if residual is not None and residual.gradmetanet is not None:
-        reader = replace(residual.gradmetanet, decays=(0.5, 0.9), max_output_size=None)
-        changed = replace(changed, residual=replace(residual, gradmetanet=reader, weight=0.3))
-    for optimizer in (recipe, changed):
-        config = replace(BEST, task="digits_mlp", out=Path("runs/a b"), optimizer=optimizer, stages=stages, seed=3)
-        config = replace(config, meta_loss="validation", horizon=40)
-        assert meta_train.from_command_line(None, shlex.split(commands.train_command(config))[1:]) == config
-
-
-def test_a_recipe_of_other_parts_has_no_command():
-    recipe = gmn_lopt.Recipe(direction=gmn_lopt.Muon())
-    with pytest.raises(ValueError, match=r"no recipe of [^\n]*same parts"):
-        commands.train_command(replace(RUN, optimizer=recipe))
 
 
 def test_cards_are_readable():
