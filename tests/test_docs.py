@@ -153,7 +153,7 @@ def public(module) -> list[tuple[str, object]]:
     """The functions and classes that a module exports."""
     return [
         (f"{module.__name__}.{key}", getattr(module, key))
-        for key in getattr(module, "__all__", ())
+        for key in module.__all__
         if key != "__version__"
     ]
 

@@ -5,7 +5,16 @@ from dataclasses import dataclass
 
 
 class StructureError(ValueError):
-    """The model, its parameters or its factors do not fit what an operation needs."""
+    """The model, its parameters or its factors do not fit what an operation needs.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> try:
+        ...     gmn_lopt.analyze(lambda w: w, jnp.ones(3))  # no scalar
+        ... except gmn_lopt.StructureError:
+        ...     print("refused")
+        refused
+    """
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,13 @@ class Space:
             space that is not permutable is *fixed*: something in the model uses its neurons by their position.
         stack: indices of the spaces at each of whose positions the neurons may be permuted by themselves: the scanned
             axis, for the hidden neurons of layers that are stacked and scanned over. Empty for most spaces.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> model = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> structure = gmn_lopt.analyze(model, jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> structure.spaces[0]  # the inputs
+        Space(size=2, permutable=False, stack=())
     """
 
     size: int
@@ -40,6 +56,14 @@ class Site:
         tangent: index into ``Factors.tangents``, or None at a site that is only read.
         copies: positions in ``spaces`` of axes along which the same neurons are repeated: the scanned axis, at sites in
             the residual stream of layers that are stacked and scanned over. Empty for most sites.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> model = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> structure = gmn_lopt.analyze(model, jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> site = structure.sites[0]
+        >>> site.kind, site.size, site.set_size
+        ('input', 2, 4)
     """
 
     spaces: tuple[int, ...]
@@ -65,6 +89,13 @@ class SiteRef:
     Attributes:
         site: index into ``GradientStructure.sites``.
         dims: for each space of the site, the dimension of the parameter *in its cut shape* that runs over it.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> model = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> structure = gmn_lopt.analyze(model, jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> structure.parameters[0].sites  # rows are the neurons of site 0, columns those of site 1
+        (SiteRef(site=0, dims=(0,)), SiteRef(site=1, dims=(1,)))
     """
 
     site: int
@@ -87,6 +118,14 @@ class Parameter:
         status: ``"factored"``: its factors give its whole gradient. ``"partial"``: it has factors, which give only a
             part of its gradient. ``"unfactored"``: it has none. ``"unused"``: the loss does not depend on it.
         reason: why the status is not ``"factored"``; empty otherwise.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> model = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> structure = gmn_lopt.analyze(model, jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> kernel = structure.parameters[0]
+        >>> kernel.shape, kernel.spaces, kernel.status
+        ((2, 3), (0, 1), 'factored')
     """
 
     name: str

@@ -39,6 +39,13 @@ class Layer:
         tangent: index into ``Factors.tangents``.
         kernel_gradient: ``(activation, tangent, kernel) -> dense gradient``; not part of the comparison of structures.
         bias_gradient: ``(tangent, bias) -> dense gradient``, or None; likewise.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> model = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> structure = gmn_lopt.analyze(model, jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> [(layer.kernel, layer.bias, layer.activation, layer.tangent) for layer in structure.layers]
+        [(0, None, 0, 0)]
     """
 
     kind: LayerKind
@@ -92,6 +99,17 @@ class GradientStructure:
         treedef: the tree structure of the parameters.
         activation_shapes: shapes ``[S, d]`` of ``Factors.activations``.
         tangent_shapes: shapes ``[S, d]`` of ``Factors.tangents``.
+
+    Example:
+        >>> import gmn_lopt, jax.numpy as jnp
+        >>> model = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> structure = gmn_lopt.analyze(model, jnp.ones((2, 3)), jnp.ones((4, 2)))
+        >>> len(structure.layers), len(structure.spaces), len(structure.sites)
+        (1, 2, 2)
+        >>> print(structure)  # doctest: +ELLIPSIS
+        1 layers
+           [2x3]: site 0 -> site 1
+        ...
     """
 
     spaces: tuple[Space, ...]

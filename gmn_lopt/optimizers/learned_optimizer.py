@@ -22,7 +22,16 @@ LearningRate = float | Callable[[Array], Any]
 
 
 class LearnedOptimizerState(NamedTuple):
-    """State of a learned optimizer, a pytree of arrays: the number of steps taken, and the states of its parts."""
+    """State of a learned optimizer, a pytree of arrays: the number of steps taken, and the states of its parts.
+
+    Example:
+        >>> w = jnp.ones((3, 2))
+        >>> structure = gmn_lopt.analyze(lambda w, x: jnp.mean((x @ w) ** 2), w, jnp.ones((4, 3)))
+        >>> lopt = LearnedOptimizer(structure)
+        >>> state = lopt.optimizer(lopt.init(jax.random.key(0))).init(w)
+        >>> int(state.step), state.direction.shape  # momentum
+        (0, (3, 2))
+    """
 
     step: Int[Array, ""]
     direction: PyTree

@@ -35,7 +35,16 @@ SAVED_BEFORE = "it was saved by gmn_lopt 0.1: load it there, or meta-train it ag
 
 
 class SerializationError(ValueError):
-    """A saved learned optimizer cannot be written, or cannot be read back."""
+    """A saved learned optimizer cannot be written, or cannot be read back.
+
+    Example:
+        >>> structure = gmn_lopt.analyze(lambda p, x: jnp.mean(x @ p), jnp.ones((2, 1)), jnp.ones((3, 2)))
+        >>> try:
+        ...     gmn_lopt.load("nowhere", structure)
+        ... except SerializationError:
+        ...     print("no such optimizer")
+        no such optimizer
+    """
 
 
 def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> None:
@@ -57,7 +66,7 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     Example:
         >>> structure = gmn_lopt.analyze(lambda p, x: jnp.mean(x @ p), jnp.ones((2, 1)), jnp.ones((3, 2)))
         >>> lopt = gmn_lopt.recipe("sgdm", structure)
-        >>> gmn_lopt.save(tmp_path / "my-optimizer", lopt, lopt.init(jax.random.key(0)))
+        >>> gmn_lopt.save("my-optimizer", lopt, lopt.init(jax.random.key(0)))
     """
     path = Path(path)
     arrays = {name: np.asarray(array) for name, array in _named_arrays(phi).items()}
@@ -104,6 +113,13 @@ def load(
         SerializationError: in one line, if there is no such optimizer, its files are damaged or of another version, or
             it does not take one of the settings; or if it is an ``unf`` that was trained on a model with other leaves
             or spaces (widths may differ).
+
+    Example:
+        >>> loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["w"]) - 1.0) ** 2)
+        >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+        >>> tx = gmn_lopt.load("default", gmn_lopt.analyze(loss, params, x), learning_rate=0.01)
+        >>> value, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, x)
+        >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
     """
     lopt, phi = load_learned(path, structure)
     return make_optimizer(lopt, phi, settings, str(path))

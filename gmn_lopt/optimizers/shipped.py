@@ -18,6 +18,10 @@ def list_pretrained() -> dict[str, str]:
 
     Raises:
         SerializationError: in one line, if a card is missing or damaged.
+
+    Example:
+        >>> "default" in list_pretrained()
+        True
     """
     return {name: str(card(name).get("description", "")) for name in shipped_names()}
 
@@ -34,6 +38,10 @@ def card(name: str) -> dict[str, Any]:
 
     Raises:
         SerializationError: in one line, if there is no such optimizer, or its card is missing or damaged.
+
+    Example:
+        >>> card("default")["training"]["tasks"]
+        ['mixture']
     """
     names = shipped_names()
     if name not in names:

@@ -60,6 +60,10 @@ class Feedback:
 
     Raises:
         ValueError: one of them is not positive.
+
+    Example:
+        >>> PowerLaw(0.045, tau=50.0, feedback=Feedback(gain=0.05)).feedback
+        Feedback(gain=0.05, overshoot=0.02)
     """
 
     gain: float = 0.02
