@@ -73,12 +73,12 @@ class Factors:
     Example:
         Two layers that read the same array share its activation; the set is the batch, of 5.
 
-        >>> import gmn_lopt, jax, jax.numpy as jnp
+        >>> import gmn_lopt, jax.numpy as jnp
         >>> loss = lambda params, x: jnp.mean(jnp.tanh(x @ params["a"]) * (x @ params["b"]))
         >>> params = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
         >>> _, _, factors = gmn_lopt.value_grad_and_factors(loss)(params, jnp.ones((5, 2)))
-        >>> jax.tree.map(jnp.shape, factors)
-        Factors(activations=((5, 2),), tangents=((5, 3), (5, 3)))
+        >>> [a.shape for a in factors.activations], [g.shape for g in factors.tangents]
+        ([(5, 2)], [(5, 3), (5, 3)])
     """
 
     activations: tuple[jax.Array, ...]
