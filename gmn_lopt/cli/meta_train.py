@@ -56,6 +56,7 @@ from gmn_lopt.util import codec
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.hardware import describe_hardware, use_all_cores
 from gmn_lopt.util.spec import format_spec, parse_spec
+from gmn_lopt.util.threads import one_blas_thread
 
 MIXTURE = "mixture"
 
@@ -255,6 +256,7 @@ class _FirstPass(argparse.ArgumentParser):
 def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     use_all_cores()
+    one_blas_thread()
     try:
         description = f"{__doc__}\nOptimizers: {', '.join(RECIPES)}."
         main(from_command_line(description, sys.argv[1:] if args is None else args))
