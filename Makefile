@@ -7,15 +7,10 @@ INSTALLED := .venv/.installed
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
-	$(BIN)/python meta_train.py --preset paper --task digits_mlp --optimizer ds+gmn --out runs/demo --resume \
-		--gmn.width 16 --gmn.set-layers 1 --gmn.product-width 16 \
-		--initial-alpha 2 --initial-beta 2e-4 --checkpoint-every 50 \
-		--stages truncated:400:3e-3:K=25:n=8:schedule=cosine,pes:60:1e-4:K=25:n=8
-	$(BIN)/python eval.py --task digits_mlp --out report/demo --smoothing 10 \
-		--optimizer "untrained=runs/demo/stages/0-start" \
-		--optimizer "after truncated=runs/demo/stages/1-truncated" \
-		--optimizer "after PES=runs/demo" \
-		--optimizer default --optimizer default-pointwise
+	$(BIN)/gmn-meta-train --task digits_mlp --optimizer default --out runs/demo --resume \
+		--stage truncated:meta_steps=20,learning_rate=0.03,schedule=cosine,truncation=100,pairs=4,clip=0.1
+	$(BIN)/gmn-eval --task digits_mlp --out report/demo --smoothing 10 \
+		--optimizer "meta-trained=runs/demo" --optimizer default
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
