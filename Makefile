@@ -25,7 +25,7 @@ lint: $(INSTALLED)
 	$(BIN)/python -m pytest tests/test_imports.py
 
 docs: $(INSTALLED)
-	$(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 bench: $(INSTALLED)
 	$(BIN)/python -m bench.meta_step

@@ -4,7 +4,9 @@ python -m tools.tables [--check]
 """
 
 import json
+import re
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from gmn_lopt.util.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
+WIDTH = 120
 NONE_YET = "No pretrained optimizers are shipped yet."
 HEAD = (
     "optimizer",
@@ -73,7 +76,7 @@ def evaluations(cards: Sequence[Mapping[str, Any]]) -> str:
     ]
     lines = [HEAD, ["---"] * len(HEAD), *rows]
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-    commands = "\n".join(row["command"] for _, _, row in found)
+    commands = "\n".join(_command(row["command"]) for _, _, row in found)
     return f"{table}\n\nThe rows, in the same order, come from\n\n```\n{commands}\n```"
 
 
@@ -117,7 +120,11 @@ def _recipe(card: Mapping[str, Any]) -> str:
         [
             f"### {card['name']}",
             "",
-            f"{card['description'].rstrip('.')}. {card['weights']['count']} meta-parameters, {card['licence']}.",
+            textwrap.fill(
+                f"{card['description'].rstrip('.')}. {card['weights']['count']} meta-parameters, {card['licence']}.",
+                WIDTH,
+                break_on_hyphens=False,
+            ),
             "",
             f"- Trained on {', '.join(training['tasks'])}: {training['meta_steps']} meta-steps, "
             f"{training['inner_steps']:,} inner steps, seed {', '.join(map(str, training['seeds']))}.",
@@ -125,11 +132,23 @@ def _recipe(card: Mapping[str, Any]) -> str:
             f"- Versions: {versions}.",
             "",
             "```",
-            training["commands"]["train"],
-            training["commands"]["continue"],
+            _command(training["commands"]["train"]),
+            _command(training["commands"]["continue"]),
             "```",
         ]
     )
+
+
+def _command(command: str) -> str:
+    """A command on lines that fit, broken before its flags, or before the value of one that is too long."""
+    lines = [""]
+    for flag in re.split(r" (?=--)", command):
+        fits = len(flag) <= WIDTH - 6
+        for part in [flag] if fits else flag.split(" ", 1):
+            if len(lines[-1]) + len(part) > WIDTH - 3:
+                lines.append("   ")
+            lines[-1] = f"{lines[-1]} {part}" if lines[-1] else part
+    return " \\\n".join(lines)
 
 
 def _duration(seconds: float) -> str:
