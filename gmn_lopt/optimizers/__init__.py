@@ -4,6 +4,7 @@ from gmn_lopt.optimizers.alias import denoised
 from gmn_lopt.optimizers.directions import Denoised, Direction, Momentum, Muon
 from gmn_lopt.optimizers.features import Features, PaperFeatures, ScaleFree
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe, recipe
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive, Normalized, Rule
@@ -20,6 +21,7 @@ __all__ = [
     "Direction",
     "Features",
     "Feedback",
+    "Gradient",
     "LearnedOptimizer",
     "LearnedOptimizerState",
     "Momentum",
