@@ -1,47 +1,54 @@
-"""Compare estimators of the meta-gradient, and settings of them, at equal inner steps and at equal time.
+"""Compare estimators of the meta-gradient, and recipes, at equal inner steps: meta-train each, then evaluate all.
 
-python -m bench.estimators --out runs/estimators [--tasks cifar10_mlp] [--only pes nres 'truncated-*']
+python -m bench.estimators --out runs/estimators --optimizers ds ds-8 --stages nres 'truncated:truncation=25 pes'
 
-Every variant in bench/variants.py meta-trains a learned optimizer on every task, from several meta-seeds; what results
-is measured against tuned Adam as in eval.py. Writes report.md with a picture for each task, anew after each run.
-Interrupt it at any time: a finished run is a file, and the same command goes on with the next one.
+Every recipe is meta-trained with every plan of stages from several meta-seeds, and evaluated like ``gmn-eval`` does.
+Prints a table after each meta-seed. Interrupt it at any time: the same command goes on where it stopped.
 """
 
-import fnmatch
+import json
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
-from jaxtyping import PyTree
 
-from bench.estimator_report import write_report
-from bench.measure import CLOCKS
-from bench.variants import ABLATIONS, ESTIMATORS
+from gmn_lopt.cli import eval as evaluation
+from gmn_lopt.cli import meta_train
 from gmn_lopt.cli.command_line import parse
-from gmn_lopt.evaluation import protocol
-from gmn_lopt.evaluation.candidate import Candidate
-from gmn_lopt.evaluation.evaluate import EvaluationConfig, prepare, train
-from gmn_lopt.evaluation.results import Results
-from gmn_lopt.evaluation.training import training_curves
-from gmn_lopt.meta.meta_step import MetaStep
+from gmn_lopt.evaluation.protocol import mean_and_std
+from gmn_lopt.evaluation.report import markdown_table, spread
+from gmn_lopt.meta.config import Config as Training
+from gmn_lopt.meta.run_directory import RunError
 from gmn_lopt.meta.stages import Stage, parse_stage
-from gmn_lopt.meta.task import Task, task_structure
-from gmn_lopt.meta.training_problem import TrainingProblem
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
-from gmn_lopt.tasks import load_task
+from gmn_lopt.networks.pointwise import PointwiseMLP
+from gmn_lopt.optimizers.features import ScaleFree
+from gmn_lopt.optimizers.recipes import DS, RECIPES, Recipe
+from gmn_lopt.optimizers.residual import Residual
+from gmn_lopt.optimizers.rules import Additive
+from gmn_lopt.optimizers.step_size import Feedback, PowerLaw
+from gmn_lopt.util.checks import whole
 from gmn_lopt.util.errors import UsageError, first_line
+from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.hardware import use_all_cores
-from gmn_lopt.util.progress import progress
 from gmn_lopt.util.threads import one_blas_thread
+from tools.facts import training_seconds
 
-VARIANTS = ESTIMATORS | ABLATIONS
+# Each changes one thing of "ds"; copy one to try another.
+ABLATIONS: dict[str, Recipe] = {
+    "ds-from-zero": replace(DS, residual=Residual(output_scale=0.0)),
+    "ds-bounded": replace(DS, rule=Additive(bound=1.0)),
+    "ds-falling": replace(DS, step_size=PowerLaw()),
+    "ds-adapting": replace(DS, step_size=PowerLaw(feedback=Feedback())),
+    "ds-8": replace(DS, residual=Residual(network=PointwiseMLP(8))),
+    "ds-scale-free": replace(DS, residual=Residual(features=ScaleFree())),
+}
+MEASURES = {"mean_training_loss": 4, "best_test_loss": 4, "step_reduction": 2}
+HEAD = ("variant", "meta-loss", "best test loss", "step reduction", "misses", "inner steps", "seconds")
 
 
 @dataclass(frozen=True)
@@ -49,162 +56,127 @@ class Config:
     """What to compare."""
 
     out: Path
-    """Directory of the results, the report and the pictures."""
-    tasks: tuple[str, ...] = ("fashion_mnist_mlp", "cifar10_mlp")
-    """Names of files in tasks/, without .py."""
-    data_dir: str | None = None
-    """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
-    only: tuple[str, ...] = tuple(ESTIMATORS)
-    """Names of variants, or patterns such as 'truncated-*' or '*'; default: the estimators, without the ablations."""
-    pairs: int = 16
-    """Pairs (of ``truncated`` unrolls) of a meta-step, where a variant does not say otherwise."""
+    """Directory of the runs and of the evaluation."""
+    task: str = "cifar10_mlp"
+    """A task, as for gmn-meta-train."""
+    optimizers: tuple[str, ...] = ("ds",)
+    """Recipes: those of gmn-meta-train, and the ablations in bench/estimators.py."""
+    stages: tuple[str, ...] = ("pes", "es", "nres", "truncated:truncation=25", "truncated:truncation=25 pes")
+    """Plans of stages, which are written like --stage of gmn-meta-train, with a space between one and the next. They
+    share the inner steps evenly."""
     learning_rate: float = 1e-3
-    """Meta-learning rate, where a variant does not say otherwise."""
+    """Meta-learning rate, where a stage does not say otherwise."""
+    inner_steps: int = 1_000_000
+    """Inner steps of a run, over all unrolls; decides the number of meta-steps."""
     seeds: int = 3
     """Meta-seeds of every variant."""
     eval_seeds: int = 3
     """Seeds (initialisations and batch orders) that a result is evaluated on."""
-    inner_steps: int = 1_000_000
-    """Inner steps of a run, over all unrolls; decides the number of meta-steps."""
-    minutes: float = 5.0
-    """Time of a run, without compilation. A run goes on until both budgets are used up, and is measured at both."""
-    clock: Literal["wall", "processor"] = "wall"
-    """Seconds of the wall clock; or of processor time, summed over cores, for a machine that other work runs on."""
     horizon: int | None = None
     """Inner steps of one inner problem; default: the task's."""
+    data_dir: str | None = None
+    """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """A variant on a task: the learned optimizer, the stages with their meta-steps, and what results depend on."""
+class Variant:
+    """A recipe with a plan of stages: how it is meta-trained, and the inner steps of one meta-step of each stage."""
 
-    name: str
-    task: Task
-    lopt: LearnedOptimizer
-    stages: tuple[Stage, ...]
-    fingerprint: str
+    training: Training
+    inner_steps: tuple[int, ...]
+
+    def run(self, seed: int) -> Training:
+        """The run from a meta-seed; its directory is called after variant and seed."""
+        out = self.training.out
+        return replace(self.training, out=out.with_name(f"{out.name} seed {seed}"), seed=seed)
 
 
-def make_job(config: Config, task: Task, name: str) -> Job:
-    """Make a job of a variant.
-
-    Raises:
-        UsageError: in one line, it is not possible on this task.
-    """
-    variant, lopt = VARIANTS[name], VARIANTS[name].recipe.build(task_structure(task))
-    stages, share = [], config.inner_steps / len(variant.stages)
+def make_variant(config: Config, optimizer: str, stages: str) -> Variant:
+    """Make a variant; raises :class:`UsageError`, in one line, if it is not possible on this task."""
     try:
-        for text in variant.stages:
-            stage = parse_stage(text, Stage(learning_rate=config.learning_rate, pairs=config.pairs))
-            inner_steps = stage.build(TrainingProblem(task, lopt)).inner_steps
-            stages.append(replace(stage, meta_steps=math.ceil(share / inner_steps)))
+        if optimizer not in RECIPES | ABLATIONS:
+            raise ValueError(f"unknown recipe; choose one of {', '.join(RECIPES | ABLATIONS)}")
+        training = Training(
+            config.task,
+            config.out / "runs" / f"{optimizer} {stages}",
+            (RECIPES | ABLATIONS)[optimizer],
+            data_dir=config.data_dir,
+            horizon=config.horizon,
+            resume=True,
+        )
+        _, problem = meta_train.make_problem(training)
+        plan = [parse_stage(text, Stage(learning_rate=config.learning_rate)) for text in stages.split()]
+        inner_steps = tuple(stage.meta_step(problem).inner_steps for stage in plan)
+        share = config.inner_steps / len(plan)
+        timed = tuple(replace(stage, meta_steps=math.ceil(share / n)) for stage, n in zip(plan, inner_steps))
+        return Variant(replace(training, stages=timed), inner_steps)
     except ValueError as error:
-        raise UsageError(f"variant {name} on {task.name}: {first_line(error)}; leave it out with --only") from None
-    return Job(name, task, lopt, tuple(stages), repr(variant))
-
-
-def meta_train(config: Config, job: Job, seed: int) -> tuple[dict[str, np.ndarray], list[PyTree]]:
-    """Meta-train until both budgets are used up, the last stage for as long as it takes.
-
-    A schedule that decays ends where its stage does: then there is nothing to go on with, and the end of the stages is
-    also what counts for the time, if there is any left.
-
-    Returns:
-        The record (for each meta-step ``inner_steps`` and ``seconds`` since the start, and the ``loss`` of its
-        truncations; ``snapshots``, the numbers of meta-steps taken at equal inner steps and at equal time;
-        ``compile_seconds``), and the two meta-parameters at the snapshots.
-    """
-    clock, problem, key = CLOCKS[config.clock], TrainingProblem(job.task, job.lopt), jax.random.key(seed)
-    phi = job.lopt.init(jax.random.fold_in(key, 0))
-    rows: list[tuple[float, float, float]] = []
-    compilation, inner_steps, seconds = 0.0, 0, 0.0
-    at_steps = at_time = None
-    with progress(config.inner_steps, f"{job.task.name} {job.name} seed {seed}", "inner steps", scale=True) as bar:
-        for index, stage in enumerate(job.stages):
-            last = index == len(job.stages) - 1
-            meta_step = MetaStep(stage.build(problem), stage.meta_optimizer())
-            init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
-            data, step_key = meta_step.place((problem.splits(), step_key))
-            state = meta_step.init(phi, data, init_key)
-            begin = clock()
-            compiled = meta_step.compile(state, data, step_key)
-            compilation += clock() - begin
-            number = 0
-            while number < stage.meta_steps or (last and stage.schedule == "constant" and at_time is None):
-                begin = clock()
-                state, metrics = compiled(state, data, step_key, np.uint32(number))
-                loss = float(metrics["loss"])  # waits for the device
-                seconds += clock() - begin
-                inner_steps += meta_step.inner_steps
-                number += 1
-                rows.append((inner_steps, seconds, loss))
-                bar.update(meta_step.inner_steps)
-                # The state's memory is used again: a snapshot is a copy on the host.
-                if at_time is None and seconds >= 60 * config.minutes:
-                    at_time = len(rows), jax.device_get(state.phi)
-                if last and number == stage.meta_steps:
-                    at_steps = len(rows), jax.device_get(state.phi)
-            phi = state.phi
-    assert at_steps is not None
-    snapshots = [at_steps, at_time or at_steps]
-    columns = dict(zip(("inner_steps", "seconds", "loss"), np.array(rows).T))
-    counts = {"snapshots": np.array([n for n, _ in snapshots]), "compile_seconds": np.array(compilation)}
-    return columns | counts, [phi for _, phi in snapshots]
-
-
-def evaluate(task: Task, lopt: LearnedOptimizer, phis: Sequence[PyTree], seeds: int) -> dict[str, np.ndarray]:
-    """Train the task with several meta-parameters: ``test_loss`` and ``train_loss``, ``[phis, seeds, evaluations]``."""
-    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *phis)
-    candidate = Candidate("learned", "", "", lopt.optimizer, stacked, lopt.needs_factors)
-    curves = training_curves(task, candidate, range(seeds), protocol.default_eval_every(task.horizon), grid=True)
-    return {"test_loss": curves.test_loss, "train_loss": curves.train_loss}
+        raise UsageError(f"{optimizer} with stages {stages!r}: {first_line(error)}") from None
 
 
 def main(config: Config) -> str:
-    """Do all runs that are not done, and write the report; returns its text.
+    """Do all runs that are not done, print the tables, and return the last one.
 
     Raises:
-        UsageError: in one line, what cannot be done.
+        UsageError, RunError: in one line, what cannot be done.
+        KeyboardInterrupt: when a signal ended a run early.
     """
-    for field in ("learning_rate", "pairs", "seeds", "eval_seeds", "inner_steps", "minutes", "horizon"):
-        if (value := getattr(config, field)) is not None and not value > 0:
-            raise UsageError(f"--{field.replace('_', '-')} is {value}; it must be positive")
-    names = [name for name in VARIANTS if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.only)]
-    if not names:
-        raise UsageError(f"--only {' '.join(config.only)}: no such variant; there are {', '.join(VARIANTS)}")
-    results, jobs, baselines = {}, [], {}
-    for name in config.tasks:
-        try:
-            task = load_task(name, config.data_dir)
-        except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise UsageError(f"--tasks {name}: {first_line(error)}") from None
-        task = replace(task, horizon=config.horizon or task.horizon)
-        kept = ("learning_rate", "pairs", "eval_seeds", "inner_steps", "minutes", "clock")
-        settings = {field: getattr(config, field) for field in kept} | {"device": _device()}
-        results[name] = Results(config.out / name, settings | {"horizon": task.horizon, "batch_size": task.batch_size})
-        jobs += [make_job(config, task, variant) for variant in names]
-        baselines[name] = prepare(task, (), config.out / name / "adam", EvaluationConfig(seeds=config.eval_seeds))
-    about = (
-        f"Meta-learning rate {config.learning_rate:g}, {config.pairs} pairs; budgets: {config.inner_steps:,} inner "
-        f"steps and {config.minutes:g} minutes ({config.clock} clock) per run, on {_device()}; {config.seeds} "
-        f"meta-seeds, {config.eval_seeds} evaluation seeds."
-    )
-    found: dict[str, Any] = {name: (p.task.horizon, train(p)[0]._asdict(), {}) for name, p in baselines.items()}
+    try:
+        whole(config, "inner_steps", "seeds", "eval_seeds", most=10**12)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    pairs = product(config.optimizers, config.stages)
+    variants = {f"{optimizer} {stages}": make_variant(config, optimizer, stages) for optimizer, stages in pairs}
+    written = ""
     for seed in range(config.seeds):  # outermost: all variants have a first result before any has a second
-        for job in jobs:
-            run = results[job.task.name].load(f"{job.name} {seed}", job.fingerprint)
-            if run is None:
-                run, phis = meta_train(config, job, seed)
-                run |= evaluate(job.task, job.lopt, phis, config.eval_seeds)
-                run["phi"] = np.stack([ravel_pytree(phi)[0] for phi in phis])
-                results[job.task.name].save(f"{job.name} {seed}", job.fingerprint, run)
-            found[job.task.name][2].setdefault(job.name, []).append(run)
-            written = write_report(config.out, about, found)
+        for variant in variants.values():
+            if not meta_train.main(variant.run(seed)):
+                raise KeyboardInterrupt
+        written = table(config, variants, seed + 1)
+        print(written, flush=True)
     return written
 
 
-def _device() -> str:
-    return f"{jax.local_device_count()} {jax.devices()[0].device_kind}"
+def table(config: Config, variants: Mapping[str, Variant], seeds: int) -> str:
+    """Evaluate the variants' first meta-seeds; also writes the table into report.md."""
+    runs = {name: [variant.run(seed).out for seed in range(seeds)] for name, variant in variants.items()}
+    paths = tuple(str(path) for each in runs.values() for path in each)
+    report = evaluation.main(
+        evaluation.Config(
+            task=config.task,
+            out=config.out / "evaluation",
+            optimizer=paths,
+            data_dir=config.data_dir,
+            horizon=config.horizon,
+            seeds=config.eval_seeds,
+            timing_rounds=1,
+        )
+    )
+    adam, *others = report["optimizers"]
+    lines = [["tuned Adam", *(spread(adam[key], digits) for key, digits in MEASURES.items()), "", "", ""]]
+    for i, (name, variant) in enumerate(variants.items()):
+        rows = others[i * seeds : (i + 1) * seeds]
+        steps = sum(n * stage.meta_steps for n, stage in zip(variant.inner_steps, variant.training.stages))
+        seconds = [_seconds(path, variant) for path in runs[name]]
+        misses = f"{sum(row['misses'] for row in rows)}/{seeds * config.eval_seeds}"
+        cells = [_over_seeds([row[key]["mean"] for row in rows], key, digits) for key, digits in MEASURES.items()]
+        lines.append([name, *cells, misses, f"{steps:,}", f"{np.mean(seconds):,.0f}"])
+    text = markdown_table(HEAD, lines)
+    write_atomically(config.out / "report.md", f"# {config.task}\n\n{text}\n".encode())
+    return text
+
+
+def _seconds(path: Path, variant: Variant) -> float:
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    seconds = training_seconds(rows, variant.inner_steps)
+    return math.nan if seconds is None else seconds  # too short to tell
+
+
+def _over_seeds(means: Sequence[float | None], key: str, digits: int) -> str:
+    """Mean and deviation over meta-seeds of what is a mean over evaluation seeds already, of factors without misses."""
+    if key != "step_reduction" and None in means:
+        return "diverged"
+    return spread(mean_and_std(np.array(means, float)), digits)
 
 
 def cli(args: list[str] | None = None) -> int:
@@ -215,8 +187,8 @@ def cli(args: list[str] | None = None) -> int:
     # The seeds of a variant share their programs, and so does the same command when it goes on.
     jax.config.update("jax_compilation_cache_dir", str(config.out / "compiled"))
     try:
-        print(main(config))
-    except UsageError as error:
+        main(config)
+    except (UsageError, RunError) as error:
         print(f"bench.estimators: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

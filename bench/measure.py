@@ -1,30 +1,23 @@
-"""What benchmarks measure with: clocks, synthetic tasks, the work in a program, a machine's rate, times in turn."""
+"""What the benchmark measures with: tasks on random data, the work in a program, a machine's rate."""
 
 import importlib
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax.extend.core import ClosedJaxpr, Jaxpr
 
-from gmn_lopt.meta.estimator import Estimator
-from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.task import Task
 from gmn_lopt.tasks import lm1b_transformer
 from gmn_lopt.tasks.data import Dataset
 from gmn_lopt.tasks.mlp import make_mlp
 
-Clock = Callable[[], float]
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "processor": time.process_time}
-"""Seconds of the wall clock; or of processor time, summed over cores, for a machine that other work runs on."""
 FEATURES = {"fashion_mnist_mlp": 64, "cifar10_mlp": 192, "cifar100_mlp": 192}
 IMAGES = 10_000
 
@@ -58,13 +51,12 @@ def matrix_flops(function: Callable[..., Any], *args: Any) -> float:
 def _count(jaxpr: Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
-        shapes: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in equation.invars]
-        results: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in equation.outvars]
+        shapes = [getattr(v.aval, "shape", ()) for v in equation.invars]
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
             depth = math.prod(shapes[0][d] for d in contracted)
-            total += 2.0 * depth * math.prod(results[0])
+            total += 2.0 * depth * math.prod(getattr(equation.outvars[0].aval, "shape", ()))
         elif name == "cholesky":
             total += math.prod(shapes[0]) * shapes[0][-1] / 3
         elif name == "triangular_solve":
@@ -82,74 +74,18 @@ def _jaxprs(value: Any) -> list[Jaxpr]:
     return [sub for v in value for sub in _jaxprs(v)] if isinstance(value, tuple | list) else []
 
 
-def matrix_product_rate(clock: Clock, repeats: int) -> float:
+def matrix_product_rate(repeats: int) -> float:
     """FLOP/s of a large float32 matrix product, on all devices at once, at JAX's default precision."""
     size = 1024 if jax.default_backend() == "cpu" else 8192
     product = jax.jit(jnp.matmul)
     operands = [jax.device_put(jnp.ones((size, size)), device) for device in jax.local_devices()]
+    run = lambda: jax.block_until_ready([product(x, x) for x in operands])  # noqa: E731
+    run()  # compiles
+    return 2.0 * size**3 * len(operands) / statistics.median(seconds(run) for _ in range(repeats))
 
-    def run() -> float:
-        begin = clock()
-        jax.block_until_ready([product(x, x) for x in operands])
-        return clock() - begin
 
+def seconds(run: Callable[[], Any]) -> float:
+    """The time that a call takes."""
+    begin = time.perf_counter()
     run()
-    return 2.0 * size**3 * len(operands) / statistics.median(run() for _ in range(repeats))
-
-
-@dataclass
-class MetaStepRun:
-    """A compiled meta-step of one estimator, ready to be timed.
-
-    Attributes:
-        inner_steps: of one meta-step.
-        flops: of one meta-step, see :func:`matrix_flops`.
-        compile_seconds: what compiling it took.
-        memory: peak memory in bytes, of all devices of this process: what goes in, comes out and lies in between.
-        seconds: of each timed meta-step.
-    """
-
-    inner_steps: int
-    flops: float
-    compile_seconds: float
-    memory: float
-    seconds: list[float]
-    _take: Callable[[], None]
-
-    def take(self, clock: Clock) -> None:
-        """Take one meta-step and note its time."""
-        begin = clock()
-        self._take()
-        self.seconds.append(clock() - begin)
-
-
-def prepare(estimator: Estimator, phi: Any, splits: Any, clock: Clock) -> MetaStepRun:
-    """Compile a meta-step and take the first."""
-    step = MetaStep(estimator, optax.adam(1e-4))
-    data, key = step.place((splits, jax.random.key(1)))
-    state = step.init(phi, data, key)
-    flops = matrix_flops(estimator.estimate, phi, state.estimator, data, key)
-    begin = clock()
-    compiled = step.compile(state, data, key)
-    compile_seconds = clock() - begin
-    sizes = compiled.memory_analysis()
-    memory = math.nan
-    if sizes is not None:
-        kept = sizes.argument_size_in_bytes + sizes.output_size_in_bytes - sizes.alias_size_in_bytes
-        memory = float(kept + sizes.temp_size_in_bytes) * jax.local_device_count()
-    number = 0
-
-    def take() -> None:
-        nonlocal state, number
-        state, _ = jax.block_until_ready(compiled(state, data, key, np.uint32(number)))
-        number += 1
-
-    take()
-    return MetaStepRun(estimator.inner_steps, flops, compile_seconds, memory, [], take)
-
-
-def time_in_turn(runs: Sequence[MetaStepRun], repeats: int, clock: Clock) -> None:
-    """Time all runs, one meta-step of each after the other, so that a busy machine slows them alike."""
-    for _ in range(repeats):
-        for run in runs:
-            run.take(clock)
+    return time.perf_counter() - begin

@@ -9,8 +9,7 @@ import pytest
 from sklearn.datasets import load_digits
 
 import gmn_lopt
-from gmn_lopt.evaluation.candidate import Candidate
-from gmn_lopt.evaluation.training import training_curves
+from gmn_lopt.evaluation.training import Candidate, training_curves
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.optimizers.saved import load_learned
 from gmn_lopt.tasks import load_task

@@ -4,10 +4,13 @@ import json
 import math
 
 import numpy as np
+import optax
 import pytest
 
 from gmn_lopt.evaluation import protocol
-from gmn_lopt.evaluation.report import Outcome, build_report, markdown, table
+from gmn_lopt.evaluation.report import build_report, markdown, table
+from gmn_lopt.evaluation.timing import Timing
+from gmn_lopt.evaluation.training import Candidate, Curves
 from gmn_lopt.util.errors import UsageError
 
 STEPS = np.array([10, 20, 30, 40, 50])
@@ -64,9 +67,9 @@ def test_the_grid_is_that_of_the_protocol():
 
 
 def test_mean_and_std():
-    assert protocol.mean_and_std(np.array([1.0, 3.0, np.nan])) == (2.0, math.sqrt(2))
-    assert protocol.mean_and_std(np.array([1.0, np.nan])) == (1.0, None)
-    assert protocol.mean_and_std(np.array([np.nan])) == (None, None)
+    assert protocol.mean_and_std(np.array([1.0, 3.0, np.nan])) == {"mean": 2.0, "std": math.sqrt(2)}
+    assert protocol.mean_and_std(np.array([1.0, np.nan])) == {"mean": 1.0, "std": None}
+    assert protocol.mean_and_std(np.array([np.nan])) == {"mean": None, "std": None}
 
 
 @pytest.mark.parametrize(("horizon", "every"), [(500, 1), (10, 1), (2000, 10), (501, 3), (1009, 1), (512, 8)])
@@ -76,14 +79,15 @@ def test_default_distance_of_evaluations(horizon, every):
 
 
 def report_of(*others: np.ndarray, smoothing: int = 1, loss_cap: float = 9.0, waiting: float = 0.01):
-    def outcome(name, curves, milliseconds):
-        times = np.array([milliseconds, milliseconds, 100.0]) / 1e3  # the median does not mind one slow round
-        return Outcome(name, name, curves, np.ones_like(curves), times, np.zeros((2, 6, 0)))
-
+    names = ["adam", *(f"other {i}" for i in range(len(others)))]
+    candidates = [Candidate(name, name, "", lambda _: optax.adam(1.0)) for name in names]
+    curves = [Curves(each, np.ones_like(each), np.zeros((2, 6, 0))) for each in (ADAM, *others)]
+    # The median does not mind one slow round.
+    times = np.array([[1.0, 1.0, 100.0], *([4.0, 4.0, 100.0] for _ in others)]) / 1e3
     settings = {"task": "toy", "horizon": 50, "eval_every": 10, "smoothing": smoothing, "test_examples": 7}
-    outcomes = [outcome("adam", ADAM, 1.0), *(outcome(f"other {i}", curves, 4.0) for i, curves in enumerate(others))]
+    settings |= {"loss_cap": loss_cap, "seeds": [3, 4]}
     grid = np.stack([ADAM + 1] * 19 + [ADAM])
-    return build_report(settings | {"loss_cap": loss_cap}, {"jax": "1"}, [3, 4], grid, outcomes, True, waiting)
+    return build_report(settings, {"jax": "1"}, grid, candidates, curves, Timing(times, True, waiting))
 
 
 def test_report_says_what_the_protocol_asks_for():

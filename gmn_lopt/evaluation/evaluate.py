@@ -16,15 +16,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 
 from gmn_lopt.evaluation import plots, protocol
-from gmn_lopt.evaluation.candidate import Candidate
-from gmn_lopt.evaluation.report import Outcome, build_report, markdown, task_title
+from gmn_lopt.evaluation.report import build_report, markdown, task_title
 from gmn_lopt.evaluation.results import Results
 from gmn_lopt.evaluation.sources import adam, find_candidates
 from gmn_lopt.evaluation.timing import Timing, time_per_step
-from gmn_lopt.evaluation.training import Curves, training_curves
+from gmn_lopt.evaluation.training import Candidate, Curves, training_curves
 from gmn_lopt.meta.task import Task, measured_on
 from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.files import write_atomically
@@ -147,31 +147,22 @@ def evaluate(problem: Problem) -> tuple[dict[str, Any], list[Path]]:
     Raises:
         UsageError: in one line, if it cannot be done.
     """
-    config, settings = problem.config, problem.settings
+    settings, out = problem.settings, problem.out
     grid, curves = train(problem)
-    best = protocol.best_setting(protocol.smooth(grid.test_loss, config.smoothing))
+    best = protocol.best_setting(protocol.smooth(grid.test_loss, settings["smoothing"]))
     rate = protocol.LEARNING_RATES[best]
     baseline = replace(_baseline([rate]), source=f"optax:adam:learning_rate={rate:g}", hyper=jnp.array(rate))
-    everyone = [baseline, *problem.candidates]
-    curves = [Curves(*(part[best] for part in grid)), *curves]
-    timing = time_steps(problem, everyone)
-    outcomes = [
-        Outcome(candidate.name, candidate.source, c.test_loss, c.train_loss, seconds, c.weights, candidate.digest)
-        for candidate, c, seconds in zip(everyone, curves, timing.seconds)
-    ]
-    report = build_report(
-        *(settings, _environment(), settings["seeds"], grid.test_loss, outcomes, timing.one_core, timing.waiting)
-    )
-    pictures, title = ["curves.png"], task_title(settings)
-    steps = protocol.evaluation_steps(settings["horizon"], settings["eval_every"])
-    plots.plot_curves(problem.out / "curves.png", title, steps, config.smoothing, outcomes)
-    if _parameters(problem.task) == 2:
+    everyone, curves = [baseline, *problem.candidates], [Curves(*(part[best] for part in grid)), *curves]
+    report = build_report(settings, _environment(), grid.test_loss, everyone, curves, time_steps(problem, everyone))
+    pictures, title, named = ["curves.png"], task_title(settings), dict(zip((c.name for c in everyone), curves))
+    steps = np.array(report["curves"]["steps"])
+    plots.plot_curves(out / "curves.png", title, steps, settings["smoothing"], named)
+    if _weights(problem.task) == 2:
         pictures.append("trajectories.png")
-        loss = _loss_at(problem.task)
-        plots.plot_trajectories(problem.out / "trajectories.png", title, loss, settings["seeds"], outcomes)
-    write_atomically(problem.out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
-    write_atomically(problem.out / "report.md", markdown(report, pictures).encode())
-    return report, [problem.out / name for name in ("report.json", "report.md", *pictures)]
+        plots.plot_trajectories(out / "trajectories.png", title, _loss_at(problem.task), settings["seeds"], named)
+    write_atomically(out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
+    write_atomically(out / "report.md", markdown(report, pictures).encode())
+    return report, [out / name for name in ("report.json", "report.md", *pictures)]
 
 
 def train(problem: Problem) -> tuple[Curves, list[Curves]]:
@@ -180,26 +171,26 @@ def train(problem: Problem) -> tuple[Curves, list[Curves]]:
     Returns:
         The curves of the grid, ``[rates, ...]``, and those of each optimizer.
     """
-    seeds, task = problem.settings["seeds"], problem.task
-    n = problem.config.rates_at_once
+    task, results, seeds, n = problem.task, problem.results, problem.settings["seeds"], problem.config.rates_at_once
     parts = [protocol.LEARNING_RATES[i : i + n] for i in range(0, len(protocol.LEARNING_RATES), n)]
-    units = [(f"adam {part[0]:g}-{part[-1]:g}", _baseline(part), len(part)) for part in parts]
-    units += [(f"optimizer {candidate.name}", candidate, 0) for candidate in problem.candidates]
-    found = [problem.results.load(name, candidate.fingerprint) for name, candidate, _ in units]
-    pending = sum(max(1, rates) for (_, _, rates), arrays in zip(units, found) if arrays is None)
+    units = {f"adam {part[0]:g}-{part[-1]:g}": (_baseline(part), len(part)) for part in parts}
+    units |= {f"optimizer {candidate.name}": (candidate, 0) for candidate in problem.candidates}
+    found = {name: results.load(name, candidate.fingerprint) for name, (candidate, _) in units.items()}
+    pending = sum(max(1, units[name][1]) for name, arrays in found.items() if arrays is None)
     curves = []
     total = pending * len(seeds) * task.horizon
     with progress(total, "training", "steps", scale=True, disable=not pending) as bar:
-        for (name, candidate, rates), arrays in zip(units, found):
+        for name, (candidate, rates) in units.items():
+            arrays = found[name]
             if arrays is None:
                 bar.set_description(candidate.name, refresh=False)
                 arrays = training_curves(
                     *(task, candidate, seeds, problem.settings["eval_every"]),
                     grid=rates > 0,
-                    record_weights=_parameters(task) == 2,
+                    record_weights=_weights(task) == 2,
                     progress=bar.update,
                 )._asdict()
-                problem.results.save(name, candidate.fingerprint, arrays)
+                results.save(name, candidate.fingerprint, arrays)
             curves.append(Curves(**arrays))
     return Curves(*(np.concatenate(each) for each in zip(*curves[: len(parts)]))), curves[len(parts) :]
 
@@ -210,7 +201,7 @@ def time_steps(problem: Problem, everyone: Sequence[Candidate]) -> Timing:
     fingerprint = " ".join([f"{rounds} rounds", *(candidate.fingerprint for candidate in everyone)])
     timed = problem.results.load("timing", fingerprint)
     if timed is None:
-        on_one_core = jax.default_backend() == "cpu" and _parameters(problem.task) < SMALL
+        on_one_core = jax.default_backend() == "cpu" and _weights(problem.task) < SMALL
         with progress(rounds * len(everyone), "time per step", "rounds") as bar:
             timing = time_per_step(problem.task, everyone, rounds=rounds, on_one_core=on_one_core, progress=bar.update)
         timed = {name: np.asarray(value) for name, value in timing._asdict().items()}
@@ -222,19 +213,14 @@ def _baseline(rates: Sequence[float]) -> Candidate:
     return Candidate("adam", "", "adam", adam, jnp.array(rates))
 
 
-def _parameters(task: Task) -> int:
+def _weights(task: Task) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
 
 
 def _loss_at(task: Task) -> Callable[[np.ndarray], np.ndarray]:
     """The test loss at many points, of a task with two weights."""
-    params = jax.eval_shape(task.init, jax.random.key(0))
-
-    def loss(point: jax.Array) -> jax.Array:
-        parts = jnp.split(point, np.cumsum([leaf.size for leaf in jax.tree.leaves(params)])[:-1])
-        leaves = [part.reshape(leaf.shape) for part, leaf in zip(parts, jax.tree.leaves(params))]
-        return task.loss(jax.tree.unflatten(jax.tree.structure(params), leaves), task.data["test"])
-
+    _, unravel = ravel_pytree(task.init(jax.random.key(0)))
+    loss = lambda point: task.loss(unravel(point), task.data["test"])  # noqa: E731
     return lambda points: np.asarray(jax.lax.map(loss, jnp.asarray(points, jnp.float32)))
 
 

@@ -1,15 +1,16 @@
 """Pictures of an evaluation: test-loss curves, and trajectories of problems with two weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from gmn_lopt.evaluation import protocol
-from gmn_lopt.evaluation.report import Outcome
+from gmn_lopt.evaluation.training import Curves
 
 # Okabe and Ito's palette, told apart by colour-blind readers too; the first is the baseline's.
 COLOURS = ("#3a3a3a", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#8c6d1f")
@@ -17,7 +18,7 @@ MARKERS = "osD^vP*X"
 
 
 def plot_curves(
-    file: Path, title: str, steps: Int[np.ndarray, "E"], smoothing: int, outcomes: Sequence[Outcome]
+    file: Path, title: str, steps: Int[np.ndarray, "E"], smoothing: int, curves: Mapping[str, Curves]
 ) -> None:
     """Draw the mean test loss of each optimizer with the range over seeds, and where it passes Adam's best.
 
@@ -26,23 +27,23 @@ def plot_curves(
         title: what the picture is of.
         steps: the steps of the evaluations.
         smoothing: window of the running mean, in evaluations.
-        outcomes: the optimizers, the baseline first.
+        curves: of each optimizer by its name, the baseline first.
     """
-    curves = [protocol.smooth(outcome.test_loss, smoothing) for outcome in outcomes]
-    goal = protocol.target(curves[0], steps)
+    losses = [protocol.smooth(own.test_loss, smoothing) for own in curves.values()]
+    goal = protocol.target(losses[0], steps)
     best = goal.loss.mean()
     seeds = len(goal.loss)
     figure = Figure(figsize=(8.6, 5.2), layout="constrained", dpi=150)
     axes = figure.subplots()
     axes.axhline(best, color=COLOURS[0], linewidth=1, linestyle=(0, (5, 4)), zorder=1.5)
 
-    for i, (outcome, curve) in enumerate(zip(outcomes, curves)):
+    for i, (name, curve) in enumerate(zip(curves, losses)):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         shown = np.where(np.isfinite(curve), curve, np.nan)
         mean = shown.mean(axis=0)  # a gap where any seed has diverged
         reached = protocol.first_steps(curve, steps, goal.loss)
         hits = reached[np.isfinite(reached)]
-        label = f"{outcome.name} ({_passes(hits, seeds) if i else f'tuned; best at step {hits.mean():.0f}'})"
+        label = f"{name} ({_passes(hits, seeds) if i else f'tuned; best at step {hits.mean():.0f}'})"
         axes.plot(steps, mean, color=colour, linewidth=1.8, label=label, zorder=3 + 0.1 * i)
         whole = np.isfinite(mean)
         axes.fill_between(
@@ -55,10 +56,13 @@ def plot_curves(
 
     place: Any = {"xycoords": ("axes fraction", "data"), "xytext": (4, -3), "textcoords": "offset points", "va": "top"}
     axes.annotate(f"tuned Adam's best: {best:.3g}", (0.0, best), fontsize=8.5, color=COLOURS[0], **place)
-    low, high = _limits(curves)
+    low, high = _limits(losses)
     axes.set_yscale("log" if low > 0 and high > 4 * low else "linear")
     axes.set(xlim=(0, steps[-1]), ylim=(low, high), xlabel="training step", title=title)
-    _plain_ticks(axes, low, high)
+    if axes.get_yscale() == "log" and high < 1e3 * low:  # few decades: plain numbers at 1, 2 and 5
+        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.set_ylabel("test loss" + (f" (running mean over {smoothing} evaluations)" if smoothing > 1 else ""))
     axes.grid(alpha=0.25, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
@@ -76,7 +80,7 @@ def plot_trajectories(
     title: str,
     loss: Callable[[Float[np.ndarray, "points 2"]], Float[np.ndarray, "points"]],
     seeds: Sequence[int],
-    outcomes: Sequence[Outcome],
+    curves: Mapping[str, Curves],
 ) -> None:
     """Draw the two weights' trajectories over the contours of the test loss, one panel for each of up to three seeds.
 
@@ -84,14 +88,14 @@ def plot_trajectories(
         file: the picture to write.
         title: what the picture is of.
         loss: the test loss at many points at once.
-        seeds: the seeds, in the order of the outcomes' rows.
-        outcomes: the optimizers, with ``weights: [S, E+1, 2]``.
+        seeds: the seeds, in the order of the curves' rows.
+        curves: of each optimizer by its name, with ``weights: [S, E+1, 2]``.
     """
     panels = min(3, len(seeds))
     figure = Figure(figsize=(4.4 * panels + 0.6, 4.7), layout="constrained", dpi=150)
     row = figure.subplots(1, panels, squeeze=False)[0]
     for s, axes in enumerate(row):
-        paths = [outcome.weights[s] for outcome in outcomes]
+        paths = [own.weights[s] for own in curves.values()]
         # The frame holds where tuned Adam and the starting point are; what diverges leaves the picture.
         core = np.concatenate([paths[0][np.isfinite(paths[0]).all(axis=1)], np.zeros((1, 2))])
         others = np.concatenate([path[np.isfinite(path).all(axis=1)] for path in paths])
@@ -107,15 +111,15 @@ def plot_trajectories(
         levels = np.linspace(low, high, 18) ** 2 if high > low else None
         axes.contourf(x, y, values, levels=levels, cmap="Greys", alpha=0.35)
         axes.contour(x, y, values, levels=levels, colors="#8a8a8a", linewidths=0.5)
-        for i, (outcome, path) in enumerate(zip(outcomes, paths)):
+        for i, (name, path) in enumerate(zip(curves, paths)):
             style: Any = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "markersize": 4}
-            axes.plot(*path.T, linewidth=1.4, label=outcome.name, **style)
+            axes.plot(*path.T, linewidth=1.4, label=name, **style)
         axes.plot(*paths[0][0], "o", color="white", markeredgecolor="black", markersize=8, zorder=5)
         axes.set(xlim=(x[0], x[-1]), ylim=(y[0], y[-1]), xlabel="weight 1", title=f"seed {seeds[s]}")
         axes.set_aspect("equal")
     row[0].set_ylabel("weight 2")
     figure.legend(
-        *row[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(outcomes)), frameon=False
+        *row[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(4, len(curves)), frameon=False
     )
     figure.suptitle(title)
     figure.savefig(file)
@@ -136,13 +140,3 @@ def _limits(curves: Sequence[Float[np.ndarray, "S E"]]) -> tuple[float, float]:
         return low / 1.12, high * 1.1
     margin = 0.05 * (high - low) + 1e-12
     return low - margin, high + margin
-
-
-def _plain_ticks(axes: Any, low: float, high: float) -> None:
-    """Label a logarithmic axis that spans few decades with plain numbers at 1, 2 and 5."""
-    if axes.get_yscale() == "log" and high < 1e3 * low:
-        from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
-
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        axes.yaxis.set_minor_formatter(NullFormatter())

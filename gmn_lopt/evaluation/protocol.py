@@ -84,8 +84,10 @@ def step_reduction(
     return goal.step / first_steps(curves, steps, goal.loss)
 
 
-def mean_and_std(values: Float[np.ndarray, "n"]) -> tuple[float | None, float | None]:
-    """Mean and sample standard deviation over the finite values; None where there are too few of them."""
+def mean_and_std(values: Float[np.ndarray, "n"]) -> dict[str, float | None]:
+    """``mean`` and sample standard deviation ``std`` of the finite values; None where there are too few of them."""
     finite = values[np.isfinite(values)]
-    mean = float(finite.mean()) if len(finite) else None
-    return mean, float(finite.std(ddof=1)) if len(finite) > 1 else None
+    return {
+        "mean": float(finite.mean()) if len(finite) else None,
+        "std": float(finite.std(ddof=1)) if len(finite) > 1 else None,
+    }

@@ -3,7 +3,7 @@
 import difflib
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import optax
 
-from gmn_lopt.evaluation.candidate import Candidate, train_step
+from gmn_lopt.evaluation.training import Candidate, train_step
 from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
@@ -25,16 +25,6 @@ OPTAX = "optax:"
 def adam(learning_rate: Any) -> optax.GradientTransformation:
     """The baseline, Adam with optax's defaults."""
     return optax.adam(learning_rate)
-
-
-@dataclass(frozen=True)
-class _Optax:
-    """Makes the optimizer of an ``optax:`` source; equal sources are equal, and so share compiled programs."""
-
-    source: str
-
-    def __call__(self, hyper: Any) -> optax.GradientTransformation:
-        return optax_transformation(*parse_spec(self.source))
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,10 +59,11 @@ def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
         try:
             label, source, place, settings = parse_source(spec)
             if place.startswith(OPTAX):
-                candidate = _from_optax(label, source, place, settings)
+                candidate = _from_optax(source, place, settings)
             else:
                 structure = structure or task_structure(task)
-                candidate = _learned(label, source, place, settings, structure, found)
+                candidate = _learned(source, place, settings, structure, found)
+            candidate = replace(candidate, name=label or candidate.name)
             if candidate.name in ("adam", *(other.name for other in found)):
                 raise ValueError(f"the name {candidate.name!r} is taken; put another label in front, LABEL=...")
             _check(candidate, task)
@@ -127,19 +118,13 @@ def optax_transformation(name: str, settings: Mapping[str, Any]) -> optax.Gradie
     return tx
 
 
-def _from_optax(label: str | None, source: str, place: str, settings: Mapping[str, Any]) -> Candidate:
-    optax_transformation(place, settings)
-    name = label or place.removeprefix(OPTAX) + _shown(settings)
-    return Candidate(name, source, _digest(source.encode()), _Optax(source))
+def _from_optax(source: str, place: str, settings: Mapping[str, Any]) -> Candidate:
+    tx = optax_transformation(place, settings)
+    return Candidate(place.removeprefix(OPTAX) + _shown(settings), source, _digest(source.encode()), lambda _: tx)
 
 
 def _learned(
-    label: str | None,
-    source: str,
-    place: str,
-    settings: Mapping[str, Any],
-    structure: GradientStructure,
-    known: Sequence[Candidate],
+    source: str, place: str, settings: Mapping[str, Any], structure: GradientStructure, known: Sequence[Candidate]
 ) -> Candidate:
     """One that differs from a known one in its meta-parameters only shares its compiled programs."""
     path = Path(place)
@@ -148,7 +133,7 @@ def _learned(
         raise ValueError("neither a run of meta_train.py nor a saved optimizer: no config.json")
     lopt, phi = load_learned(str(directory) if path.is_dir() else place, structure)
     make_optimizer(lopt, phi, settings, place)  # refuses settings that it does not take
-    if directory.is_dir():
+    if path.is_dir():
         files = sorted(file for file in directory.rglob("*") if file.is_file())
         parts = [part for f in files for part in (str(f.relative_to(directory)).encode(), f.read_bytes())]
     else:
@@ -157,7 +142,7 @@ def _learned(
         parts.append(_shown(settings).encode())
     makes = [candidate.make for candidate in known if isinstance(candidate.make, _Learned)]
     make = next((m for m in makes if (m.lopt, m.settings) == (lopt, settings)), _Learned(lopt, settings))
-    name = label or path.resolve().name + (_shown(settings) if settings else "")
+    name = path.resolve().name + (_shown(settings) if settings else "")
     return Candidate(name, source, _digest(*parts), make, phi, lopt.needs_factors, digest(phi))
 
 

@@ -10,8 +10,7 @@ import jax
 import numpy as np
 from jaxtyping import Float
 
-from gmn_lopt.evaluation.candidate import Candidate, train_step
-from gmn_lopt.evaluation.training import run_keys
+from gmn_lopt.evaluation.training import Candidate, run_keys, train_step
 from gmn_lopt.meta.task import Task
 from gmn_lopt.util.threads import one_core
 
@@ -41,7 +40,6 @@ def time_per_step(
     seconds: float = 0.05,
     on_one_core: bool = False,
     progress: Callable[[], Any] = lambda: None,
-    clock: Callable[[], float] = time.perf_counter,
 ) -> Timing:
     """Measure the time of one training step of each candidate, in seconds.
 
@@ -57,7 +55,6 @@ def time_per_step(
         on_one_core: whether to compute on one core, where the system allows to ask for it. The steps of small models
             gain nothing from several, and with other work on the machine their threads wait for each other.
         progress: called after each measurement.
-        clock: what to measure time with; ``time.process_time`` counts no waiting for a processor that others use.
     """
     init_key, batch_key = run_keys(0)
     batch = jax.jit(task.sample)(jax.random.fold_in(batch_key, 0), task.data["train"])
@@ -70,13 +67,13 @@ def time_per_step(
             state = (params, jax.jit(candidate.make(candidate.hyper).init)(params))
             # Donation needs every buffer once; an initial state may hold the same constant several times.
             state = jax.tree.map(lambda x: x.copy(), state)
-            _, state = _measure(task, candidate, batch, state, 2, clock)  # compiles
-            duration, state = _measure(task, candidate, batch, state, 5, clock)
+            _, state = _measure(task, candidate, batch, state, 2)  # compiles
+            duration, state = _measure(task, candidate, batch, state, 5)
             states.append(state)
             steps.append(max(3, round(seconds / duration)))
         for r in range(rounds):
             for i in (*range(r % len(candidates), len(candidates)), *range(r % len(candidates))):
-                times[i, r], states[i] = _measure(task, candidates[i], batch, states[i], steps[i], clock)
+                times[i, r], states[i] = _measure(task, candidates[i], batch, states[i], steps[i])
                 wall, processor = _probe()
                 waited, computed = waited + max(0.0, wall - processor), computed + processor
                 progress()
@@ -91,16 +88,14 @@ def _probe() -> tuple[float, float]:
     return time.perf_counter() - wall, time.thread_time() - processor
 
 
-def _measure(
-    task: Task, candidate: Candidate, batch: Any, state: Any, steps: int, clock: Callable[[], float]
-) -> tuple[float, Any]:
+def _measure(task: Task, candidate: Candidate, batch: Any, state: Any, steps: int) -> tuple[float, Any]:
     step = partial(_step, loss=task.loss, make=candidate.make, needs_factors=candidate.needs_factors)
     jax.block_until_ready(state)
-    start = clock()
+    start = time.perf_counter()
     for _ in range(steps):
         state = step(state, candidate.hyper, batch)
     jax.block_until_ready(state)
-    return (clock() - start) / steps, state
+    return (time.perf_counter() - start) / steps, state
 
 
 @partial(jax.jit, static_argnames=("loss", "make", "needs_factors"), donate_argnames="state")

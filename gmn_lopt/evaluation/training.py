@@ -1,16 +1,41 @@
 """Training curves: many runs of one optimizer at once, on the same initialisations and batches as every other one."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, PyTree
 
-from gmn_lopt.evaluation.candidate import Candidate, train_step
+from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.task import Task
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optax transformation under evaluation and what the evaluation has to know about it.
+
+    Attributes:
+        name: its label in the report, unique there.
+        source: where it came from, as the user wrote it.
+        fingerprint: a digest of everything that determines the optimizer; results are recomputed when it changes.
+        make: ``make(hyper)``, the optax transformation. Candidates that share ``make`` share compiled programs.
+        hyper: the arrays that ``make`` takes: a learning rate, the meta-parameters of a learned optimizer, or nothing.
+        needs_factors: whether ``update`` wants ``factors=``.
+        digest: of a learned optimizer, the digest of its meta-parameters alone; else empty.
+    """
+
+    name: str
+    source: str
+    fingerprint: str
+    make: Callable[[PyTree], optax.GradientTransformation]
+    hyper: PyTree = ()
+    needs_factors: bool = False
+    digest: str = ""
 
 
 class Curves(NamedTuple):
@@ -36,6 +61,24 @@ def run_keys(seed: int) -> tuple[jax.Array, jax.Array]:
     """
     initialisation, batches = jax.random.split(jax.random.key(seed))
     return initialisation, batches
+
+
+def train_step(
+    loss: Callable[[PyTree, PyTree], Float[Array, ""]],
+    tx: optax.GradientTransformation,
+    needs_factors: bool,
+    params: PyTree,
+    state: PyTree,
+    batch: PyTree,
+) -> tuple[PyTree, PyTree, Float[Array, ""]]:
+    """Take one training step; returns the new parameters, the new state, and the loss before the step.
+
+    Optimizers that take them get ``value``, ``grad`` and ``value_fn`` too (``optax.polyak_sgd``, ``optax.lbfgs``).
+    """
+    value, grads, extra = value_grad_and_extra(loss, needs_factors)(params, batch)
+    extra |= {"value": value, "grad": grads, "value_fn": lambda p: loss(p, batch)}
+    updates, state = optax.with_extra_args_support(tx).update(grads, state, params, **extra)
+    return optax.apply_updates(params, updates), state, value
 
 
 def training_curves(
@@ -77,21 +120,15 @@ def training_curves(
     init_keys, batch_keys = (jnp.stack(keys) for keys in zip(*map(run_keys, seeds)))
     runs = len(seeds) * (len(jax.tree.leaves(candidate.hyper)[0]) if grid else 1)
 
-    state = _start(candidate.hyper, init_keys, plan)
+    state, first = _start(candidate.hyper, init_keys, plan)
     splits = jax.device_put((task.data["train"], task.data["test"]))
     pieces = []
-    if record_weights:
-        first = _vectors(state[0], len(init_keys.shape) + grid)
     for start in range(0, task.horizon, at_once * eval_every):
         state, piece = _advance(state, candidate.hyper, batch_keys, start, *splits, plan)
         pieces.append(jax.device_get(piece))
         progress(runs * at_once * eval_every)
     test, train, weights = (np.concatenate(parts, axis=1 + grid) for parts in zip(*pieces))
-    if record_weights:
-        weights = np.concatenate([np.expand_dims(first, 1 + grid), weights], axis=1 + grid)
-    else:
-        weights = np.zeros((*test.shape[:-1], test.shape[-1] + 1, 0), test.dtype)
-    return Curves(test, train, weights)
+    return Curves(test, train, np.concatenate([np.expand_dims(first, 1 + grid), weights], axis=1 + grid))
 
 
 class _Plan(NamedTuple):
@@ -119,14 +156,19 @@ def _over_runs(run: Callable[..., Any], grid: bool) -> Callable[..., Any]:
     return jax.vmap(over_seeds, in_axes=(0, 0, None)) if grid else over_seeds
 
 
+def _weights(params: PyTree, plan: _Plan) -> jax.Array:
+    """The parameters as one vector, or none of them."""
+    leaves = jax.tree.leaves(params) if plan.record_weights else ()
+    return jnp.concatenate([jnp.zeros(0), *map(jnp.ravel, leaves)])
+
+
 @partial(jax.jit, static_argnames="plan")
 def _start(hyper, keys, plan):
     def run(_, hyper, key):
         params = plan.init(key)
-        return params, plan.make(hyper).init(params)
+        return (params, plan.make(hyper).init(params)), _weights(params, plan)
 
-    shape = (len(jax.tree.leaves(hyper)[0]), len(keys)) if plan.grid else (len(keys),)
-    return _over_runs(run, plan.grid)(jnp.zeros(shape), hyper, keys)
+    return _over_runs(run, plan.grid)(None, hyper, keys)
 
 
 @partial(jax.jit, static_argnames="plan", donate_argnames="state")
@@ -143,8 +185,8 @@ def _advance(state, hyper, keys, start, train, test, plan):
 
         def to_evaluation(carry, first):
             carry, values = jax.lax.scan(step, carry, first + jnp.arange(plan.eval_every))
-            weights = _vector(carry[0]) if plan.record_weights else jnp.zeros(0)
-            return carry, (mean_loss(plan.loss, carry[0], test, plan.examples_at_once), values.mean(), weights)
+            test_loss = mean_loss(plan.loss, carry[0], test, plan.examples_at_once)
+            return carry, (test_loss, values.mean(), _weights(carry[0], plan))
 
         return jax.lax.scan(to_evaluation, state, start + plan.eval_every * jnp.arange(plan.evaluations))
 
@@ -172,14 +214,3 @@ def mean_loss(
     if rest:
         total += rest * loss(params, jax.tree.map(lambda x: x[whole:], split))
     return total / examples
-
-
-def _vector(params: PyTree) -> jax.Array:
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(params)])
-
-
-def _vectors(params: PyTree, axes: int) -> np.ndarray:
-    vectors = _vector
-    for _ in range(axes):
-        vectors = jax.vmap(vectors)
-    return np.asarray(vectors(params))
