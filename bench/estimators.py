@@ -31,7 +31,6 @@ from gmn_lopt.optimizers.recipes import DS, RECIPES, Recipe
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive
 from gmn_lopt.optimizers.step_size import Feedback, PowerLaw
-from gmn_lopt.util.checks import whole
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.hardware import use_all_cores
@@ -121,10 +120,9 @@ def main(config: Config) -> str:
         UsageError, RunError: in one line, what cannot be done.
         KeyboardInterrupt: when a signal ended a run early.
     """
-    try:
-        whole(config, "inner_steps", "seeds", "eval_seeds", most=10**12)
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+    for field in ("inner_steps", "seeds", "eval_seeds"):
+        if getattr(config, field) < 1:
+            raise UsageError(f"--{field.replace('_', '-')} must be at least 1")
     pairs = product(config.optimizers, config.stages)
     variants = {f"{optimizer} {stages}": make_variant(config, optimizer, stages) for optimizer, stages in pairs}
     written = ""

@@ -8,6 +8,7 @@ call for each leaf. (The library's first version was none of that, so there is n
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -59,16 +60,10 @@ class Straightforward:
 
     def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
         """The optax transformation that these meta-parameters define."""
-
-        def update(
-            grads: PyTree, state: LearnedOptimizerState, params: PyTree | None = None, *, factors: Any = None, **_: Any
-        ) -> tuple[PyTree, LearnedOptimizerState]:
-            return self._update(phi, grads, state, params, factors)
-
-        return optax.GradientTransformationExtraArgs(self.lopt.optimizer(phi).init, update)
+        return optax.GradientTransformationExtraArgs(self.lopt.optimizer(phi).init, partial(self._update, phi))
 
     def _update(
-        self, phi: PyTree, grads: PyTree, state: LearnedOptimizerState, params: PyTree, factors: Any
+        self, phi: PyTree, grads: PyTree, state: LearnedOptimizerState, params: PyTree, factors: Any = None, **_: Any
     ) -> tuple[PyTree, LearnedOptimizerState]:
         lopt, structure, weights = self.lopt, self.lopt.structure, phi["residual"]
         assert lopt.residual is not None
@@ -89,10 +84,9 @@ class Straightforward:
             own = _normalized(jnp.clip(own, -1.0, 1.0), tuple(range(value.ndim)))
             time = jnp.broadcast_to(PaperFeatures().of_time(state.step), (*value.shape, 11))
             x = jnp.concatenate([own, time] if more is None else [own, more, time], axis=-1)
-            *hidden, last = range(len(weights["network"]) // 2)
-            for i in hidden:
-                x = jax.nn.relu(x @ weights["network"][f"kernel_{i}"] + weights["network"][f"bias_{i}"])
-            x = x @ weights["network"][f"kernel_{last}"] + weights["network"][f"bias_{last}"]
+            for i in range(len(weights["network"]) // 2):
+                x = jax.nn.relu(x) if i else x
+                x = x @ weights["network"][f"kernel_{i}"] + weights["network"][f"bias_{i}"]
             steps.append(-jnp.exp(phi["step_size"]["log_alpha"]) * (v + jnp.exp(weights["log_beta"]) * x[..., 0]))
         residual = ResidualState(averages, factor_averages)
         new = LearnedOptimizerState(state.step + 1, direction_state, residual, state.step_size)
@@ -132,9 +126,7 @@ class Straightforward:
             if len(own) == 1:
                 x, first = own[0], product["axes1_write"]
             else:
-                h_in, h_out = own
-                shape = (len(h_in), len(h_out), h.shape[-1])
-                pair = [jnp.broadcast_to(h_in[:, None], shape), jnp.broadcast_to(h_out[None], shape)]
+                pair = jnp.broadcast_arrays(own[0][:, None], own[1][None])
                 x, first = jnp.concatenate(pair, -1), jnp.concatenate([product["axes2_read"], product["axes2_write"]])
             bias, out, out_bias = (product[f"axes{len(own)}_{name}"] for name in ("bias", "out", "out_bias"))
             outputs.append(jax.nn.relu(x @ first + bias) @ out + out_bias)

@@ -72,7 +72,7 @@ def test_every_ablation_can_be_made(tmp_path):
         ({"stages": ("best",)}, "unknown estimator 'best'"),
         ({"task": "mnist"}, "unknown task 'mnist'"),
         ({"horizon": 70}, "sgdm with stages 'nres': truncation 50 does not divide"),
-        ({"seeds": 0}, "Config.seeds must be a whole number of at least 1"),
+        ({"seeds": 0}, "--seeds must be at least 1"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(tmp_path, changes, message):

@@ -97,11 +97,7 @@ def parse_task(flag: str, spec: str) -> tuple[str, dict[str, Any]]:
 
 
 def problem_of(config: Config, out: Path, flag: str, name: str, settings: Mapping[str, Any]) -> Problem:
-    """The evaluation on one task, with a directory of its own.
-
-    Raises:
-        UsageError: if there is no such task, it refuses a setting, or its data or a package that it needs are missing.
-    """
+    """The evaluation on one task, with a directory of its own; a :class:`UsageError` says if it cannot be made."""
     try:
         task = load_task(name, config.data_dir, **settings)
     except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:

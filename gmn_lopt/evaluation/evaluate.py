@@ -74,21 +74,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Problem:
-    """One task on which optimizers are evaluated, checked and ready to go.
-
-    Attributes:
-        config: how to evaluate.
-        task: the task, its horizon and its test split as the configuration wants them.
-        candidates: the optimizers.
-        settings: what the results depend on beside the optimizers.
-        results: what has been computed so far.
-        out: the directory of the report.
-    """
+    """One task on which optimizers are evaluated, checked and ready to go."""
 
     config: EvaluationConfig
-    task: Task
+    task: Task  # its horizon and its test split as the configuration wants them
     candidates: list[Candidate]
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # what the results depend on beside the optimizers
     results: Results
     out: Path
 
@@ -118,6 +109,11 @@ def prepare(
     eval_every = config.eval_every or protocol.default_eval_every(task.horizon)
     if task.horizon % eval_every:
         raise UsageError(f"--eval-every {eval_every} does not divide the horizon of {task.horizon} steps")
+    optional = {
+        "split": config.split if config.split != "test" else None,
+        "task_settings": dict(task_settings or {}),
+        "test_subset": task.test_subset,
+    }
     settings: dict[str, Any] = {
         "task": task.name,
         "seeds": list(range(config.first_seed, config.first_seed + config.seeds)),
@@ -130,23 +126,14 @@ def prepare(
         "data": _data_digest(task.data),
         "task_file": _file_digest(task, files),
         "device": jax.devices()[0].device_kind,
+        **{key: value for key, value in optional.items() if value},
     }
-    if config.split != "test":
-        settings["split"] = config.split
-    if task_settings:
-        settings["task_settings"] = dict(task_settings)
-    if task.test_subset:
-        settings["test_subset"] = task.test_subset
     candidates = find_candidates(optimizers, task)
     return Problem(config, task, candidates, settings, Results(out / "results", settings), out)
 
 
 def evaluate(problem: Problem) -> tuple[dict[str, Any], list[Path]]:
-    """Evaluate the optimizers, and write the report; returns the report and the files.
-
-    Raises:
-        UsageError: in one line, if it cannot be done.
-    """
+    """Evaluate the optimizers, and write the report; returns the report and the files."""
     settings, out = problem.settings, problem.out
     grid, curves = train(problem)
     best = protocol.best_setting(protocol.smooth(grid.test_loss, settings["smoothing"]))
@@ -166,11 +153,7 @@ def evaluate(problem: Problem) -> tuple[dict[str, Any], list[Path]]:
 
 
 def train(problem: Problem) -> tuple[Curves, list[Curves]]:
-    """Train with Adam's grid of learning rates and with each optimizer, as far as that has not been done before.
-
-    Returns:
-        The curves of the grid, ``[rates, ...]``, and those of each optimizer.
-    """
+    """The curves of Adam's grid, ``[rates, ...]``, and of each optimizer; trained where not done before."""
     task, results, seeds, n = problem.task, problem.results, problem.settings["seeds"], problem.config.rates_at_once
     parts = [protocol.LEARNING_RATES[i : i + n] for i in range(0, len(protocol.LEARNING_RATES), n)]
     units = {f"adam {part[0]:g}-{part[-1]:g}": (_baseline(part), len(part)) for part in parts}

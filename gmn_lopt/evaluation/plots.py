@@ -22,12 +22,7 @@ def plot_curves(
 ) -> None:
     """Draw the mean test loss of each optimizer with the range over seeds, and where it passes Adam's best.
 
-    Args:
-        file: the picture to write.
-        title: what the picture is of.
-        steps: the steps of the evaluations.
-        smoothing: window of the running mean, in evaluations.
-        curves: of each optimizer by its name, the baseline first.
+    The curves are taken after ``steps``, and smoothed over so many evaluations; the baseline comes first.
     """
     losses = [protocol.smooth(own.test_loss, smoothing) for own in curves.values()]
     goal = protocol.target(losses[0], steps)
@@ -84,12 +79,7 @@ def plot_trajectories(
 ) -> None:
     """Draw the two weights' trajectories over the contours of the test loss, one panel for each of up to three seeds.
 
-    Args:
-        file: the picture to write.
-        title: what the picture is of.
-        loss: the test loss at many points at once.
-        seeds: the seeds, in the order of the curves' rows.
-        curves: of each optimizer by its name, with ``weights: [S, E+1, 2]``.
+    The loss is taken at many points at once; ``weights`` of the curves are ``[S, E+1, 2]``, one row for each seed.
     """
     panels = min(3, len(seeds))
     figure = Figure(figsize=(4.4 * panels + 0.6, 4.7), layout="constrained", dpi=150)

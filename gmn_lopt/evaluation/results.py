@@ -38,11 +38,8 @@ class Results:
         if any(directory.glob("*.npz")):
             try:
                 before = json.loads(file.read_text())
-                differences = [
-                    f"{key} was {before.get(key)!r}, is {settings.get(key)!r}"
-                    for key in sorted(before.keys() | settings.keys())
-                    if before.get(key) != settings.get(key)
-                ]
+                changed = [k for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
+                differences = [f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in changed]
             except (OSError, ValueError, AttributeError):
                 raise UsageError(f"{file} is missing or not readable: choose another --out, or delete it") from None
             if differences:

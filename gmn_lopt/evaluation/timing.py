@@ -59,7 +59,7 @@ def time_per_step(
     init_key, batch_key = run_keys(0)
     batch = jax.jit(task.sample)(jax.random.fold_in(batch_key, 0), task.data["train"])
     times = np.zeros((len(candidates), rounds))
-    waited = computed = 0.0
+    waited = 0.0
     states, steps = [], []
     with one_core() if on_one_core else contextlib.nullcontext(False) as alone:
         for candidate in candidates:
@@ -74,18 +74,17 @@ def time_per_step(
         for r in range(rounds):
             for i in (*range(r % len(candidates), len(candidates)), *range(r % len(candidates))):
                 times[i, r], states[i] = _measure(task, candidates[i], batch, states[i], steps[i])
-                wall, processor = _probe()
-                waited, computed = waited + max(0.0, wall - processor), computed + processor
+                waited += _probe()
                 progress()
-    return Timing(times, alone, waited / (waited + computed))
+    return Timing(times, alone, waited / (waited + PROBE * times.size))
 
 
-def _probe() -> tuple[float, float]:
-    """Seconds of the wall clock and of processor time that a loop takes: alike, unless other work has the processor."""
+def _probe() -> float:
+    """Seconds that a loop of ``PROBE`` seconds waits for the processor, because other work has it."""
     wall, processor = time.perf_counter(), time.thread_time()
     while time.thread_time() - processor < PROBE:
         pass
-    return time.perf_counter() - wall, time.thread_time() - processor
+    return max(0.0, time.perf_counter() - wall - (time.thread_time() - processor))
 
 
 def _measure(task: Task, candidate: Candidate, batch: Any, state: Any, steps: int) -> tuple[float, Any]:
