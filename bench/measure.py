@@ -51,7 +51,7 @@ def matrix_flops(function: Callable[..., Any], *args: Any) -> float:
 def _count(jaxpr: Jaxpr) -> float:
     total = 0.0
     for equation in jaxpr.eqns:
-        shapes = [getattr(v.aval, "shape", ()) for v in equation.invars]
+        shapes: list[tuple[int, ...]] = [getattr(v.aval, "shape", ()) for v in equation.invars]
         name, params = equation.primitive.name, equation.params
         if name == "dot_general":
             (contracted, _), _ = params["dimension_numbers"]
