@@ -96,10 +96,6 @@ class SetLayer(nn.Module):
 
     Positional encodings do not vary over the set, so concatenating them to ``x`` and adding ``p M1' + (E_N p) M3'`` to
     the bias is the same; their shares of ``M2`` and ``M4`` would repeat those two.
-
-    Attributes:
-        in_features: number of features of each neuron.
-        out_features: number of features after the layer.
     """
 
     in_features: int
@@ -131,10 +127,7 @@ class SetLayer(nn.Module):
 class Trunk(nn.Module):
     """Steps 0 to 4 of :mod:`gmn_lopt.networks.gradmetanet`: from sets of factors to a feature vector for each neuron.
 
-    Attributes:
-        structure: the structure of the model whose factors are read.
-        config: the architecture.
-        channels: number of channels of each activation and each tangent.
+    Attributes are as for :class:`GradMetaNet`.
     """
 
     structure: GradientStructure
@@ -143,14 +136,7 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "neurons width"], ...]:
-        """Compute the features of all neurons.
-
-        Args:
-            factors: the factors with channels first: arrays ``[channels, S, d]``, the tangents at per-element scale.
-
-        Returns:
-            For each site of the structure, the features of its neurons.
-        """
+        """Compute the features of the neurons of each site (``factors`` as for :class:`GradMetaNet`)."""
         width, groups = self.config.width, group_sites(self.structure)
         x: list = [FactorFeatures(self.structure, group, factors) for group in groups]
         encodings = [group.encodings(self.structure) for group in groups]

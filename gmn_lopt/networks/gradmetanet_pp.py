@@ -82,12 +82,7 @@ def normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the second axis, with its LayerNorm before and its residual.
-
-    Attributes:
-        width: number of features.
-        heads: number of heads, a divisor of the width.
-    """
+    """Multi-head attention over the second axis, with its LayerNorm before and its residual."""
 
     width: int
     heads: int
@@ -109,10 +104,6 @@ class Block(nn.Module):
 
     Each has a LayerNorm before it and a residual around it. Where a neuron has several sites, the perceptron also reads
     the mean over them, as in GradMetaNet's set layers: nothing else tells that they are the same neuron.
-
-    Attributes:
-        width: number of features.
-        heads: number of heads.
     """
 
     width: int
@@ -134,11 +125,7 @@ class AttentionTrunk(nn.Module):
     """From sets of factors to one feature vector for each neuron and each set element.
 
     Sites that do not share their set (tokens before a pooling, examples after it) do not attend to one another.
-
-    Attributes:
-        structure: the structure of the model whose factors are read.
-        config: the architecture.
-        channels: number of channels of each activation and each tangent.
+    Attributes are as for :class:`GradMetaNetPlusPlus`.
     """
 
     structure: GradientStructure
@@ -171,11 +158,7 @@ class SetProductLayer(ProductLayer):
     """
 
     def __call__(self, neurons: Sequence[Float[Array, "_ _ width"]]) -> tuple[Float[Array, "..."] | None, ...]:
-        """Compute the features of all parameter entries (see :class:`ProductLayer`).
-
-        Args:
-            neurons: the features of the neurons of each site, for each element of its set.
-        """
+        """Compute the features of all parameter entries (see :class:`ProductLayer`)."""
         groups = group_sites(self.structure)
         group_of = {site: g for g, group in enumerate(groups) for site in group.sites}
         leaves = self.structure.parameters

@@ -64,15 +64,7 @@ def mean_over_copies(
     """For each site, the mean over all copies of the same neurons; None for a site without copies.
 
     Copies are the sites with the same neurons, and the repetitions along a site's own ``copies``; each counts once.
-
-    Args:
-        structure: the model's structure.
-        sites: indices of the sites.
-        values: an array for each site.
-        axis: the axis of these arrays that runs over neurons.
-
-    Returns:
-        An array of the same shape (or None) for each site.
+    ``axis`` of the sites' ``values`` runs over neurons; the means have the same shapes.
     """
     means: list[jax.Array | None] = [None] * len(sites)
     for positions in group_copies(structure, sites):

@@ -75,15 +75,9 @@ class Residual:
         return self.gradmetanet is not None and self.gradmetanet.reads(structure)
 
     def init_weights(self, key: jax.Array, structure: GradientStructure, outputs: int) -> dict[str, PyTree]:
-        """Draw the weights of the networks.
+        """Draw the weights of ``network``, with so many outputs for each entry, and ``gradmetanet`` if there is one.
 
-        Args:
-            key: a random key.
-            structure: of the model; only the last layer of ``UNF`` depends on it.
-            outputs: number of outputs for each entry.
-
-        Returns:
-            ``network``, and ``gradmetanet`` if there is one.
+        Only the last layer of ``UNF`` depends on the structure.
         """
         key_network, key_gradmetanet = jax.random.split(key)
         module: Any = self._module(structure, range(len(structure.parameters)), outputs)

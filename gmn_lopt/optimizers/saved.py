@@ -130,13 +130,7 @@ def load(
 def make_optimizer(
     lopt: LearnedOptimizer, phi: PyTree, settings: Mapping[str, Any], what: str
 ) -> optax.GradientTransformationExtraArgs:
-    """Make the transformation of a learned optimizer with settings that its user chose.
-
-    Args:
-        lopt: the learned optimizer.
-        phi: its meta-parameters.
-        settings: keyword arguments of ``lopt.optimizer``.
-        what: the optimizer's name in errors.
+    """Call ``lopt.optimizer`` with the settings that its user chose for ``what``, the optimizer's name in errors.
 
     Raises:
         SerializationError: in one line, if there is no such setting, or its value is refused.
