@@ -144,9 +144,10 @@ class Trunk(nn.Module):
             size = SLOTS * self.channels if i == 0 else width
             x = SetLayer(size, width, name=f"set_layers_{i}")(x, encodings if i == 0 else None)
         # Step 3. The mean over the set comes before the linear map: they commute, and it leaves little to multiply.
-        h = self._layer("pool", "pool_full_mean", "pool_bias", jnp.concatenate([y.set_mean() for y in x]))
-        h = jax.nn.relu(h)
-        order = [s for group in groups for s in group.sites]
+        h = jnp.concatenate([features.set_mean() for features in x])
+        h = jax.nn.relu(self._layer("pool", "pool_full_mean", "pool_bias", h))
+        order = [s for group in groups for s in group.sites]  # of the neurons in h
+        # Step 4.
         for i in range(self.config.neuron_layers):
             y = self._layer(f"neuron_{i}_own", f"neuron_{i}_mean", f"neuron_{i}_bias", h)
             m_copies = matrix(self, f"neuron_{i}_copies_mean", width, width)
