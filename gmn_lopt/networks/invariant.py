@@ -1,5 +1,7 @@
 """GradMetaNet or GradMetaNet++ with one vector for the whole model as its output."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -36,6 +38,7 @@ class InvariantGradMetaNet(nn.Module):
     @nn.compact
     def __call__(self, factors: Factors) -> Float[Array, "out"]:
         """Compute the vector (``factors`` as for :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`)."""
-        neurons = self.config.trunk(self.structure, self.config, self.channels, name="trunk")(factors)
+        trunk: Any = self.config.trunk
+        neurons = trunk(self.structure, self.config, self.channels, name="trunk")(factors)
         sites = [x if x.ndim == 2 else x.mean(0) for x in neurons]
         return nn.Dense(self.config.out_features, name="head")(jnp.concatenate(sites).mean(0))

@@ -69,8 +69,8 @@ class UNF:
 
         Leaves that are not handled count as zero.
         """
-        channels = (channels, extra_channels, time_channels)
-        mlp = PointwiseModule(*channels, self.width, self.hidden_layers - 1, outputs=self.width)
+        sizes = (channels, extra_channels, time_channels, self.width, self.hidden_layers - 1, self.width)
+        mlp = PointwiseModule(*sizes)
         return UNFModule(parameters, indices, mlp, outputs)
 
 
