@@ -21,15 +21,6 @@ def attention(
     The scores are computed for at most ``rows`` queries at a time, and again in the backward pass, so that beside
     arrays of the size of the inputs the memory is ``O(rows n heads)``. Time is ``O(batch n^2 heads d)``.
 
-    Args:
-        queries: one vector for each element and head.
-        keys: likewise.
-        values: likewise.
-        rows: the number of queries that are handled at a time.
-
-    Returns:
-        For each query the weighted mean of the values.
-
     Example:
         >>> q = jnp.ones((2, 5, 3, 4))
         >>> attention(q, q, q, rows=2).shape

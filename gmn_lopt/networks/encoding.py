@@ -1,7 +1,5 @@
 """Positional encodings: what tells GradMetaNet's neurons apart that no symmetry makes interchangeable."""
 
-import math
-
 import numpy as np
 from jaxtyping import Float
 
@@ -49,27 +47,18 @@ def _encode_site(structure: GradientStructure, site: Site, index: int) -> np.nda
     block = np.zeros((site.size, BLOCK_FEATURES))
     if not structure.is_permutable(site):
         position = sinusoids(np.arange(site.size), NEURON_FEATURES)
-    elif len(site.spaces) > 1:
-        blocks = _fixed_index(structure, site)
-        if blocks is not None:
+    else:
+        sizes = [structure.spaces[space].size for space in site.spaces]
+        fixed = [i for i, space in enumerate(site.spaces) if not structure.spaces[space].permutable]
+        if fixed:
+            coordinates = np.unravel_index(np.arange(site.size), sizes)
+            blocks = np.ravel_multi_index([coordinates[i] for i in fixed], [sizes[i] for i in fixed])
             block = sinusoids(blocks, BLOCK_FEATURES)
     site_index = sinusoids(np.full(site.size, index), SITE_FEATURES)
     return np.concatenate([kind, site_index, position, block], axis=1).astype(np.float32)
 
 
-def _fixed_index(structure: GradientStructure, site: Site) -> np.ndarray | None:
-    """The row-major index of each neuron within the site's fixed spaces, or None where all are permutable."""
-    sizes = [structure.spaces[space].size for space in site.spaces]
-    coordinates = np.unravel_index(np.arange(math.prod(sizes)), sizes)
-    fixed = [i for i, space in enumerate(site.spaces) if not structure.spaces[space].permutable]
-    if not fixed:
-        return None
-    return np.ravel_multi_index([coordinates[i] for i in fixed], [sizes[i] for i in fixed])
-
-
-def sinusoids(
-    positions: Float[np.ndarray, "n"] | np.ndarray, features: int, longest: float = 10_000.0
-) -> Float[np.ndarray, "n features"]:
+def sinusoids(positions: np.ndarray, features: int, longest: float = 10_000.0) -> Float[np.ndarray, "n features"]:
     """Sines and cosines of ``positions`` at ``features / 2`` frequencies, geometric from 1 to ``1 / longest``."""
     frequencies = longest ** -np.linspace(0.0, 1.0, features // 2)
     angles = np.asarray(positions)[:, None] * frequencies

@@ -10,9 +10,9 @@ over both, ``E_C`` is the mean over the copies of one neuron, and matrices ``M``
    :func:`~gmn_lopt.networks.encoding.encode_sites`, read by the first :class:`SetLayer`.
 2. *Set layers* (section 5; interactions across sets, Hartford et al. 2018):
    ``relu(x M1 + (E_S x) M2 + (E_N x) M3 + (E_SN x) M4 + (E_C x) M5 + c)``: :class:`SetLayer`.
-3. *Pooling over the set* (section 5), ``h = relu((E_S x) M1 + (E_SN x) M2 + c)``: :meth:`Trunk.pool`.
+3. *Pooling over the set* (section 5), ``h = relu((E_S x) M1 + (E_SN x) M2 + c)``: :class:`Trunk`.
 4. *Neuron layers* (section 5; DeepSets, Zaheer et al. 2017), ``relu(h M1 + (E_N h) M2 + (E_C h) M3 + c)``:
-   :meth:`Trunk.neuron_layer`.
+   :class:`Trunk`.
 5. *Product layer* (section 5), ``MLP_2([h_i, h_j])`` for the entry of a kernel between neurons ``i`` and ``j``, and
    ``MLP_1(h_j)`` for that of a bias: :class:`~gmn_lopt.networks.product_layer.ProductLayer`. For one vector in place of
    features of entries, ``(E_N h) M + c``: :class:`~gmn_lopt.networks.invariant.InvariantGradMetaNet`.
@@ -36,17 +36,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.factors.structure import Factors, GradientStructure, Site, Space
-from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
 from gmn_lopt.networks.initialization import init_weights, matrix, vector
 from gmn_lopt.networks.product_layer import ProductLayer
-from gmn_lopt.networks.site_features import (
-    SLOTS,
-    FactorFeatures,
-    NeuronFeatures,
-    SetGroup,
-    group_sites,
-    mean_over_copies,
-)
+from gmn_lopt.networks.site_features import SLOTS, FactorFeatures, NeuronFeatures, group_sites, mean_over_copies
 from gmn_lopt.util.checks import whole
 
 
@@ -85,9 +77,15 @@ class GradMetaNetConfig:
         """The network for a model whose factors have so many channels."""
         return GradMetaNet(structure, self, channels)
 
-    def trunk(self, structure: GradientStructure, channels: int) -> "Trunk":
-        """Steps 0 to 4."""
-        return Trunk(structure, self, channels)
+    @property
+    def trunk(self) -> "type[Trunk]":
+        """The flax module of steps 0 to 4."""
+        return Trunk
+
+    @property
+    def product_layer(self) -> type[ProductLayer]:
+        """That of step 5."""
+        return ProductLayer
 
 
 class SetLayer(nn.Module):
@@ -98,120 +96,78 @@ class SetLayer(nn.Module):
 
     Positional encodings do not vary over the set, so concatenating them to ``x`` and adding ``p M1' + (E_N p) M3'`` to
     the bias is the same; their shares of ``M2`` and ``M4`` would repeat those two.
-
-    Attributes:
-        in_features: number of features of each neuron.
-        out_features: number of features after the layer.
-        encoding_features: size of the positional encodings; 0 for a layer without.
     """
 
     in_features: int
     out_features: int
-    encoding_features: int = 0
 
-    def setup(self) -> None:  # noqa: D102
-        for name in ("own", "set_mean", "neuron_mean", "full_mean", "copies_mean"):
-            setattr(self, f"m_{name}", matrix(self, name, self.in_features, self.out_features))
-        if self.encoding_features:
-            self.m_encoding = matrix(self, "encoding", self.encoding_features, self.out_features)
-            self.m_encoding_mean = matrix(self, "encoding_mean", self.encoding_features, self.out_features)
-        self.bias = vector(self, "bias", self.out_features)
-
+    @nn.compact
     def __call__(
         self, inputs: Sequence[FactorFeatures | NeuronFeatures], encodings: Sequence[Float[Array, "_ p"]] | None = None
     ) -> list[NeuronFeatures]:
         """Apply the layer to the features of each group of sites (and its neurons' encodings, in the first layer)."""
+        size = self.in_features, self.out_features
+        names = ("own", "set_mean", "neuron_mean", "full_mean", "copies_mean")
+        m_own, m_set, m_neurons, m_full, m_copies = (matrix(self, name, *size) for name in names)
         set_means = [x.set_mean() for x in inputs]
-        shared = jnp.concatenate(set_means).mean(0) @ self.m_full_mean + self.bias
+        shared = jnp.concatenate(set_means).mean(0) @ m_full + vector(self, "bias", self.out_features)
+        # Terms that do not vary over the set, or over the neurons, are summed before they are broadcast.
+        per_neuron = [set_mean @ m_set + shared for set_mean in set_means]
+        if encodings is not None:
+            size = encodings[0].shape[1], self.out_features
+            m_encoding, m_mean = (matrix(self, name, *size) for name in ("encoding", "encoding_mean"))
+            per_neuron = [x + p @ m_encoding + p.mean(0) @ m_mean for x, p in zip(per_neuron, encodings)]
         outputs = []
-        for i, (x, set_mean) in enumerate(zip(inputs, set_means)):
-            # Terms that do not vary over the set, or over the neurons, are summed before they are broadcast.
-            per_neuron = set_mean @ self.m_set_mean + shared
-            if encodings is not None:
-                p = encodings[i]
-                per_neuron = per_neuron + p @ self.m_encoding + p.mean(0) @ self.m_encoding_mean
-            per_element = x.neuron_mean() @ self.m_neuron_mean
-            y = x.product(self.m_own) + per_neuron + per_element[:, None]
-            copies = x.copies_product(self.m_copies_mean)
-            outputs.append(x.after_layer(jax.nn.relu(y if copies is None else y + copies)))
+        for x, of_neurons in zip(inputs, per_neuron):
+            y = x.product(m_own) + of_neurons + (x.neuron_mean() @ m_neurons)[:, None]
+            outputs.append(x.after_layer(jax.nn.relu(x.add_copies(y, m_copies))))
         return outputs
 
 
 class Trunk(nn.Module):
     """Steps 0 to 4 of :mod:`gmn_lopt.networks.gradmetanet`: from sets of factors to a feature vector for each neuron.
 
-    Attributes:
-        structure: the structure of the model whose factors are read.
-        config: the architecture.
-        channels: number of channels of each activation and each tangent.
+    Attributes are as for :class:`GradMetaNet`.
     """
 
     structure: GradientStructure
     config: GradMetaNetConfig
     channels: int = 1
 
-    def setup(self) -> None:  # noqa: D102
-        width = self.config.width
-        first = SetLayer(SLOTS * self.channels, width, ENCODING_FEATURES)
-        self.set_layers = [first] + [SetLayer(width, width) for _ in range(self.config.set_layers - 1)]
-        for name in ("pool", "pool_full_mean"):
-            setattr(self, f"m_{name}", matrix(self, name, width, width))
-        self.pool_bias = vector(self, "pool_bias", width)
-        self.neuron_layers = [
-            [matrix(self, f"neuron_{i}_{name}", width, width) for name in ("own", "mean", "copies_mean")]
-            + [vector(self, f"neuron_{i}_bias", width)]
-            for i in range(self.config.neuron_layers)
-        ]
-
+    @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "neurons width"], ...]:
-        """Compute the features of all neurons.
-
-        Args:
-            factors: the factors with channels first: arrays ``[channels, S, d]``, the tangents at per-element scale.
-
-        Returns:
-            For each site of the structure, the features of its neurons.
-        """
-        groups = group_sites(self.structure)
+        """Compute the features of the neurons of each site (``factors`` as for :class:`GradMetaNet`)."""
+        width, groups = self.config.width, group_sites(self.structure)
         x: list = [FactorFeatures(self.structure, group, factors) for group in groups]
-        encodings = encode_sites(self.structure)
-        x = self.set_layers[0](x, [jnp.concatenate([encodings[s] for s in group.sites]) for group in groups])
-        for layer in self.set_layers[1:]:
-            x = layer(x)
-        h = self.pool(x)
-        for weights in self.neuron_layers:
-            h = self.neuron_layer(groups, h, weights)
-        return tuple(self._split(groups, h))
-
-    def pool(self, x: Sequence[NeuronFeatures]) -> Float[Array, "neurons width"]:
-        """Step 3."""
-        # The mean over the set comes before the linear map: they commute, and it leaves little to multiply.
+        encodings = [group.encodings(self.structure) for group in groups]
+        for i in range(self.config.set_layers):
+            size = SLOTS * self.channels if i == 0 else width
+            x = SetLayer(size, width, name=f"set_layers_{i}")(x, encodings if i == 0 else None)
+        # Step 3. The mean over the set comes before the linear map: they commute, and it leaves little to multiply.
         h = jnp.concatenate([features.set_mean() for features in x])
-        return jax.nn.relu(h @ self.m_pool + (h.mean(0) @ self.m_pool_full_mean + self.pool_bias))
+        h = jax.nn.relu(self._layer("pool", "pool_full_mean", "pool_bias", h))
+        order = [s for group in groups for s in group.sites]  # of the neurons in h
+        # Step 4.
+        for i in range(self.config.neuron_layers):
+            y = self._layer(f"neuron_{i}_own", f"neuron_{i}_mean", f"neuron_{i}_bias", h)
+            m_copies = matrix(self, f"neuron_{i}_copies_mean", width, width)
+            sites = self._split(order, h)
+            means = mean_over_copies(self.structure, range(len(sites)), sites, axis=0)
+            if any(mean is not None for mean in means):
+                filled = [jnp.zeros_like(own) if mean is None else mean for own, mean in zip(sites, means)]
+                y = y + jnp.concatenate([filled[s] for s in order]) @ m_copies
+            h = jax.nn.relu(y)
+        return tuple(self._split(order, h))
 
-    def neuron_layer(
-        self, groups: Sequence[SetGroup], h: Float[Array, "neurons width"], weights: Sequence[jax.Array]
-    ) -> Float[Array, "neurons width"]:
-        """One layer of step 4."""
-        own, mean, copies, bias = weights
-        y = h @ own + (h.mean(0) @ mean + bias)
-        h_copies = self._copies_mean(groups, h)
-        return jax.nn.relu(y if h_copies is None else y + h_copies @ copies)
+    def _layer(self, own: str, mean: str, bias: str, h: Float[Array, "neurons width"]) -> Float[Array, "neurons width"]:
+        """``h M1 + (E_N h) M2 + c``, with the weights of these names."""
+        m_own, m_mean = (matrix(self, name, h.shape[1], h.shape[1]) for name in (own, mean))
+        return h @ m_own + (h.mean(0) @ m_mean + vector(self, bias, h.shape[1]))
 
-    def _split(self, groups: Sequence[SetGroup], h: jax.Array) -> list[jax.Array]:
-        """Cut the array of all neurons into the sites, in the structure's order."""
-        order = [s for group in groups for s in group.sites]
-        sizes = [self.structure.sites[s].size for s in order]
-        pieces = dict(zip(order, jnp.split(h, np.cumsum(sizes)[:-1])))
-        return [pieces[s] for s in range(len(self.structure.sites))]
-
-    def _copies_mean(self, groups: Sequence[SetGroup], h: jax.Array) -> jax.Array | None:
-        sites = self._split(groups, h)
-        means = mean_over_copies(self.structure, range(len(sites)), sites, axis=0)
-        if all(m is None for m in means):
-            return None
-        filled = [jnp.zeros_like(h) if m is None else m for h, m in zip(sites, means)]
-        return jnp.concatenate([filled[s] for group in groups for s in group.sites])
+    def _split(self, order: Sequence[int], h: Float[Array, "neurons width"]) -> list[Float[Array, "_ width"]]:
+        """Cut the array of all neurons, whose sites lie in this order, into the sites in the structure's order."""
+        pieces = jnp.split(h, np.cumsum([self.structure.sites[s].size for s in order])[:-1])
+        return [piece for _, piece in sorted(zip(order, pieces), key=lambda pair: pair[0])]
 
 
 class GradMetaNet(nn.Module):
@@ -244,11 +200,7 @@ class GradMetaNet(nn.Module):
     config: GradMetaNetConfig = GradMetaNetConfig()
     channels: int = 1
 
-    def setup(self) -> None:  # noqa: D102
-        c = self.config
-        self.trunk = c.trunk(self.structure, self.channels)
-        self.product = ProductLayer(self.structure, c.width, c.product_width, c.out_features)
-
+    @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "..."] | None, ...]:
         """Compute the features of all parameter entries.
 
@@ -259,7 +211,9 @@ class GradMetaNet(nn.Module):
         Returns:
             For each parameter of the structure an array ``[*shape, out_features]``; None for one without a site.
         """
-        return self.product(self.trunk(factors))
+        c = self.config
+        product = c.product_layer(self.structure, c.width, c.product_width, c.out_features, name="product")
+        return product(c.trunk(self.structure, c, self.channels, name="trunk")(factors))
 
 
 # Weights do not depend on the model, so they are drawn for the smallest one: a single neuron.

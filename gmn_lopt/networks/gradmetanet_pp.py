@@ -18,7 +18,8 @@ from jaxtyping import Array, Float
 
 from gmn_lopt.factors.structure import Factors, GradientStructure
 from gmn_lopt.networks.attention import attention
-from gmn_lopt.networks.encoding import ENCODING_FEATURES, encode_sites
+from gmn_lopt.networks.encoding import ENCODING_FEATURES
+from gmn_lopt.networks.gradmetanet import GradMetaNet
 from gmn_lopt.networks.initialization import matrix, vector
 from gmn_lopt.networks.product_layer import ProductLayer
 from gmn_lopt.networks.site_features import SLOTS, FactorFeatures, NeuronFeatures, group_sites
@@ -63,9 +64,15 @@ class GradMetaNetPlusPlusConfig:
         """The network for a model whose factors have so many channels."""
         return GradMetaNetPlusPlus(structure, self, channels)
 
-    def trunk(self, structure: GradientStructure, channels: int) -> "AttentionTrunk":
-        """Steps 0 to 4."""
-        return AttentionTrunk(structure, self, channels)
+    @property
+    def trunk(self) -> "type[AttentionTrunk]":
+        """The flax module of steps 0 to 4."""
+        return AttentionTrunk
+
+    @property
+    def product_layer(self) -> "type[SetProductLayer]":
+        """That of step 5."""
+        return SetProductLayer
 
 
 def normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
@@ -75,27 +82,21 @@ def normalize(x: Float[Array, "... width"]) -> Float[Array, "... width"]:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention over the second axis, with its LayerNorm before and its residual.
-
-    Attributes:
-        width: number of features.
-        heads: number of heads, a divisor of the width.
-    """
+    """Multi-head attention over the second axis, with its LayerNorm before and its residual."""
 
     width: int
     heads: int
 
-    def setup(self) -> None:  # noqa: D102
-        names = ("query", "key", "value", "out")
-        self.kernels = [matrix(self, name, self.width, self.width) for name in names]
-        self.biases = [vector(self, f"{name}_bias", self.width) for name in names]
-
+    @nn.compact
     def __call__(self, x: Float[Array, "batch n width"]) -> Float[Array, "batch n width"]:
         """Apply the attention, to each entry of the batch by itself."""
+        names = ("query", "key", "value", "out")
+        *kernels, out = (matrix(self, name, self.width, self.width) for name in names)
+        *biases, out_bias = (vector(self, f"{name}_bias", self.width) for name in names)
         normal = normalize(x)
         heads = (*x.shape[:2], self.heads, self.width // self.heads)
-        q, k, v = ((normal @ m + b).reshape(heads) for m, b in zip(self.kernels[:3], self.biases[:3]))
-        return x + attention(q, k, v).reshape(x.shape) @ self.kernels[3] + self.biases[3]
+        q, k, v = ((normal @ m + b).reshape(heads) for m, b in zip(kernels, biases))
+        return x + attention(q, k, v).reshape(x.shape) @ out + out_bias
 
 
 class Block(nn.Module):
@@ -103,71 +104,47 @@ class Block(nn.Module):
 
     Each has a LayerNorm before it and a residual around it. Where a neuron has several sites, the perceptron also reads
     the mean over them, as in GradMetaNet's set layers: nothing else tells that they are the same neuron.
-
-    Attributes:
-        width: number of features.
-        heads: number of heads.
     """
 
     width: int
     heads: int
 
-    def setup(self) -> None:  # noqa: D102
-        self.over_set = SelfAttention(self.width, self.heads)
-        self.over_neurons = SelfAttention(self.width, self.heads)
-        for name in ("own", "copies_mean", "out"):
-            setattr(self, f"m_{name}", matrix(self, name, self.width, self.width))
-        self.bias, self.out_bias = (vector(self, name, self.width) for name in ("bias", "out_bias"))
-
+    @nn.compact
     def __call__(self, x: NeuronFeatures) -> NeuronFeatures:
         """Apply the block to the features of one group of sites."""
-        values = self.over_set(x.values.swapaxes(0, 1)).swapaxes(0, 1)
-        values = self.over_neurons(values)
+        m_own, m_copies, m_out = (matrix(self, name, self.width, self.width) for name in ("own", "copies_mean", "out"))
+        bias, out_bias = (vector(self, name, self.width) for name in ("bias", "out_bias"))
+        values = SelfAttention(self.width, self.heads, name="over_set")(x.values.swapaxes(0, 1)).swapaxes(0, 1)
+        values = SelfAttention(self.width, self.heads, name="over_neurons")(values)
         normal = x.after_layer(normalize(values))
-        hidden = normal.product(self.m_own) + self.bias
-        copies = normal.copies_product(self.m_copies_mean)
-        hidden = jax.nn.relu(hidden if copies is None else hidden + copies)
-        return x.after_layer(values + x.after_layer(hidden).product(self.m_out) + self.out_bias)
+        hidden = jax.nn.relu(normal.add_copies(normal.product(m_own) + bias, m_copies))
+        return x.after_layer(values + x.after_layer(hidden).product(m_out) + out_bias)
 
 
 class AttentionTrunk(nn.Module):
     """From sets of factors to one feature vector for each neuron and each set element.
 
     Sites that do not share their set (tokens before a pooling, examples after it) do not attend to one another.
-
-    Attributes:
-        structure: the structure of the model whose factors are read.
-        config: the architecture.
-        channels: number of channels of each activation and each tangent.
+    Attributes are as for :class:`GradMetaNetPlusPlus`.
     """
 
     structure: GradientStructure
     config: GradMetaNetPlusPlusConfig
     channels: int = 1
 
-    def setup(self) -> None:  # noqa: D102
-        width = self.config.width
-        self.m_own = matrix(self, "own", SLOTS * self.channels, width)
-        self.m_encoding = matrix(self, "encoding", ENCODING_FEATURES, width)
-        self.bias = vector(self, "bias", width)
-        self.blocks = [Block(width, self.config.heads) for _ in range(self.config.blocks)]
-
+    @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "S neurons width"], ...]:
-        """Compute the features of all neurons.
-
-        Args:
-            factors: the factors with channels first: arrays ``[channels, S, d]``, the tangents at per-element scale.
-
-        Returns:
-            For each site of the structure, the features of its neurons for each element of its set.
-        """
+        """Compute the features of all neurons, for each element of the set (``factors`` as for ``GradMetaNet``)."""
+        width = self.config.width
+        m_own = matrix(self, "own", SLOTS * self.channels, width)
+        m_encoding = matrix(self, "encoding", ENCODING_FEATURES, width)
+        bias = vector(self, "bias", width)
+        blocks = [Block(width, self.config.heads, name=f"blocks_{i}") for i in range(self.config.blocks)]
         sites: dict[int, jax.Array] = {}
-        encodings = encode_sites(self.structure)
         for group in group_sites(self.structure):
             read = FactorFeatures(self.structure, group, factors)
-            encoding = jnp.concatenate([encodings[s] for s in group.sites])
-            x = read.after_layer(read.product(self.m_own) + (encoding @ self.m_encoding + self.bias))
-            for block in self.blocks:
+            x = read.after_layer(read.product(m_own) + (group.encodings(self.structure) @ m_encoding + bias))
+            for block in blocks:
                 x = block(x)
             sites.update(zip(group.sites, x.after_layer(normalize(x.values)).per_site()))
         return tuple(sites[s] for s in range(len(self.structure.sites)))
@@ -181,11 +158,7 @@ class SetProductLayer(ProductLayer):
     """
 
     def __call__(self, neurons: Sequence[Float[Array, "_ _ width"]]) -> tuple[Float[Array, "..."] | None, ...]:
-        """Compute the features of all parameter entries (see :class:`ProductLayer`).
-
-        Args:
-            neurons: the features of the neurons of each site, for each element of its set.
-        """
+        """Compute the features of all parameter entries (see :class:`ProductLayer`)."""
         groups = group_sites(self.structure)
         group_of = {site: g for g, group in enumerate(groups) for site in group.sites}
         leaves = self.structure.parameters
@@ -218,13 +191,12 @@ class SetProductLayer(ProductLayer):
         return tuple(None if h is None else self.output(i, h) for i, h in enumerate(hidden))
 
 
-class GradMetaNetPlusPlus(nn.Module):
+class GradMetaNetPlusPlus(GradMetaNet):
     """GradMetaNet++: used as :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`, with the same symmetries.
 
     Attributes:
-        structure: the structure of the model whose factors are read.
+        structure, channels: see there.
         config: the architecture.
-        channels: number of channels of each activation and each tangent.
 
     Example:
         >>> import gmn_lopt
@@ -235,15 +207,4 @@ class GradMetaNetPlusPlus(nn.Module):
         [(2, 3, 5)]
     """
 
-    structure: GradientStructure
-    config: GradMetaNetPlusPlusConfig = GradMetaNetPlusPlusConfig()
-    channels: int = 1
-
-    def setup(self) -> None:  # noqa: D102
-        c = self.config
-        self.trunk = c.trunk(self.structure, self.channels)
-        self.product = SetProductLayer(self.structure, c.width, c.product_width, c.out_features)
-
-    def __call__(self, factors: Factors) -> tuple[Float[Array, "..."] | None, ...]:
-        """Compute the features of all parameter entries (``factors`` and result as for ``GradMetaNet``)."""
-        return self.product(self.trunk(factors))
+    config: GradMetaNetPlusPlusConfig = GradMetaNetPlusPlusConfig()  # type: ignore[assignment]

@@ -1,5 +1,7 @@
 """GradMetaNet or GradMetaNet++ with one vector for the whole model as its output."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -33,11 +35,10 @@ class InvariantGradMetaNet(nn.Module):
     config: GradMetaNetConfig | GradMetaNetPlusPlusConfig = GradMetaNetConfig()
     channels: int = 1
 
-    def setup(self) -> None:  # noqa: D102
-        self.trunk = self.config.trunk(self.structure, self.channels)
-        self.head = nn.Dense(self.config.out_features)
-
+    @nn.compact
     def __call__(self, factors: Factors) -> Float[Array, "out"]:
         """Compute the vector (``factors`` as for :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`)."""
-        sites = [x if x.ndim == 2 else x.mean(0) for x in self.trunk(factors)]
-        return self.head(jnp.concatenate(sites).mean(0))
+        trunk: Any = self.config.trunk
+        neurons = trunk(self.structure, self.config, self.channels, name="trunk")(factors)
+        sites = [x if x.ndim == 2 else x.mean(0) for x in neurons]
+        return nn.Dense(self.config.out_features, name="head")(jnp.concatenate(sites).mean(0))

@@ -40,13 +40,9 @@ class ProductLayer(nn.Module):
             setattr(self, f"mlp_{axes}", (kernels, bias, out, vector(self, f"axes{axes}_out_bias", self.out_features)))
 
     def __call__(self, neurons: Sequence[Float[Array, "_ width"]]) -> tuple[Float[Array, "..."] | None, ...]:
-        """Compute the features of all parameter entries.
+        """Compute the features of all parameter entries, ``[*shape, out_features]`` of each parameter.
 
-        Args:
-            neurons: the features of the neurons of each site.
-
-        Returns:
-            For each parameter of the structure an array ``[*shape, out_features]``; None for one without a site.
+        Of a parameter without a site they are None.
         """
         hidden = [self.hidden(i, neurons) for i in range(len(self.structure.parameters))]
         return tuple(None if h is None else self.output(i, h) for i, h in enumerate(hidden))

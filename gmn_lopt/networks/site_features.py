@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.networks.encoding import encode_sites
 
 EPSILON = 1e-5
 SLOTS = 2
@@ -29,6 +30,11 @@ class SetGroup:
     sites: tuple[int, ...]
     set_size: int
     neurons: int
+
+    def encodings(self, structure: GradientStructure) -> Float[Array, "neurons encoding"]:
+        """The positional encodings of its neurons."""
+        encodings = encode_sites(structure)
+        return jnp.concatenate([encodings[s] for s in self.sites])
 
 
 @functools.lru_cache(maxsize=64)
@@ -58,15 +64,7 @@ def mean_over_copies(
     """For each site, the mean over all copies of the same neurons; None for a site without copies.
 
     Copies are the sites with the same neurons, and the repetitions along a site's own ``copies``; each counts once.
-
-    Args:
-        structure: the model's structure.
-        sites: indices of the sites.
-        values: an array for each site.
-        axis: the axis of these arrays that runs over neurons.
-
-    Returns:
-        An array of the same shape (or None) for each site.
+    ``axis`` of the sites' ``values`` runs over neurons; the means have the same shapes.
     """
     means: list[jax.Array | None] = [None] * len(sites)
     for positions in group_copies(structure, sites):
@@ -109,17 +107,26 @@ class NeuronFeatures:
         sizes = [self.structure.sites[s].size for s in self.group.sites]
         return jnp.split(self.values, np.cumsum(sizes)[:-1], axis=1)
 
-    def copies_product(self, matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"] | None:
-        """The mean over the copies of each neuron times a matrix; None where no neuron has copies."""
-        means = mean_over_copies(self.structure, self.group.sites, self.per_site(), axis=1)
-        return _side_by_side(self.structure, self.group, [None if m is None else m @ matrix for m in means])
+    def add_copies(self, y: Float[Array, "S neurons g"], matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"]:
+        """Add ``(E_C x) M`` to ``y``, with the mean over the copies of each neuron, where a neuron has copies."""
+        products = self._copies_products(matrix)
+        if all(product is None for product in products):
+            return y
+        sizes = [self.structure.sites[s].size for s in self.group.sites]
+        filled = [jnp.zeros((len(y), d, y.shape[2])) if p is None else p for p, d in zip(products, sizes)]
+        return y + jnp.concatenate(filled, axis=1)
 
     def after_layer(self, values: Float[Array, "S neurons g"]) -> "NeuronFeatures":
         """The features of the same neurons after a layer."""
         return NeuronFeatures(self.structure, self.group, values)
 
+    def _copies_products(self, matrix: Float[Array, "f g"]) -> list[Float[Array, "S _ g"] | None]:
+        """For each site the mean over copies times a matrix; None where there are none."""
+        means = mean_over_copies(self.structure, self.group.sites, self.per_site(), axis=1)
+        return [None if m is None else m @ matrix for m in means]
 
-class FactorFeatures:
+
+class FactorFeatures(NeuronFeatures):
     """Step 0 of :mod:`gmn_lopt.networks.gradmetanet`: for each site the channels of its two slots, normalised.
 
     The slots are the site's activation and its tangent.
@@ -140,17 +147,14 @@ class FactorFeatures:
             self.slots.append(list(zip(arrays, filled)))
         self.scales = [[jax.lax.rsqrt((x**2).mean((1, 2)) + EPSILON) for x, _ in slots] for slots in self.slots]
 
-    def set_mean(self) -> Float[Array, "neurons f"]:
-        """The mean over the set, ``E_S``."""
+    def set_mean(self) -> Array:  # noqa: D102
         return jnp.concatenate([self._per_site(site, lambda x: x.mean(1)).T for site in range(len(self.slots))])
 
-    def neuron_mean(self) -> Float[Array, "S f"]:
-        """The mean over the neurons of the group, ``E_N``."""
+    def neuron_mean(self) -> Array:  # noqa: D102
         sums = sum(self._per_site(site, lambda x: x.sum(2)) for site in range(len(self.slots)))
         return jnp.asarray(sums).T / self.group.neurons
 
-    def product(self, matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"]:
-        """The features times a matrix."""
+    def product(self, matrix: Array) -> Array:  # noqa: D102
         rows = jnp.split(matrix, SLOTS)
         sites = []
         for slots, scales in zip(self.slots, self.scales):
@@ -161,19 +165,12 @@ class FactorFeatures:
             sites.append(sum(terms[1:], start=terms[0]))
         return jnp.concatenate(sites, axis=1)
 
-    def copies_product(self, matrix: Float[Array, "f g"]) -> Float[Array, "S neurons g"] | None:
-        """The mean over the copies of each neuron times a matrix; None where no neuron has copies."""
+    def _copies_products(self, matrix: Array) -> list[Array | None]:
         copied = {position for group in group_copies(self.structure, self.group.sites) for position in group}
-        values = [
-            self._per_site(i, lambda x: x) if i in copied else jnp.zeros(()) for i in range(len(self.group.sites))
-        ]
+        sites = range(len(self.group.sites))
+        values = [self._per_site(i, lambda x: x) if i in copied else jnp.zeros(()) for i in sites]
         means = mean_over_copies(self.structure, self.group.sites, values, axis=2)
-        products = [None if m is None else jnp.einsum("csd,cg->sdg", m, matrix) for m in means]
-        return _side_by_side(self.structure, self.group, products)
-
-    def after_layer(self, values: Float[Array, "S neurons g"]) -> NeuronFeatures:
-        """The features of the same neurons after a layer."""
-        return NeuronFeatures(self.structure, self.group, values)
+        return [None if m is None else jnp.einsum("csd,cg->sdg", m, matrix) for m in means]
 
     def _per_site(self, site: int, reduce: Callable[[jax.Array], jax.Array]) -> jax.Array:
         """A linear function of a site's normalised channels, channels first, all slots."""
@@ -183,17 +180,3 @@ class FactorFeatures:
             for slot in filled:
                 by_slot[slot] = reduced * scale.reshape(-1, *[1] * (reduced.ndim - 1))
         return jnp.concatenate([by_slot[slot] for slot in range(SLOTS)])
-
-
-def _side_by_side(
-    structure: GradientStructure, group: SetGroup, sites: Sequence[Float[Array, "S _ g"] | None]
-) -> Float[Array, "S neurons g"] | None:
-    """Put arrays of the sites of a group side by side, zeros where there is none; None where there are none at all."""
-    given = [x for x in sites if x is not None]
-    if not given:
-        return None
-    set_size, _, features = given[0].shape
-    sizes = [structure.sites[s].size for s in group.sites]
-    return jnp.concatenate(
-        [jnp.zeros((set_size, d, features)) if x is None else x for x, d in zip(sites, sizes)], axis=1
-    )

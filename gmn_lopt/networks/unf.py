@@ -69,42 +69,30 @@ class UNF:
 
         Leaves that are not handled count as zero.
         """
-        sizes = (channels, extra_channels, time_channels, self.width, self.hidden_layers, outputs)
-        return UNFModule(parameters, indices, *sizes)
+        sizes = (channels, extra_channels, time_channels, self.width, self.hidden_layers - 1, self.width)
+        mlp = PointwiseModule(*sizes)
+        return UNFModule(parameters, indices, mlp, outputs)
 
 
 class UNFModule(nn.Module):
-    """The flax module of :class:`UNF`; attributes as for it and for :meth:`UNF.module`."""
+    """The flax module of :class:`UNF`: ``mlp`` for each entry, and ``layer`` for all of them."""
 
     parameters: tuple[Parameter, ...]
     indices: tuple[int, ...]
-    parameter_channels: int
-    extra_channels: int
-    time_channels: int
-    width: int
-    hidden_layers: int
+    mlp: PointwiseModule
     outputs: int
-
-    @property
-    def last_layer(self) -> str:
-        """The name of the weights of the last layer."""
-        return "layer"
+    last_layer: ClassVar[str] = "layer"
 
     def setup(self) -> None:  # noqa: D102
-        channels = (self.parameter_channels, self.extra_channels, self.time_channels)
-        self.mlp = PointwiseModule(*channels, self.width, self.hidden_layers - 1, outputs=self.width)
-        self.layer = EquivariantLinear(tuple(p.spaces for p in self.parameters), self.width, self.outputs)
+        self.layer = EquivariantLinear(tuple(p.spaces for p in self.parameters), self.mlp.outputs, self.outputs)
 
     def __call__(
-        self,
-        features: Sequence[Float[Array, "_ channels"]],
-        extra: Sequence[Float[Array, "_ extra"] | None],
-        time: Float[Array, "times"],
+        self, features: Sequence[Array], extra: Sequence[Array | None], time: Array
     ) -> list[Float[Array, "_ outputs"]]:
         """Compute the outputs for each parameter that is handled (as :class:`PointwiseModule` does)."""
         inputs: list[Array | None] = [None] * len(self.parameters)
         for index, x in zip(self.indices, self.mlp(features, extra, time), strict=True):
-            inputs[index] = jax.nn.relu(x).reshape(*self.parameters[index].cut_shape, self.width)
+            inputs[index] = jax.nn.relu(x).reshape(*self.parameters[index].cut_shape, self.mlp.outputs)
         outputs = self.layer(inputs)
         return [y.reshape(-1, self.outputs) for y in (outputs[index] for index in self.indices) if y is not None]
 
@@ -139,19 +127,12 @@ def partitions(spaces: Sequence[int]) -> list[tuple[Block, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
-def find_views(
-    leaves: tuple[tuple[int, ...], ...],
-) -> tuple[dict[Pattern, list[View]], dict[Pattern, list[View]]]:
+def find_views(leaves: tuple[tuple[int, ...], ...]) -> tuple[dict[Pattern, list[View]], dict[Pattern, list[View]]]:
     """List what the layer reads and what it writes, by pattern: the spaces, in ascending order, that a view depends on.
 
     Every equivariant map between two leaves is a combination of reading one view and writing its values to another of
     the same pattern. Where a pattern has a space twice, the ways to match the blocks are told apart in what is read.
-
-    Args:
-        leaves: for each leaf the spaces of its dimensions.
-
-    Returns:
-        The views to read, and the views to write, for each pattern that is written.
+    ``leaves`` are as for :class:`EquivariantLinear`.
     """
     reads: dict[Pattern, list[View]] = {}
     writes: dict[Pattern, list[View]] = {}
@@ -214,10 +195,9 @@ class EquivariantLinear(nn.Module):
                 rows[view] = terms[view.leaf]
                 terms[view.leaf] += len(reads[pattern])
         self.rows = rows
-        diagonals = [len(partitions(spaces)) for spaces in self.leaves]
         out = self.out_features
         self.kernels = [matrix(self, f"kernel_{i}", n * self.in_features, out) for i, n in enumerate(terms)]
-        self.biases = [vector(self, f"bias_{i}", n * out) for i, n in enumerate(diagonals)]
+        self.biases = [vector(self, f"bias_{i}", len(partitions(s)) * out) for i, s in enumerate(self.leaves)]
 
     def __call__(
         self, inputs: Sequence[Float[Array, "... in_features"] | None]
@@ -243,13 +223,13 @@ class EquivariantLinear(nn.Module):
                 continue
             over = tuple(sizes[space] for space in pattern)
             read = [self._read(view, inputs[view.leaf], over, pooled) for view in reads[pattern]]
-            x = jnp.concatenate(read, axis=-1).reshape(-1, len(read) * self.in_features)
-            products = x @ jnp.concatenate([self._kernel(view, len(read)) for view in wanted], axis=1)
+            rows = len(read) * self.in_features
+            kernels = [self.kernels[v.leaf][self.rows[v] * self.in_features :][:rows] for v in wanted]
+            products = jnp.concatenate(read, axis=-1).reshape(-1, rows) @ jnp.concatenate(kernels, axis=1)
             for view, y in zip(wanted, jnp.split(products, len(wanted), axis=1)):
                 leaf = view.leaf
                 if not pattern:
-                    begin = constants[leaf] * self.out_features
-                    y = y + self.biases[leaf][begin : begin + self.out_features]
+                    y = y + self.biases[leaf][constants[leaf] * self.out_features :][: self.out_features]
                     constants[leaf] += 1
                 y = _write(view, y.reshape(*over, self.out_features), shapes[leaf])
                 outputs[leaf] = outputs[leaf] + y if leaf in outputs else y
@@ -258,13 +238,7 @@ class EquivariantLinear(nn.Module):
             for leaf in range(len(inputs))
         ]
 
-    def _kernel(self, view: View, terms: int) -> jax.Array:
-        begin = self.rows[view] * self.in_features
-        return self.kernels[view.leaf][begin : begin + terms * self.in_features]
-
-    def _read(
-        self, view: View, x: jax.Array | None, over: tuple[int, ...], pooled: dict[tuple, jax.Array]
-    ) -> Float[Array, "... in_features"]:
+    def _read(self, view: View, x: Array | None, over: tuple[int, ...], pooled: dict[tuple, Array]) -> Array:
         if x is None:
             return jnp.zeros((*over, self.in_features))
         kept = tuple(sorted(view.kept))
@@ -272,9 +246,7 @@ class EquivariantLinear(nn.Module):
         return values.transpose(*(kept.index(block) for block in view.kept), len(kept))
 
 
-def _pool(
-    leaf: int, x: jax.Array, blocks: tuple[Block, ...], kept: tuple[Block, ...], pooled: dict[tuple, jax.Array]
-) -> Float[Array, "... features"]:
+def _pool(leaf: int, x: Array, blocks: tuple[Block, ...], kept: tuple[Block, ...], pooled: dict[tuple, Array]) -> Array:
     """The mean over all but the kept blocks, from the mean over one block less; ``pooled`` remembers all of them."""
     key = (leaf, blocks, kept)
     if key not in pooled:

@@ -78,11 +78,7 @@ class LearnedOptimizer:
         return residual or self.direction.needs_factors(self.structure)
 
     def init(self, key: jax.Array) -> PyTree:
-        """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``UNF``).
-
-        Args:
-            key: a random key.
-        """
+        """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``UNF``)."""
         parts = {"direction": self.direction, "residual": self.residual, "step_size": self.step_size}
         phi: dict[str, Any] = {
             name: {f"log_{c}": jnp.float32(math.log(start)) for c, start in part.coefficients().items()}

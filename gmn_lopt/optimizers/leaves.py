@@ -86,8 +86,13 @@ def match_leaves(structure: GradientStructure, tree: PyTree, what: str) -> list[
     return indices
 
 
-def check_factors(structure: GradientStructure, factors: Any) -> None:
-    """Raise an error that says what to do unless ``factors`` are factors of this structure, of any batch size."""
+def factors_per_element(structure: GradientStructure, factors: Any) -> Factors:
+    """The factors in float32 (token ids stay), the tangents at per-element scale.
+
+    Raises:
+        ValueError: there are none.
+        StructureError: they are not factors of this structure, of any batch size.
+    """
     if factors is None:
         raise ValueError(
             "this learned optimizer reads the factors of the gradient: compute them with "
@@ -97,11 +102,6 @@ def check_factors(structure: GradientStructure, factors: Any) -> None:
     if not isinstance(factors, Factors):
         raise StructureError(f"factors must be gmn_lopt's Factors, not {type(factors).__name__}")
     structure.check_factors(factors, any_set_size=True)
-
-
-def factors_per_element(structure: GradientStructure, factors: Any) -> Factors:
-    """The factors in float32 (token ids stay), the tangents at per-element scale; checked by :func:`check_factors`."""
-    check_factors(structure, factors)
     ids = structure.token_ids
     return Factors(
         tuple(a if i in ids else jnp.asarray(a, jnp.float32) for i, a in enumerate(factors.activations)),

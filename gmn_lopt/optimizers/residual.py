@@ -75,22 +75,15 @@ class Residual:
         return self.gradmetanet is not None and self.gradmetanet.reads(structure)
 
     def init_weights(self, key: jax.Array, structure: GradientStructure, outputs: int) -> dict[str, PyTree]:
-        """Draw the weights of the networks.
+        """Draw the weights of ``network``, with so many outputs for each entry, and ``gradmetanet`` if there is one.
 
-        Args:
-            key: a random key.
-            structure: of the model; only the last layer of ``UNF`` depends on it.
-            outputs: number of outputs for each entry.
-
-        Returns:
-            ``network``, and ``gradmetanet`` if there is one.
+        Only the last layer of ``UNF`` depends on the structure.
         """
         key_network, key_gradmetanet = jax.random.split(key)
         module: Any = self._module(structure, range(len(structure.parameters)), outputs)
-        one = jax.ShapeDtypeStruct
-        kinds = (module.parameter_channels, module.extra_channels)
-        features, extra = ([one((p.size, n), jnp.float32) for p in structure.parameters] for n in kinds)
-        weights = init_weights(module.init, key_network, features, extra, one((module.time_channels,), jnp.float32))
+        *kinds, times = self._channels
+        features, extra = ([_array(p.size, n) for p in structure.parameters] for n in kinds)
+        weights = init_weights(module.init, key_network, features, extra, _array(times))
         last = jax.tree.map(lambda w: self.output_scale * w, weights[module.last_layer])
         drawn = {"network": weights | {module.last_layer: last}}
         if self.gradmetanet is not None:
@@ -143,6 +136,14 @@ class Residual:
         return made, ResidualState(gradient.like_grads(averages), remembered)
 
     def _module(self, structure: GradientStructure, indices: Sequence[int], outputs: int) -> nn.Module:
+        return self.network.module(structure.parameters, tuple(indices), *self._channels, outputs)
+
+    @property
+    def _channels(self) -> tuple[int, int, int]:
+        """The numbers of channels: of each entry, from GradMetaNet, and of the time."""
         extra = 0 if self.gradmetanet is None else self.gradmetanet.network.out_features
-        channels = self.features.channels, extra, self.features.time_channels
-        return self.network.module(structure.parameters, tuple(indices), *channels, outputs)
+        return self.features.channels, extra, self.features.time_channels
+
+
+def _array(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.float32)

@@ -65,13 +65,7 @@ class Additive(Rule):
         if self.bound is not None:
             positive(self, "bound")
 
-    def step(
-        self,
-        v: Float[Array, "*shape"],
-        outputs: Float[Array, "size outputs"] | None,
-        beta: Float[Array, ""] | None,
-        sized: bool,
-    ) -> Float[Array, "*shape"]:
+    def step(self, v: Array, outputs: Array | None, beta: Array | None, sized: bool) -> Array:
         """``v + beta F``."""
         if outputs is None or beta is None:
             return v
@@ -96,13 +90,7 @@ class Normalized(Rule):
 
     outputs = 2
 
-    def step(
-        self,
-        v: Float[Array, "*shape"],
-        outputs: Float[Array, "size outputs"] | None,
-        beta: Float[Array, ""] | None,
-        sized: bool,
-    ) -> Float[Array, "*shape"]:
+    def step(self, v: Array, outputs: Array | None, beta: Array | None, sized: bool) -> Array:
         """``N(v / rms(v) + beta F)``."""
         if outputs is None and sized:  # v as it is: nothing to add, and no other size
             return v

@@ -1,5 +1,6 @@
 """Saving and loading learned optimizers: a directory with JSON and safetensors, nothing executable."""
 
+import contextlib
 import hashlib
 import inspect
 import itertools
@@ -7,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.files import write_atomically
 
 FORMAT = "gmn_lopt learned optimizer"
 VERSION = 2
@@ -83,8 +85,8 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
-        _write(temporary / WEIGHTS_FILE, weights)
-        _write(temporary / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
+        write_atomically(temporary / WEIGHTS_FILE, weights)
+        write_atomically(temporary / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
         temporary.chmod(0o755)
         _replace_directory(temporary, path)
     except OSError as error:
@@ -128,13 +130,7 @@ def load(
 def make_optimizer(
     lopt: LearnedOptimizer, phi: PyTree, settings: Mapping[str, Any], what: str
 ) -> optax.GradientTransformationExtraArgs:
-    """Make the transformation of a learned optimizer with settings that its user chose.
-
-    Args:
-        lopt: the learned optimizer.
-        phi: its meta-parameters.
-        settings: keyword arguments of ``lopt.optimizer``.
-        what: the optimizer's name in errors.
+    """Call ``lopt.optimizer`` with the settings that its user chose for ``what``, the optimizer's name in errors.
 
     Raises:
         SerializationError: in one line, if there is no such setting, or its value is refused.
@@ -142,25 +138,24 @@ def make_optimizer(
     taken = list(inspect.signature(lopt.optimizer).parameters)[1:]
     if unknown := [name for name in settings if name not in taken]:
         raise SerializationError(f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken)}")
-    try:
-        return lopt.optimizer(phi, **settings)
-    except (TypeError, ValueError) as error:
-        raise SerializationError(f"{what}: {first_line(error)}") from error
+    with _refusing(f"{what}:", TypeError, ValueError):
+        optimizer = lopt.optimizer(phi, **settings)
+    return optimizer
 
 
 def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
     """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`."""
     directory = _find(path)
     file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    config = _read_config(file)
-    lopt = _recipe(config, file).build(structure)
+    config, recipe = _read_config(file)
+    lopt = recipe.build(structure)
     if _is_tied(lopt):
         _check_leaves(config.get("leaves"), lopt, file)
     content = _read(weights)
-    try:
+    with _refusing(
+        f"{weights} is damaged or not a safetensors file:", safetensors.SafetensorError, KeyError, ValueError
+    ):
         arrays = safetensors.numpy.load(content)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise SerializationError(f"{weights} is damaged or not a safetensors file: {first_line(error)}") from error
     _check_arrays(arrays, lopt, str(weights))
     if config.pop("checksum", None) != _checksum(config, content):
         raise SerializationError(f"{directory} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not what was saved")
@@ -176,8 +171,7 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         >>> load_recipe("default").residual is None
         True
     """
-    file = _find(path) / CONFIG_FILE
-    return _recipe(_read_config(file), file)
+    return _read_config(_find(path) / CONFIG_FILE)[1]
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -229,28 +223,28 @@ def _check_arrays(arrays: dict[str, np.ndarray], lopt: LearnedOptimizer, what: s
             raise SerializationError(f"{what} holds {name} as {array.dtype}, not {expected[name].dtype}")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
+@contextlib.contextmanager
+def _refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
+    """Make errors of these classes one line that begins with ``what``."""
     try:
-        config = json.loads(_read(file))
-    except (ValueError, RecursionError) as error:
-        if isinstance(error, SerializationError):
-            raise
-        raise SerializationError(f"{file} is damaged or not JSON: {first_line(error)}") from error
+        yield
+    except errors as error:
+        raise SerializationError(f"{what} {first_line(error)}") from error
+
+
+def _read_config(file: Path) -> tuple[dict[str, Any], Recipe]:
+    content = _read(file)
+    with _refusing(f"{file} is damaged or not JSON:", ValueError, RecursionError):
+        config = json.loads(content)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
     if config.get("version") != VERSION:
         hint = SAVED_BEFORE if config.get("version") == 1 else "install the gmn_lopt that wrote it"
         found = str(config.get("version"))[:20]
         raise SerializationError(f"{file} has format version {found}, this gmn_lopt reads version {VERSION}: {hint}")
-    return config
-
-
-def _recipe(config: Mapping[str, Any], file: Path) -> Recipe:
-    try:
-        recipe: Recipe = from_json(config.get("optimizer"), Recipe, "optimizer")
-        return recipe
-    except ValueError as error:
-        raise SerializationError(f"{file}: {first_line(error)}") from error
+    with _refusing(f"{file}:", ValueError):
+        recipe = from_json(config.get("optimizer"), Recipe, "optimizer")
+    return config, recipe
 
 
 def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
@@ -296,13 +290,6 @@ def _read(file: Path) -> bytes:
         raise SerializationError(f"{file} is missing: {file.parent} is not a saved optimizer") from error
     except OSError as error:
         raise SerializationError(f"{file} cannot be read: {error.strerror or error}") from error
-
-
-def _write(file: Path, data: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(data)
-        stream.flush()
-        os.fsync(stream.fileno())
 
 
 def _replace_directory(new: Path, path: Path) -> None:

@@ -116,11 +116,7 @@ class StepSize(abc.ABC):
     ) -> tuple[list[Array], StepSizeState | tuple[()]]:
         """The step size of each tensor, and the new state, whose update is still that of the step before.
 
-        Args:
-            phi: the coefficients, ``log_NAME`` each.
-            state: the state, with the last update.
-            grads: float32 gradients.
-            step: number of steps taken.
+        ``phi`` has the coefficients, ``log_NAME`` each; ``step`` is the number of steps taken.
         """
         scheduled = self.schedule(phi, step)
         size = jnp.exp(phi["log_alpha"]) * scheduled
@@ -139,7 +135,7 @@ class Constant(StepSize):
         {'alpha': 0.1}
     """
 
-    def schedule(self, phi: Mapping[str, Array], step: Int[Array, ""]) -> float:
+    def schedule(self, phi: Mapping[str, Array], step: Array) -> float:
         """One."""
         return 1.0
 
@@ -165,17 +161,13 @@ class PowerLaw(StepSize):
         """True."""
         return True
 
-    def schedule(self, phi: Mapping[str, Array], step: Int[Array, ""]) -> Float[Array, ""]:
+    def schedule(self, phi: Mapping[str, Array], step: Array) -> Array:
         """``(1 + step / tau)^-power``."""
         return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
 
 
 def adapt_step_size(
-    phi: Mapping[str, Array],
-    state: StepSizeState,
-    grads: PyTree,
-    step: Int[Array, ""],
-    scheduled: Float[Array, ""] | float,
+    phi: Mapping[str, Array], state: StepSizeState, grads: PyTree, step: Array, scheduled: Array | float
 ) -> StepSizeState:
     """Advance ``c`` by one gradient; the first step leaves it alone.
 

@@ -30,14 +30,7 @@ from gmn_lopt.util.checks import positive
 
 
 class DenoisedState(NamedTuple):
-    """State of the denoised direction.
-
-    Attributes:
-        step: number of steps taken.
-        momentum: shaped like the parameters.
-        squares: average squared gradient of parameters that take Adam's direction; zeros ``[]`` for others.
-        preconditioners: of each group of layers with the same numbers of inputs and outputs.
-    """
+    """State of the denoised direction: that of Muon's, and of each group of layers of the same sizes the noise."""
 
     step: Int[Array, ""]
     momentum: PyTree

@@ -92,12 +92,11 @@ def muon_steps(
     count: Int[Array, ""],
     given: Mapping[int, Array] | None = None,
 ) -> tuple[PyTree, PyTree]:
-    """The steps of kernels and of other parameters, from their momenta.
+    """The steps of kernels and of other parameters, from their momenta, which are corrected for their start.
 
     Args:
-        phi: ``log_gamma``.
-        gradient: the gradient.
-        momenta: of its leaves, corrected for their start.
+        phi, gradient: as for :meth:`Direction.update`.
+        momenta: of the leaves.
         squares: the average squared gradients, as :func:`init_squares` began them.
         count: number of steps, this one included.
         given: steps that are known, by position.

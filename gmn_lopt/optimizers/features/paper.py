@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from gmn_lopt.optimizers.features.base import Features
 
@@ -45,19 +45,11 @@ class PaperFeatures(Features):
     time_channels = len(TIME_SCALES)
     averages = len(DECAYS)
 
-    def advance(
-        self, averages: Float[Array, "averages *shape"], gradient: Float[Array, "*shape"]
-    ) -> Float[Array, "averages *shape"]:
+    def advance(self, averages: Array, gradient: Array) -> Array:
         """Advance the moving averages, one for each of ``DECAYS``."""
         return update_averages(averages, gradient, DECAYS)
 
-    def of_entries(
-        self,
-        parameter: Float[Array, "*shape"],
-        gradient: Float[Array, "*shape"],
-        averages: Float[Array, "averages *shape"],
-        count: Int[Array, ""],
-    ) -> Float[Array, "size channels"]:
+    def of_entries(self, parameter: Array, gradient: Array, averages: Array, count: Array) -> Array:
         """The eight channels that differ between the entries."""
         channels = jnp.concatenate(
             [parameter.reshape(1, -1), gradient.reshape(1, -1), averages.reshape(len(DECAYS), -1)]
@@ -65,6 +57,6 @@ class PaperFeatures(Features):
         clipped = jnp.clip(channels, -1.0, 1.0)
         return (clipped * jax.lax.rsqrt(jnp.mean(clipped**2, axis=1, keepdims=True) + EPSILON)).T
 
-    def of_time(self, count: Int[Array, ""]) -> Float[Array, "times"]:
+    def of_time(self, count: Array) -> Array:
         """The eleven channels that all parameters share."""
         return jnp.tanh(count.astype(jnp.float32) / np.asarray(TIME_SCALES, np.float32) - 1.0)

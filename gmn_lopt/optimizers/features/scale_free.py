@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array
 
 from gmn_lopt.optimizers.features.base import Features
 from gmn_lopt.optimizers.features.paper import update_averages
@@ -40,20 +40,12 @@ class ScaleFree(Features):
     time_channels = 0
     averages = len(MOMENTUM_DECAYS) + 1
 
-    def advance(
-        self, averages: Float[Array, "averages *shape"], gradient: Float[Array, "*shape"]
-    ) -> Float[Array, "averages *shape"]:
+    def advance(self, averages: Array, gradient: Array) -> Array:
         """Advance the three momenta and, last, the average squared gradient."""
         momenta = update_averages(averages[:-1], gradient, MOMENTUM_DECAYS)
         return jnp.concatenate([momenta, update_averages(averages[-1:], gradient**2, (SQUARES_DECAY,))])
 
-    def of_entries(
-        self,
-        parameter: Float[Array, "*shape"],
-        gradient: Float[Array, "*shape"],
-        averages: Float[Array, "averages *shape"],
-        count: Int[Array, ""],
-    ) -> Float[Array, "size channels"]:
+    def of_entries(self, parameter: Array, gradient: Array, averages: Array, count: Array) -> Array:
         """The channels of one tensor's entries."""
         steps = count.astype(jnp.float32) + 1.0
         decays = np.asarray((*MOMENTUM_DECAYS, SQUARES_DECAY), np.float32)
@@ -81,6 +73,6 @@ class ScaleFree(Features):
         flat = flat / jnp.maximum(jnp.abs(flat).max(1, keepdims=True), TINY)
         return (flat * jax.lax.rsqrt(jnp.mean(flat**2, axis=1, keepdims=True) + TINY)).T
 
-    def of_time(self, count: Int[Array, ""]) -> Float[Array, "times"]:
+    def of_time(self, count: Array) -> Array:
         """None: how far training has come is the business of the step size."""
         return jnp.zeros(0)
