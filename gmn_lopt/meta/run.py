@@ -3,7 +3,7 @@
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,7 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.processes import is_first
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
-from gmn_lopt.meta.shared_run import SharedRunDirectory
 from gmn_lopt.meta.stages import Stage
-from gmn_lopt.meta.stop_signal import StopSignal
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import SerializationError, save
@@ -29,12 +27,12 @@ RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host 
 
 def train(
     config: Config,
-    run: RunDirectory | SharedRunDirectory,
+    run: RunDirectory,
     lopt: LearnedOptimizer,
     phi: PyTree,
     problem: TrainingProblem | MixtureProblem,
     meta_steps: Sequence[MetaStep | MixedMetaStep],
-    stop: StopSignal,
+    stop: Callable[[int], bool],
 ) -> bool:
     """Meta-train.
 
@@ -45,7 +43,7 @@ def train(
         phi: its meta-parameters at the start; where there is a checkpoint, anything of their shape.
         problem: to train on.
         meta_steps: that of each stage.
-        stop: asked after each meta-step.
+        stop: whether to stop after a meta-step; asked after each.
 
     Returns:
         Whether all stages are done.
@@ -77,7 +75,7 @@ def train(
                 step += 1
                 bar.set_description(name, refresh=False)
                 bar.update()
-                stopping = stop.at(step)
+                stopping = stop(step)
                 saving = stopping or step == end or step % config.checkpoint_every == 0
                 if saving or step % config.log_every == 0:
                     row = rows.average() | {n: float(x) for n, x in lopt.scalars(jax.device_get(state.phi)).items()}
