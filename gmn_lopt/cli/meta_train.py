@@ -110,16 +110,17 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
         name, settings = parse_spec(config.task)
         tasks = make_all(config.data_dir) if name == MIXTURE else (load_task(name, config.data_dir, **settings),)
         lopts = [config.optimizer.build(task_structure(task)) for task in tasks]
-        parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
         if name != MIXTURE:
-            return lopts[0], parts[0]
+            return lopts[0], TrainingProblem(tasks[0], lopts[0], config.meta_loss, config.horizon)
         residual = config.optimizer.residual
         if residual is not None and residual.network.tied and len({tied_leaves(x.structure) for x in lopts}) > 1:
             raise ValueError("unf belongs to one model, but the tasks have several; train ds or ds+gmn on all of them")
         # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
         weights = tuple(1.5 / task.loss_cap for task in tasks)
-        augmented = tuple(AugmentedProblem(part, rate_range=config.rate_range) for part in parts)
-        return lopts[0], MixtureProblem(augmented, weights)
+        settings = {"meta_loss": config.meta_loss, "steps": config.horizon, "rate_range": config.rate_range}
+        return lopts[0], MixtureProblem(
+            tuple(AugmentedProblem(task, lopt, **settings) for task, lopt in zip(tasks, lopts)), weights
+        )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task!r}: {first_line(error)}") from error
 

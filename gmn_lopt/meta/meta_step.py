@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -34,25 +34,19 @@ class MetaStep:
     Attributes:
         estimator: of the meta-gradient.
         meta_optimizer: turns the meta-gradient into an update of the meta-parameters.
+        weight: what the meta-gradient and the losses are multiplied by.
+        programs: number of programs, one compiled in each of the first meta-steps.
     """
 
     estimator: Estimator
     meta_optimizer: optax.GradientTransformation
-
-    @property
-    def parallel(self) -> int:
-        """Number of unrolls (or pairs) of a meta-step."""
-        return self.estimator.parallel
+    weight: float = 1.0
+    programs: ClassVar[int] = 1
 
     @property
     def inner_steps(self) -> int:
         """Number of inner steps that one meta-step takes, over all unrolls."""
         return self.estimator.inner_steps
-
-    @property
-    def programs(self) -> int:
-        """Number of programs, one compiled in each of the first meta-steps."""
-        return 1
 
     def init(self, phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
         """The state before the first meta-step."""
@@ -60,7 +54,7 @@ class MetaStep:
 
     def place(self, tree: PyTree) -> PyTree:
         """Copy data or a key, alike in all processes, to all devices, once, for :meth:`__call__`."""
-        return replicate(tree, self._replicated)
+        return replicate(tree, self._shardings.phi)
 
     def __call__(
         self, state: MetaState, data: PyTree, key: jax.Array, number: int
@@ -89,10 +83,6 @@ class MetaStep:
         split, replicated = unroll_shardings(self.estimator.parallel)
         return MetaState(replicated, replicated, split)
 
-    @property
-    def _replicated(self) -> Any:
-        return self._shardings.phi
-
     @cached_property
     def _init(self) -> Any:
         def init(phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
@@ -105,17 +95,18 @@ class MetaStep:
         def step(state: MetaState, data: PyTree, key: jax.Array, number: Any) -> tuple[MetaState, dict[str, Array]]:
             phi, optimizer, unrolls = state
             unrolls, estimate = self.estimator.estimate(phi, unrolls, data, jax.random.fold_in(key, number))
-            updates, optimizer = self.meta_optimizer.update(estimate.gradient, optimizer, phi)
+            gradient = jax.tree.map(lambda leaf: self.weight * leaf, estimate.gradient)
+            updates, optimizer = self.meta_optimizer.update(gradient, optimizer, phi)
             new_state = MetaState(optax.apply_updates(phi, updates), optimizer, unrolls)
             metrics = {
-                "loss": estimate.loss,
-                "gradient_norm": optax.tree.norm(estimate.gradient),
-                "gradient_noise": estimate.noise,
-                "truncation_loss": estimate.truncation_loss,
+                "loss": self.weight * estimate.loss,
+                "gradient_norm": optax.tree.norm(gradient),
+                "gradient_noise": self.weight * estimate.noise,
+                "truncation_loss": self.weight * estimate.truncation_loss,
                 "truncation_start": estimate.truncation_start,
             }
             return new_state, metrics
 
-        r = self._replicated
+        r = self._shardings.phi
         inputs, outputs = (self._shardings, r, r, r), (self._shardings, r)
         return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)

@@ -125,7 +125,8 @@ class RunDirectory:
         kept = []
         for line in (path / _METRICS).read_text().splitlines() if (path / _METRICS).exists() else []:
             with contextlib.suppress(ValueError):
-                kept += [line + "\n"] if json.loads(line)["meta_step"] <= latest else []
+                if json.loads(line)["meta_step"] <= latest:
+                    kept.append(line + "\n")
         write_atomically(path / _METRICS, "".join(kept).encode())
         self._metrics = files.enter_context((path / _METRICS).open("a"))
         self._events = files.enter_context(SummaryWriter(str(path / "events"), purge_step=latest + 1))
