@@ -18,6 +18,7 @@ Several processes, on one machine or on many, compute one run together: one comm
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -78,8 +79,7 @@ def main(config: Config) -> bool:
             raise UsageError(first_line(error)) from None
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
-        run = open_run(config)
-        try:
+        with contextlib.closing(open_run(config)) as run:
             total = sum(stage.meta_steps for stage in config.stages)
             if run.complete:
                 if is_first():
@@ -96,8 +96,6 @@ def main(config: Config) -> bool:
                     file=sys.stderr,
                 )
             return train(config, run, lopt, phi, problem, meta_steps, stop)
-        finally:
-            run.close()
 
 
 def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | MixtureProblem]:

@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
 
@@ -27,6 +28,16 @@ class Estimate(NamedTuple):
     noise: Float[Array, ""]
     truncation_loss: Float[Array, "unrolls"]
     truncation_start: Int[Array, "unrolls"]
+
+    @classmethod
+    def of(cls, contributions: PyTree, losses: Float[Array, "unrolls"], start: Int[Array, "unrolls"]) -> "Estimate":
+        """The mean of what the unrolls (or pairs) contribute, each leaf ``[unrolls, ...]``; one has no noise (NaN)."""
+        gradient = jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions)
+        noise = jnp.full((), jnp.nan)
+        if len(losses) > 1:
+            variances = [leaf.var(axis=0, ddof=1).sum() for leaf in jax.tree.leaves(contributions)]
+            noise = jnp.sqrt(sum(variances) / len(losses))
+        return cls(gradient, losses.mean(), noise, losses, start)
 
 
 @runtime_checkable

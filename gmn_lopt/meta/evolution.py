@@ -18,7 +18,6 @@ from gmn_lopt.meta.truncation import (
     first_lengths,
     map_unrolls,
     next_step,
-    standard_error,
     truncation_objective,
     unroll,
 )
@@ -121,7 +120,8 @@ class EvolutionStrategy(abc.ABC):
         noise_key, key = jax.random.split(key)
         # One draw for all leaves: each draw's random bits are a program of their own, which takes a second to compile.
         vector, unravel = ravel_pytree(phi)
-        sigma = self._sigma(phi)
+        own = self.sigma if self.coefficient_sigma is None else self.coefficient_sigma
+        sigma = jax.tree.map(lambda coefficient: own if coefficient else self.sigma, is_coefficient(phi))
         scale = ravel_pytree(jax.tree.map(jnp.full_like, phi, sigma))[0]
         drawn = jax.vmap(unravel)(scale * jax.random.normal(noise_key, (self.pairs, vector.size), vector.dtype))
         new_state, differences, losses = map_unrolls(
@@ -130,18 +130,7 @@ class EvolutionStrategy(abc.ABC):
         )
         weigh = jax.vmap(lambda xi, d: jax.tree.map(lambda x, s: x * (d / (2 * s**2)), xi, sigma))
         contributions = weigh(new_state.xi, differences)
-        return new_state, Estimate(
-            gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions),
-            loss=losses.mean(),
-            noise=standard_error(contributions),
-            truncation_loss=losses,
-            truncation_start=state.step,
-        )
-
-    def _sigma(self, phi: PyTree) -> PyTree:
-        """The standard deviation of each leaf's perturbations."""
-        own = self.sigma if self.coefficient_sigma is None else self.coefficient_sigma
-        return jax.tree.map(lambda coefficient: own if coefficient else self.sigma, is_coefficient(phi))
+        return new_state, Estimate.of(contributions, losses, state.step)
 
     def _truncation(
         self, phi: PyTree, drawn: PyTree, state: EvolutionState, data: Any, key: jax.Array

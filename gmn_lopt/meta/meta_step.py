@@ -10,17 +10,11 @@ import optax
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.meta.estimator import Estimator
-from gmn_lopt.meta.sharding import replicate, unroll_shardings
+from gmn_lopt.meta.sharding import unroll_shardings
 
 
 class MetaState(NamedTuple):
-    """All that changes from meta-step to meta-step.
-
-    Attributes:
-        phi: the meta-parameters.
-        optimizer: state of the meta-optimizer.
-        estimator: state of the estimator.
-    """
+    """All that changes from meta-step to meta-step: ``phi``, and the states of the meta-optimizer and estimator."""
 
     phi: PyTree
     optimizer: PyTree
@@ -54,7 +48,11 @@ class MetaStep:
 
     def place(self, tree: PyTree) -> PyTree:
         """Copy data or a key, alike in all processes, to all devices, once, for :meth:`__call__`."""
-        return replicate(tree, self._shardings.phi)
+        sharding = self._shardings.phi
+        if sharding.is_fully_addressable:
+            return jax.device_put(tree, sharding)
+        # device_put cannot send typed keys to other processes' devices, and would compare the arrays of all processes.
+        return jax.jit(lambda x: x, out_shardings=sharding)(tree)
 
     def __call__(
         self, state: MetaState, data: PyTree, key: jax.Array, number: int
@@ -62,9 +60,9 @@ class MetaStep:
         """Take one meta-step.
 
         Args:
-            state: the state; its memory is used again for the new one.
+            state: its memory is used again for the new one.
             data: handed to the inner problem.
-            key: source of the randomness of all meta-steps.
+            key: that of all meta-steps.
             number: of this meta-step; with ``key`` it determines all randomness, so that a run that starts from a saved
                 state continues exactly as one that was not interrupted.
 

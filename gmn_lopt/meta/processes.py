@@ -16,7 +16,6 @@ from pathlib import Path
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
 
 from gmn_lopt.util.errors import UsageError, first_line
 
@@ -34,19 +33,11 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_first(tree: PyTree) -> PyTree:
-    """What the first process holds, bit for bit.
-
-    Args:
-        tree: NumPy arrays, of the same shapes and types in all processes.
-    """
-
-    def leaf(array: np.ndarray) -> np.ndarray:
-        # As bytes: the sum of floating-point numbers that a broadcast is would lose the sign of zero.
-        data = multihost_utils.broadcast_one_to_all(np.frombuffer(np.asarray(array).tobytes(), np.uint8))
-        return np.frombuffer(np.asarray(data).tobytes(), array.dtype).reshape(array.shape)
-
-    return jax.tree.map(leaf, tree)
+def from_first(array: np.ndarray) -> np.ndarray:
+    """The array that the first process holds, bit for bit; those of the others have its shape and type."""
+    # As bytes: the sum of floating-point numbers that a broadcast is would lose the sign of zero.
+    data = multihost_utils.broadcast_one_to_all(np.frombuffer(np.asarray(array).tobytes(), np.uint8))
+    return np.frombuffer(np.asarray(data).tobytes(), array.dtype).reshape(array.shape)
 
 
 def check_same(text: str) -> None:

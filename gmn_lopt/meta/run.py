@@ -35,7 +35,7 @@ def train(
     meta_steps: Sequence[MetaStep | MixedMetaStep],
     stop: Callable[[int], bool],
 ) -> bool:
-    """Meta-train.
+    """Go through the stages, or through what is left of them after the latest checkpoint of ``run``.
 
     Args:
         config: the run's.

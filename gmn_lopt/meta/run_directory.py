@@ -142,11 +142,7 @@ class RunDirectory:
         _in_first(write)
 
     def log(self, row: Mapping[str, Any]) -> None:
-        """Append a row of metrics; numbers that are not finite become null.
-
-        Args:
-            row: ``meta_step``, and numbers, strings and lists of numbers.
-        """
+        """Append a row: ``meta_step``, numbers, strings and lists of numbers; what is not finite becomes null."""
         if not is_first():
             return
         with _writing(self.path / _METRICS):

@@ -100,11 +100,7 @@ class Stage:
         return kind(problem, self.pairs, self.truncation, *own)
 
     def meta_step(self, problem: InnerProblem | MixtureProblem) -> MetaStep | MixedMetaStep:
-        """The stage's meta-step on ``problem``.
-
-        Raises:
-            ValueError: see :meth:`build`.
-        """
+        """The stage's meta-step on ``problem``; raises as :meth:`build` does."""
         optimizer = self.meta_optimizer()
         if isinstance(problem, MixtureProblem):
             parts = zip(problem.problems, problem.weights, strict=True)
@@ -127,12 +123,11 @@ ESTIMATORS = {"pes": PES, "nres": NRES, "es": TruncatedES, "truncated": Truncate
 """Persistent, noise-reuse and truncated evolution strategies; truncated back-propagation."""
 
 
-def parse_stage(text: str, default: Stage | None = None) -> Stage:
+def parse_stage(text: str) -> Stage:
     """Parse a stage, such as ``truncated:meta_steps=300,learning_rate=3e-3,truncation=25``.
 
     Args:
         text: the estimator, and settings that are fields of :class:`Stage`.
-        default: what the text does not say is taken from it; default: :class:`Stage`'s own values.
 
     Raises:
         ValueError: in one line, text that is no stage.
@@ -147,7 +142,7 @@ def parse_stage(text: str, default: Stage | None = None) -> Stage:
         known = [field.name for field in dataclasses.fields(Stage)][1:]
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"cannot use {', '.join(unknown)}; the settings of a stage are {', '.join(known)}")
-        stage: Stage = from_json(to_json(default or Stage()) | settings | {"estimator": estimator}, Stage, "stage")
+        stage: Stage = from_json(to_json(Stage()) | settings | {"estimator": estimator}, Stage, "stage")
         return stage
     except ValueError as error:
         raise ValueError(f"stage {text!r}: {error}") from None

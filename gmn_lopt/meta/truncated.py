@@ -15,21 +15,13 @@ from gmn_lopt.meta.truncation import (
     first_lengths,
     map_unrolls,
     next_step,
-    standard_error,
-    tree_all_finite,
     truncation_objective,
     unroll,
 )
 
 
 class TruncatedState(NamedTuple):
-    """State of all unrolls; every leaf has the unrolls as its first axis.
-
-    Attributes:
-        inner: inner states; each leaf ``[unrolls, ...]``.
-        step: inner steps taken in the current episode; 0 where the next truncation starts a new one.
-        length: length of the current episode in inner steps; the horizon, except for the first (staggered) episodes.
-    """
+    """As :class:`gmn_lopt.meta.evolution.EvolutionState`, each leaf of ``inner`` being ``[unrolls, ...]``."""
 
     inner: PyTree
     step: Int[Array, "unrolls"]
@@ -114,13 +106,7 @@ class Truncated:
         new_state, gradients, losses = map_unrolls(
             lambda state, key: self._truncation(phi, state, data, key), self.turns, state, keys
         )
-        return new_state, Estimate(
-            gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients),
-            loss=losses.mean(),
-            noise=standard_error(gradients),
-            truncation_loss=losses,
-            truncation_start=state.step,
-        )
+        return new_state, Estimate.of(gradients, losses, state.step)
 
     def _truncation(
         self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
@@ -139,7 +125,7 @@ class Truncated:
         norm = optax.tree.norm(gradient)
         scale = jnp.minimum(1.0, self.clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         # Selecting, not scaling: zero times NaN is NaN.
-        finite = tree_all_finite(gradient)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)]).all()
         gradient = jax.tree.map(lambda leaf: jnp.where(finite, scale * leaf, 0.0), gradient)
         step, length = next_step(self.problem, state.step, state.length, self.truncation)
         return TruncatedState(inner, step, length), gradient, mean_loss

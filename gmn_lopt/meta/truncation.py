@@ -68,7 +68,7 @@ def unroll(
     Args:
         problem: the inner problem.
         phi: meta-parameters.
-        state: state of one inner problem.
+        state: of one inner problem.
         data: handed to the problem.
         key: source of the truncation's randomness; the same key gives the same batches for every ``phi``.
         truncation: number of steps ``K``.
@@ -95,24 +95,6 @@ def truncation_objective(
     return jnp.where(ends_at_horizon, losses[-1], jnp.zeros_like(losses[-1]))
 
 
-def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every entry of every leaf is finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def standard_error(contributions: PyTree) -> Float[Array, ""]:
-    """Standard error of the mean over the leading axis, as one norm over all entries; NaN for one contribution.
-
-    Args:
-        contributions: each leaf ``[n, ...]``.
-    """
-    leaves = jax.tree.leaves(contributions)
-    count = leaves[0].shape[0]
-    if count == 1:
-        return jnp.full((), jnp.nan)
-    return jnp.sqrt(sum(leaf.var(axis=0, ddof=1).sum() for leaf in leaves) / count)
-
-
 def map_unrolls(function: Callable[..., PyTree], turns: int, *args: PyTree) -> PyTree:
     """Apply ``function`` to all unrolls, ``turns`` groups of them one after the other, each group at once.
 
@@ -123,10 +105,7 @@ def map_unrolls(function: Callable[..., PyTree], turns: int, *args: PyTree) -> P
     Args:
         function: of one unroll.
         turns: number of groups; must divide the number of unrolls.
-        *args: each leaf ``[unrolls, ...]``.
-
-    Returns:
-        What ``function`` returns, each leaf ``[unrolls, ...]``.
+        *args: each leaf ``[unrolls, ...]``, as in what is returned.
     """
     if turns == 1:
         return jax.vmap(function)(*args)
