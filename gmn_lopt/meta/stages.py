@@ -8,12 +8,11 @@ import jax
 import optax
 
 from gmn_lopt.meta.coefficients import is_coefficient
-from gmn_lopt.meta.estimator import Estimator
+from gmn_lopt.meta.estimator import Estimator, InnerProblem
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.nres import NRES
 from gmn_lopt.meta.pes import PES
-from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.sharding import usable_devices
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.truncated_es import TruncatedES

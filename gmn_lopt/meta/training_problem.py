@@ -38,7 +38,7 @@ class TrainingState(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingProblem:
-    """Training of a task's model by a learned optimizer (an :class:`gmn_lopt.meta.problem.InnerProblem`).
+    """Training of a task's model by a learned optimizer (an :class:`gmn_lopt.meta.InnerProblem`).
 
     The ``data`` handed to ``init`` and ``step`` is a mapping with the split ``"train"`` and, for the validation
     meta-loss, ``"valid"``; :meth:`splits` takes them from the task.

@@ -8,14 +8,12 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt.meta.estimator import Estimate
-from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.estimator import Estimate, InnerProblem
 from gmn_lopt.meta.truncation import (
     check_truncation,
     first_lengths,
     map_unrolls,
     next_step,
-    truncation_objective,
     unroll,
 )
 
@@ -53,9 +51,8 @@ class Truncated:
             objective is not known.
 
     Example:
-        >>> import math, jax, jax.numpy as jnp
         >>> class Quadratic:  # descent on x^2, where phi is the logarithm of the step size
-        ...     horizon, loss_cap = 10, math.inf
+        ...     horizon, loss_cap = 10, float("inf")
         ...     def init(self, phi, data, key):
         ...         return jax.random.normal(key)
         ...     def step(self, phi, x, data, key):
@@ -112,14 +109,10 @@ class Truncated:
         self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
     ) -> tuple[TruncatedState, PyTree, Float[Array, ""]]:
         """Differentiate one truncation of one unroll; return its state, its clipped gradient and its mean loss."""
-        init_key, unroll_key = jax.random.split(key)
-        fresh = state.step == 0
-        ends_at_horizon = state.step + self.truncation == self.problem.horizon
 
         def loss(phi: PyTree) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, ""]]]:
-            inner = optax.tree.where(fresh, self.problem.init(phi, data, init_key), state.inner)
-            inner, losses = unroll(self.problem, phi, inner, data, unroll_key, self.truncation, self.remat)
-            return truncation_objective(losses, ends_at_horizon, self.objective), (inner, losses.mean())
+            inner, objective, mean_loss = unroll(self, phi, state.inner, state.step, data, key, self.remat)
+            return objective, (inner, mean_loss)
 
         gradient, (inner, mean_loss) = jax.grad(loss, has_aux=True)(phi)
         norm = optax.tree.norm(gradient)

@@ -10,7 +10,7 @@ from jaxtyping import Integer, UInt16
 from gmn_lopt.meta.task import evenly_spaced
 from gmn_lopt.tasks.data import Split, train_valid
 from gmn_lopt.tasks.data.cache import Arrays, DataError, cache_path, cached
-from gmn_lopt.tasks.data.tfds import explained, open_splits, resolved
+from gmn_lopt.tasks.data.tfds import read_splits, resolved
 
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
 UNKNOWN, END_OF_TEXT = 0, 1  # tokens of every subword vocabulary
@@ -131,8 +131,7 @@ def _build(name: str, vocabulary: int, documents: int, data_dir: str | None, kep
         import sentencepiece  # noqa: F401  # before the data set is brought, which may take long
     except ImportError as error:
         raise DataError(f"tokenising {name!r} needs sentencepiece: pip install 'gmn_lopt[datasets]'") from error
-    with explained(name, data_dir, kept):
-        text = {split: _read(source, documents) for split, source in open_splits(name, data_dir).items()}
+    text = read_splits(name, data_dir, kept, lambda source: _read(source, documents))
     tokenizer = train_tokenizer(text["train"], vocabulary)
     tokens = {split: tokenize(text[split], tokenizer) for split in ("train", "test")}
     return {**tokens, "tokenizer": np.frombuffer(tokenizer, np.uint8)}
