@@ -9,6 +9,7 @@ import optax
 
 from gmn_lopt.meta.coefficients import is_coefficient
 from gmn_lopt.meta.estimator import Estimator, InnerProblem
+from gmn_lopt.meta.evolution import EvolutionStrategy
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.nres import NRES
@@ -93,7 +94,7 @@ class Stage:
             ValueError: it cannot be used on it, see :func:`gmn_lopt.meta.truncation.check_truncation`.
         """
         kind = ESTIMATORS[self.estimator]
-        if kind is Truncated:
+        if issubclass(kind, Truncated):
             return Truncated(problem, self.pairs, self.truncation, self.clip, self.objective, turns=self.groups)
         own = (self.sigma, self.objective, self.coefficient_sigma, self.groups)
         return kind(problem, self.pairs, self.truncation, *own)
@@ -118,15 +119,21 @@ class Stage:
         return optax.chain(*parts)
 
 
-ESTIMATORS = {"pes": PES, "nres": NRES, "es": TruncatedES, "truncated": Truncated}
+ESTIMATORS: dict[str, type[EvolutionStrategy | Truncated]] = {
+    "pes": PES,
+    "nres": NRES,
+    "es": TruncatedES,
+    "truncated": Truncated,
+}
 """Persistent, noise-reuse and truncated evolution strategies; truncated back-propagation."""
 
 
-def parse_stage(text: str) -> Stage:
+def parse_stage(text: str, default: Stage | None = None) -> Stage:
     """Parse a stage, such as ``truncated:meta_steps=300,learning_rate=3e-3,truncation=25``.
 
     Args:
         text: the estimator, and settings that are fields of :class:`Stage`.
+        default: what the text does not say is taken from it; default: :class:`Stage`'s own values.
 
     Raises:
         ValueError: in one line, text that is no stage.
@@ -141,7 +148,7 @@ def parse_stage(text: str) -> Stage:
         known = [field.name for field in dataclasses.fields(Stage)][1:]
         if unknown := [name for name in settings if name not in known]:
             raise ValueError(f"cannot use {', '.join(unknown)}; the settings of a stage are {', '.join(known)}")
-        stage: Stage = from_json(to_json(Stage()) | settings | {"estimator": estimator}, Stage, "stage")
+        stage: Stage = from_json(to_json(default or Stage()) | settings | {"estimator": estimator}, Stage, "stage")
         return stage
     except ValueError as error:
         raise ValueError(f"stage {text!r}: {error}") from None
