@@ -103,7 +103,7 @@ def language_task(
     """The task of training a transformer on packed sequences.
 
     Args:
-        name: the task's name.
+        name: the task's.
         model: the model.
         load: gives the token streams ``"train"`` and ``"test"``, integers ``[tokens]`` each; called once.
         batch_size: sequences per batch, drawn with replacement.

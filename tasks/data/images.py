@@ -75,11 +75,10 @@ def _build(name: str, data_dir: str | None, kept: Path) -> Arrays:
 def read(
     source: Any, description: str, chunk: int = 1000
 ) -> tuple[Float[np.ndarray, "examples features"], Int[np.ndarray, "examples"]]:
-    """Read, downsize and flatten all images of a source, and their labels.
+    """Downsize and flatten the images of a ``tfds.data_source``, and read their labels.
 
     Args:
-        source: a ``tfds.data_source``: its length, and ``__getitems__``, which decodes several examples faster than one
-            at a time.
+        source: its ``__getitems__`` decodes several examples faster than one at a time.
         description: shown beside the progress bar, which is drawn on a terminal only.
         chunk: number of full-sized images held at once.
     """
