@@ -24,14 +24,9 @@ def make(
     horizon: int = 500,
     augment: bool = True,
 ) -> Task:
-    """A 64-32-10 ReLU network; see :func:`gmn_lopt.tasks.mlp.make_mlp`.
+    """A 64-32-10 ReLU network; ``augment`` says whether training images are shifted.
 
-    Args:
-        data_dir: not used, the images come with scikit-learn.
-        hidden: widths of the hidden layers.
-        batch_size: images per batch, drawn with replacement.
-        horizon: number of training steps.
-        augment: whether training images are shifted.
+    The other settings are those of :func:`gmn_lopt.tasks.mlp.make_mlp`; ``data_dir`` is not used.
     """
     task = make_mlp("digits_mlp", DIGITS, data_dir, hidden=hidden, batch_size=batch_size, horizon=horizon)
 

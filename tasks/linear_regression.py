@@ -17,10 +17,9 @@ STD = 0.2  # of both Gaussians, in each coordinate: the two groups of inputs sta
 
 
 def make(data_dir: str | None = None, *, batch_size: int = 128, horizon: int = 10) -> Task:
-    """Two weights without a bias, from a standard normal start.
+    """Two weights without a bias, from a standard normal start; ``data_dir`` is not used.
 
     Args:
-        data_dir: not used, inputs are drawn.
         batch_size: inputs per batch.
         horizon: number of training steps.
     """

@@ -28,19 +28,13 @@ def make(
 ) -> Task:
     """Two blocks of width 32, with untied output.
 
+    Settings, besides the sizes of :class:`gmn_lopt.tasks.transformer.Transformer` and those of
+    :func:`gmn_lopt.tasks.transformer.language_task`:
+
     Args:
         data_dir: TensorFlow Datasets directory that holds ``lm1b``; see :func:`gmn_lopt.tasks.data.text.load_tokens`.
-        vocabulary: number of subword tokens, trained on the training split.
-        length: tokens in a sequence.
-        width: size of the residual stream.
-        heads: attention heads of a block.
-        feed_forward: hidden units of a block.
-        blocks: number of blocks.
-        batch_size: sequences per batch, drawn with replacement.
-        horizon: number of training steps.
         sentences: number of sentences taken of each split, from its beginning: the whole data set has 30 million, of
             which these many steps see few.
-        test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
     """
     model = Transformer(vocabulary, length, width, heads, feed_forward, blocks)
     if sentences < 1:
@@ -48,6 +42,4 @@ def make(
     if vocabulary > 2**16:
         raise ValueError(f"vocabulary must be at most 65536, is {vocabulary}: tokens are kept in two bytes")
     load = partial(load_tokens, "lm1b", vocabulary, sentences, data_dir)
-    return language_task(
-        "lm1b_transformer", model, load, batch_size=batch_size, horizon=horizon, test_sequences=test_sequences
-    )
+    return language_task("lm1b_transformer", model, load, batch_size, horizon, test_sequences)

@@ -44,14 +44,7 @@ TEXT_HORIZON = 2000
 
 
 def make_all(data_dir: str | None = None) -> tuple[Task, ...]:
-    """All tasks of the mixture.
-
-    Args:
-        data_dir: TensorFlow Datasets directory; see :func:`gmn_lopt.tasks.data.images.load_images`.
-
-    Raises:
-        DataError: some data are not there.
-    """
+    """All tasks of the mixture; raises as :func:`gmn_lopt.tasks.data.images.load_images` where data are not there."""
     # Each data set is read once, and its arrays are shared.
     shared = {name: replace(dataset, load=functools.cache(dataset.load)) for name, dataset in DATASETS.items()}
     models = enumerate(MODELS)

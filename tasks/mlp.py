@@ -1,7 +1,6 @@
 """What the tasks on images and tables share: multi-layer perceptrons, as classifiers, regressions or autoencoders."""
 
 import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +9,9 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.meta.task import Task
-from gmn_lopt.tasks.data import Dataset
+from gmn_lopt.tasks.data import Dataset, batches
 
-ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "relu": jax.nn.relu,
-    "tanh": jnp.tanh,
-    "gelu": jax.nn.gelu,
-    "silu": jax.nn.silu,
-}
+ACTIVATIONS = {"relu": jax.nn.relu, "tanh": jnp.tanh, "gelu": jax.nn.gelu, "silu": jax.nn.silu}
 
 
 def make_mlp(
@@ -81,13 +75,9 @@ def make_mlp(
             return jnp.mean((x[:, 0] - batch[wanted]) ** 2)
         return optax.softmax_cross_entropy_with_integer_labels(x, batch[wanted]).mean()
 
-    def sample(key: jax.Array, split: PyTree) -> PyTree:
-        index = jax.random.randint(key, (batch_size,), 0, len(split[wanted]))
-        return jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), split)
-
     # The loss of a model that knows nothing, or near it.
     if autoencode:
         scale = float(np.square((inputs - mean) / deviation).mean())
     else:
         scale = 1.0 if dataset.classes is None else math.log(dataset.classes)
-    return Task(name, horizon, batch_size, 1.5 * scale, data, init, loss, sample)
+    return Task(name, horizon, batch_size, 1.5 * scale, data, init, loss, batches(batch_size))

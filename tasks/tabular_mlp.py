@@ -19,23 +19,11 @@ def make(
     horizon: int = 500,
     activation: str = "tanh",
 ) -> Task:
-    """A network with tanh units; see :func:`gmn_lopt.tasks.mlp.make_mlp`.
+    """A network with tanh units on ``"breast_cancer"``, ``"wine"`` or ``"diabetes"``.
 
-    Args:
-        data_dir: not used, the tables come with scikit-learn.
-        data: ``"breast_cancer"``, ``"wine"`` or ``"diabetes"``.
-        hidden: widths of the hidden layers.
-        batch_size: rows per batch, drawn with replacement.
-        horizon: number of training steps.
-        activation: ``"relu"``, ``"tanh"``, ``"gelu"`` or ``"silu"``.
+    The other settings are those of :func:`gmn_lopt.tasks.mlp.make_mlp`; ``data_dir`` is not used.
     """
     if data not in TABLES:
         raise ValueError(f"unknown data {data!r}; choose one of {', '.join(TABLES)}")
-    return make_mlp(
-        "tabular_mlp",
-        TABLES[data],
-        hidden=hidden,
-        batch_size=batch_size,
-        horizon=horizon,
-        activation=activation,
-    )
+    table = TABLES[data]
+    return make_mlp("tabular_mlp", table, hidden=hidden, batch_size=batch_size, horizon=horizon, activation=activation)

@@ -31,27 +31,11 @@ def make(
 ) -> Task:
     """Two blocks of width 16, with untied output.
 
-    Args:
-        data_dir: not used, the text comes with Python.
-        length: characters in a sequence.
-        width: size of the residual stream.
-        heads: attention heads of a block.
-        feed_forward: hidden units of a block.
-        blocks: number of blocks.
-        batch_size: sequences per batch, drawn with replacement.
-        horizon: number of training steps.
-        test_sequences: number of sequences evaluation looks at, evenly spaced over the test split.
+    Settings are the sizes of :class:`gmn_lopt.tasks.transformer.Transformer`, whose tokens are characters here, and
+    those of :func:`gmn_lopt.tasks.transformer.language_task`. The text comes with Python: ``data_dir`` is not used.
     """
     model = Transformer(VOCABULARY, length, width, heads, feed_forward, blocks)
-    return language_task(
-        "text_transformer",
-        model,
-        load,
-        batch_size=batch_size,
-        horizon=horizon,
-        test_sequences=test_sequences,
-        unit="characters",
-    )
+    return language_task("text_transformer", model, load, batch_size, horizon, test_sequences, unit="characters")
 
 
 def load() -> dict[str, UInt8[np.ndarray, "characters"]]:
@@ -63,10 +47,8 @@ def load() -> dict[str, UInt8[np.ndarray, "characters"]]:
     documents = paragraphs()
     order = np.random.RandomState(0).permutation(len(documents))  # the generator whose stream NumPy has frozen
     cut = len(order) * 4 // 5
-    return {
-        split: characters([documents[i] for i in part])
-        for split, part in (("train", order[:cut]), ("test", order[cut:]))
-    }
+    parts = {"train": order[:cut], "test": order[cut:]}
+    return {split: characters([documents[i] for i in part]) for split, part in parts.items()}
 
 
 def paragraphs() -> list[str]:

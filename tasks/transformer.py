@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PyTree
 
 from gmn_lopt.meta.task import Task
+from gmn_lopt.tasks.data import batches
 from gmn_lopt.tasks.data.text import language_data
 
 LOGITS_AT_ONCE = 2**20  # in evaluation, of each run
@@ -76,7 +77,8 @@ class Transformer:
         for i in range(self.blocks):
             block = params[f"block_{i}"]
             y = _norm(block["norm_1"], x)
-            query, key, value = (self._split(_dense(block[name], y)) for name in ("query", "key", "value"))
+            heads = (*y.shape[:2], self.heads, -1)
+            query, key, value = (_dense(block[name], y).reshape(heads) for name in ("query", "key", "value"))
             attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
             x = x + _dense(block["attended"], attended.reshape(x.shape))
             y = _norm(block["norm_2"], x)
@@ -88,15 +90,11 @@ class Transformer:
         logits = self.logits(params, batch["input"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["target"]).mean()
 
-    def _split(self, x: Float[Array, "batch length width"]) -> Float[Array, "batch length heads size"]:
-        return x.reshape(*x.shape[:2], self.heads, -1)
-
 
 def language_task(
     name: str,
     model: Transformer,
     load: Callable[[], Mapping[str, np.ndarray]],
-    *,
     batch_size: int,
     horizon: int,
     test_sequences: int,
@@ -105,7 +103,7 @@ def language_task(
     """The task of training a transformer on packed sequences.
 
     Args:
-        name: the task's name.
+        name: the task's.
         model: the model.
         load: gives the token streams ``"train"`` and ``"test"``, integers ``[tokens]`` each; called once.
         batch_size: sequences per batch, drawn with replacement.
@@ -121,14 +119,10 @@ def language_task(
     tokens = load()
     data = language_data(tokens["train"], tokens["test"], model.length, test_sequences)
 
-    def sample(key: jax.Array, split: PyTree) -> PyTree:
-        index = jax.random.randint(key, (batch_size,), 0, len(split["input"]))
-        return jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), split)
-
     cap = 1.5 * math.log(model.vocabulary)
     subset = f"{len(data['test']['input'])} sequences of {model.length} {unit}"
     at_once = max(1, LOGITS_AT_ONCE // (model.length * model.vocabulary))
-    return Task(name, horizon, batch_size, cap, data, model.init, model.loss, sample, subset, at_once)
+    return Task(name, horizon, batch_size, cap, data, model.init, model.loss, batches(batch_size), subset, at_once)
 
 
 def _dense(layer: PyTree, x: Float[Array, "*n inputs"]) -> Float[Array, "*n outputs"]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from gmn_lopt.tasks.data.cache import DataError, cache_dir, cached
 from gmn_lopt.tasks.data.images import load_images, read, resize
-from gmn_lopt.tasks.data.tfds import open_splits
+from gmn_lopt.tasks.data.tfds import read_splits
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "tfds"
 needs_real_data = pytest.mark.skipif(not REAL.is_dir(), reason=f"no prepared TensorFlow Datasets directory {REAL}")
@@ -335,7 +335,7 @@ def test_empty_data_directory(tmp_path):
 )
 def test_real_images(name, side, classes, sizes):
     pytest.importorskip("tensorflow_datasets", reason="reading real data needs the extra [datasets]")
-    sources = open_splits(name, str(REAL))
+    sources = read_splits(name, str(REAL), Path(), lambda source: source)
     assert tuple(len(source) for source in sources.values()) == sizes
     some = Source(sources["test"].__getitems__(list(range(60))))
     images, labels = read(some, name, chunk=25)

@@ -15,7 +15,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from gmn_lopt.meta.processes import LOST, ProcessesError, connected
+from gmn_lopt.meta.processes import LOST, connected
+from gmn_lopt.util.errors import UsageError
 
 ROOT = Path(__file__).parent.parent
 STEPS = 12
@@ -190,5 +191,5 @@ def test_processes_with_different_settings_are_refused(tmp_path):
     ],
 )
 def test_incomplete_settings_are_refused(settings, message):
-    with pytest.raises(ProcessesError, match=message), connected(*settings):
+    with pytest.raises(UsageError, match=message), connected(*settings):
         pass

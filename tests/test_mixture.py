@@ -11,10 +11,10 @@ from inner_problems import Smooth
 
 import gmn_lopt
 from gmn_lopt import Constant, Denoised, Normalized, PointwiseMLP, PowerLaw, Recipe, Residual, ScaleFree
-from gmn_lopt.meta import PES, TrainingProblem, Truncated
+from gmn_lopt.meta import PES, Truncated
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.meta_step import MetaStep
-from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
+from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.stages import parse_stage
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.truncation import map_unrolls
@@ -47,8 +47,8 @@ def test_a_mixture_takes_its_problems_in_turn_and_weighs_them():
     data = tuple(problem.data() for problem in problems)
     parts, weights, phi = [Truncated(problem, 2, 3) for problem in problems], (1.0, 10.0), problems[0].phi()
     sgd = optax.sgd(0.1)
-    mixed = MixedMetaStep(tuple(MetaStep(Weighted(part, w), sgd) for part, w in zip(parts, weights)))
-    assert (mixed.parallel, mixed.inner_steps, mixed.programs) == (2, 6, 2)
+    mixed = MixedMetaStep(tuple(MetaStep(part, sgd, w) for part, w in zip(parts, weights)))
+    assert (mixed.inner_steps, mixed.programs) == (6, 2)
     step_key = jax.random.key(1)
     state = mixed.init(phi, data, jax.random.key(0))
     for number in range(5):
@@ -71,7 +71,7 @@ def make_problem(step_size=None, **options):
     structure = gmn_lopt.analyze(task.loss, params, batch)
     residual = Residual(ScaleFree(), PointwiseMLP(width=4, hidden_layers=3), weight=0.1)
     lopt = Recipe(residual=residual, rule=Normalized(), step_size=step_size or Constant(0.01)).build(structure)
-    return AugmentedProblem(TrainingProblem(task, lopt), **options), lopt.init(jax.random.key(0))
+    return AugmentedProblem(task, lopt, **options), lopt.init(jax.random.key(0))
 
 
 def test_augmentation_trains_the_same_model_in_other_coordinates():
@@ -84,8 +84,8 @@ def test_augmentation_trains_the_same_model_in_other_coordinates():
         assert 1 / 3.01 < float(state.factor) < 3.01
         new, loss = jax.jit(problem.step)(phi, state, data, jax.random.key(9))
         params = jax.tree.map(jnp.multiply, state.scales, state.params)
-        batch = problem.problem.task.sample(jax.random.split(jax.random.key(9))[0], data["train"])
-        assert float(loss) == pytest.approx(float(problem.problem.task.loss(params, batch)), rel=1e-5)
+        batch = problem.task.sample(jax.random.split(jax.random.key(9))[0], data["train"])
+        assert float(loss) == pytest.approx(float(problem.task.loss(params, batch)), rel=1e-5)
         # The normalised rule: a step of what is trained has the size of the rate times the factor, whatever the scale.
         for a, b in zip(jax.tree.leaves(new.params), jax.tree.leaves(state.params)):
             assert float(jnp.sqrt(jnp.mean((a - b) ** 2))) == pytest.approx(0.01 * float(state.factor), rel=1e-2)
@@ -97,7 +97,7 @@ def test_tensors_that_take_the_denoised_step_are_left_alone():
     structure = task_structure(task)
     for direction in (Denoised(), gmn_lopt.Momentum()):
         lopt = Recipe(direction=direction, rule=Normalized(), step_size=Constant(0.01)).build(structure)
-        problem = AugmentedProblem(TrainingProblem(task, lopt))
+        problem = AugmentedProblem(task, lopt)
         state = problem.init(lopt.init(jax.random.key(0)), problem.splits(), jax.random.key(0))
         named = {jax.tree_util.keystr(path): scale for path, scale in jax.tree.leaves_with_path(state.scales)}
         scaled = {name for name, scale in named.items() if scale != 1.0}
@@ -139,16 +139,16 @@ def test_an_optimizer_with_a_schedule_of_its_own_goes_by_it():
 
 def test_augmentation_needs_the_normalized_rule():
     problem, _ = make_problem()
-    additive = Recipe().build(problem.problem.lopt.structure)
+    additive = Recipe().build(problem.lopt.structure)
     with pytest.raises(ValueError, match="Normalized rule"):
-        AugmentedProblem(TrainingProblem(problem.problem.task, additive))
+        AugmentedProblem(problem.task, additive)
 
 
 def test_a_stage_makes_the_meta_steps_of_a_mixture():
     problem, phi = make_problem()
     mixed = MixtureProblem((problem, problem), (1.0, 2.0))
     meta_step = parse_stage("truncated:meta_steps=5,truncation=4,pairs=2").meta_step(mixed)
-    assert [step.estimator.weight for step in meta_step.steps] == [1.0, 2.0] and mixed.horizon == 20
+    assert [step.weight for step in meta_step.steps] == [1.0, 2.0] and mixed.horizon == 20
     data = mixed.splits()
     state = meta_step.init(phi, data, jax.random.key(0))
     for number in range(2):
@@ -158,8 +158,8 @@ def test_a_stage_makes_the_meta_steps_of_a_mixture():
 
 def test_validation_loss_of_an_augmented_problem():
     problem, phi = make_problem()
-    validating = AugmentedProblem(dataclasses.replace(problem.problem, meta_loss="validation"))
-    data, other = validating.splits(), problem.problem.task.data["test"]
+    validating = dataclasses.replace(problem, meta_loss="validation")
+    data, other = validating.splits(), problem.task.data["test"]
     state = validating.init(phi, data, jax.random.key(0))
     step, key = jax.jit(validating.step), jax.random.key(9)
     new, loss = step(phi, state, data, key)

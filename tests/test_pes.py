@@ -32,7 +32,7 @@ def test_estimates_are_those_that_were_recorded(estimator, objective):
     np.testing.assert_allclose(rows, GOLDEN[f"{type(estimator).__name__} {objective}"], rtol=1e-6, atol=1e-6)
 
 
-MODULES = ("pes", "nres", "truncated_es", "truncated", "coefficients", "stages", "problem", "estimator", "task")
+MODULES = ("pes", "nres", "truncated_es", "truncated", "coefficients", "stages", "estimator", "task")
 
 
 @pytest.mark.parametrize("module", [*MODULES, "training_problem", "presets"])

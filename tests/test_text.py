@@ -338,8 +338,9 @@ def test_text_transformer_learns():
 @pytest.mark.parametrize("optimizer", ["ds", "ds+gmn"])
 def test_learned_optimizers_train_it(optimizer):
     task = load_task("text_transformer", **SMALL)
-    gmn = gmn_lopt.GradMetaNetConfig(width=4, set_layers=1, product_width=4) if optimizer == "ds+gmn" else None
-    lopt = gmn_lopt.LearnedOptimizer(task_structure(task), backbone="ds", gradmetanet=gmn)
+    small = gmn_lopt.GradMetaNetConfig(width=4, set_layers=1, product_width=4)
+    residual = gmn_lopt.Residual(gradmetanet=gmn_lopt.SetReader(small) if optimizer == "ds+gmn" else None)
+    lopt = gmn_lopt.LearnedOptimizer(task_structure(task), residual=residual)
     tx = lopt.optimizer(jax.jit(lopt.init)(jax.random.key(0)))
     params = jax.jit(task.init)(jax.random.key(0))
     batch = jax.tree.map(lambda array: array[:4], task.data["train"])

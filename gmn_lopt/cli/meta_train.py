@@ -18,6 +18,7 @@ Several processes, on one machine or on many, compute one run together: one comm
 """
 
 import argparse
+import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -26,7 +27,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import tyro
@@ -37,13 +38,11 @@ from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import BEST, PRESETS
-from gmn_lopt.meta.processes import ProcessesError, check_same, connected, is_first
+from gmn_lopt.meta.processes import check_same, connected, is_first, stop_signal
 from gmn_lopt.meta.run import train
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
-from gmn_lopt.meta.shared_run import SharedRunDirectory
 from gmn_lopt.meta.stages import Stage, parse_stage
-from gmn_lopt.meta.stop_signal import StopSignal
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
@@ -68,10 +67,9 @@ def main(config: Config) -> bool:
         True when the run is complete, False when a signal ended it early (continue with ``resume=True``).
 
     Raises:
-        UsageError, RunError, ProcessesError: in one line, what cannot be done.
+        UsageError, RunError: in one line, what cannot be done.
     """
-    stop = StopSignal()
-    with stop.listen(), connected(config.coordinator, config.processes, config.process_id):
+    with stop_signal() as stop, connected(config.coordinator, config.processes, config.process_id):
         try:
             for stage in config.stages:
                 unroll_shardings(stage.pairs)
@@ -81,8 +79,7 @@ def main(config: Config) -> bool:
             raise UsageError(first_line(error)) from None
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
-        run = open_run(config)
-        try:
+        with contextlib.closing(open_run(config)) as run:
             total = sum(stage.meta_steps for stage in config.stages)
             if run.complete:
                 if is_first():
@@ -99,8 +96,6 @@ def main(config: Config) -> bool:
                     file=sys.stderr,
                 )
             return train(config, run, lopt, phi, problem, meta_steps, stop)
-        finally:
-            run.close()
 
 
 def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | MixtureProblem]:
@@ -113,36 +108,31 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
         name, settings = parse_spec(config.task)
         tasks = make_all(config.data_dir) if name == MIXTURE else (load_task(name, config.data_dir, **settings),)
         lopts = [config.optimizer.build(task_structure(task)) for task in tasks]
-        parts = [TrainingProblem(t, lopt, config.meta_loss, config.horizon) for t, lopt in zip(tasks, lopts)]
         if name != MIXTURE:
-            return lopts[0], parts[0]
+            return lopts[0], TrainingProblem(tasks[0], lopts[0], config.meta_loss, config.horizon)
         residual = config.optimizer.residual
         if residual is not None and residual.network.tied and len({tied_leaves(x.structure) for x in lopts}) > 1:
             raise ValueError("unf belongs to one model, but the tasks have several; train ds or ds+gmn on all of them")
         # A task's cap is 1.5 times the loss of knowing nothing: relative to it, all tasks count alike.
         weights = tuple(1.5 / task.loss_cap for task in tasks)
-        augmented = tuple(AugmentedProblem(part, rate_range=config.rate_range) for part in parts)
-        return lopts[0], MixtureProblem(augmented, weights)
+        settings = {"meta_loss": config.meta_loss, "steps": config.horizon, "rate_range": config.rate_range}
+        return lopts[0], MixtureProblem(
+            tuple(AugmentedProblem(task, lopt, **settings) for task, lopt in zip(tasks, lopts)), weights
+        )
     except (ValueError, OSError, RuntimeError, ImportError) as error:
         raise UsageError(f"--task {config.task!r}: {first_line(error)}") from error
 
 
-def open_run(config: Config) -> RunDirectory | SharedRunDirectory:
+def open_run(config: Config) -> RunDirectory:
     """Open or begin the run in ``config.out``."""
     packages = ("gmn_lopt", "jax", "jaxlib", "flax", "optax", "numpy")
     versions = {"python": sys.version.split()[0]} | {name: importlib.metadata.version(name) for name in packages}
     versions["hardware"] = describe_hardware()
     settings = to_json(config)
     keep_period = config.keep_every * config.checkpoint_every
-
-    def begin() -> RunDirectory:
-        return RunDirectory(config.out, settings, versions, config.resume, FREE, config.keep, keep_period)
-
-    if jax.process_count() == 1:
-        return begin()
     local = ("out", "data_dir", "resume")
     check_same(json.dumps({name: value for name, value in settings.items() if name not in local}))
-    return SharedRunDirectory(config.out, begin)
+    return RunDirectory(config.out, settings, versions, config.resume, FREE, config.keep, keep_period)
 
 
 def read_start(config: Config, lopt: LearnedOptimizer) -> PyTree | None:
@@ -175,17 +165,17 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
         SystemExit: after ``--help`` or a flag that there is not.
     """
     # A first pass finds what the defaults of all other flags come from.
-    whole, look = _FirstPass(), _FirstPass()
+    whole, look = (argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False) for _ in range(2))
     whole.add_argument("--preset", choices=PRESETS)
     whole.add_argument("--optimizer", choices=RECIPES)
     whole.add_argument("--stage", action="append")
     look.add_argument("--out", type=Path)
     look.add_argument("--start")
     look.add_argument("--resume", action="store_true")
-    chosen, rest = whole.parse_known_args(args)
-    found, _ = look.parse_known_args(rest)
-    resuming = found.resume and found.out and (found.out / "config.json").exists() and "--help" not in args
     try:
+        chosen, rest = whole.parse_known_args(args)
+        found, _ = look.parse_known_args(rest)
+        resuming = found.resume and found.out and (found.out / "config.json").exists() and "--help" not in args
         default = PRESETS[chosen.preset or "best"]
         if resuming:
             run = from_json(read_settings(found.out))
@@ -204,7 +194,7 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
             for name in ("task", "out"):  # no value of their types says that a flag has to be given
                 object.__setattr__(default, name, tyro.MISSING)
         return parse(Config, description, rest, default=default)
-    except ValueError as error:
+    except (ValueError, argparse.ArgumentError) as error:
         raise UsageError(first_line(error)) from None
 
 
@@ -244,15 +234,6 @@ def _flags(old: Any, new: Any, flag: str) -> list[str] | None:
     return [] if old == new else [flag, *map(str, new if isinstance(new, list) else (new,))]
 
 
-class _FirstPass(argparse.ArgumentParser):
-    def __init__(self) -> None:
-        super().__init__(add_help=False, allow_abbrev=False)
-
-    def error(self, message: str) -> NoReturn:
-        """Say it as all other errors are said."""
-        raise UsageError(message)
-
-
 def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     use_all_cores()
@@ -260,7 +241,7 @@ def cli(args: Sequence[str] | None = None) -> int:
     try:
         description = f"{__doc__}\nOptimizers: {', '.join(RECIPES)}."
         main(from_command_line(description, sys.argv[1:] if args is None else args))
-    except (UsageError, RunError, ProcessesError) as error:
+    except (UsageError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
     return 0

@@ -1,9 +1,8 @@
 """Meta-training: estimators of the meta-gradient, the problems they unroll, and runs."""
 
-from gmn_lopt.meta.estimator import Estimate, Estimator
+from gmn_lopt.meta.estimator import Estimate, Estimator, InnerProblem
 from gmn_lopt.meta.nres import NRES
 from gmn_lopt.meta.pes import PES
-from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.task import Task
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.meta.truncated import Truncated

@@ -34,7 +34,7 @@ class AugmentedState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class AugmentedProblem:
+class AugmentedProblem(TrainingProblem):
     """A training problem with a learned optimizer of the normalised rule, varied at random for each unroll.
 
     Every tensor is reparametrised by a scale, log-uniform in ``[1 / scale_range, scale_range]`` (task augmentation;
@@ -44,71 +44,49 @@ class AugmentedProblem:
     root mean square. The denoised direction does not: with the factors that belong to them, its steps are the same in
     all parametrisations, and with others they are wrong by the scale. So tensors that take it are left alone.
 
-    Attributes:
-        problem: the training problem; its ``lopt`` is a :class:`LearnedOptimizer` of the normalised rule.
+    Attributes, besides those of a :class:`TrainingProblem`:
         scale_range: largest scale of a tensor; 1: none.
         rate_range: largest factor of the step size; 1: none.
     """
 
-    problem: TrainingProblem
+    lopt: LearnedOptimizer
     scale_range: float = 3.0
     rate_range: float = 3.0
 
     def __post_init__(self) -> None:
-        if not isinstance(getattr(self.problem.lopt, "rule", None), Normalized):
+        super().__post_init__()
+        if not isinstance(self.lopt.rule, Normalized):
             raise ValueError("augmentation varies the step size: use a learned optimizer with the Normalized rule")
         if not (1 <= self.scale_range < math.inf and 1 <= self.rate_range < math.inf):
             raise ValueError("scale_range and rate_range must be at least 1")
 
-    @property
-    def horizon(self) -> int:
-        """Number of inner training steps ``T``."""
-        return self.problem.horizon
-
-    @property
-    def loss_cap(self) -> float:
-        """Largest loss that counts."""
-        return self.problem.loss_cap
-
-    def splits(self) -> dict[str, PyTree]:
-        """The splits of the task's data that this problem reads."""
-        return self.problem.splits()
-
-    def init(self, phi: PyTree, data: Any, key: jax.Array) -> AugmentedState:
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
         """Draw parameters, scales and step size; start the optimizer."""
         init_key, scale_key, rate_key, decay_key = jax.random.split(key, 4)
-        params = self.problem.task.init(init_key)
+        params = self.task.init(init_key)
         leaves, treedef = jax.tree.flatten(params)
         drawn = jnp.exp(_log_uniform(scale_key, (len(leaves),), self.scale_range))
-        rescaled = self._lopt.direction.rescaled(self._lopt.structure, range(len(leaves)))
+        rescaled = self.lopt.direction.rescaled(self.lopt.structure, range(len(leaves)))
         scales = jax.tree.unflatten(treedef, [jnp.ones(()) if i in rescaled else s for i, s in enumerate(drawn)])
         params = jax.tree.map(lambda p, s: p / s, params, scales)
-        optimizer = self._lopt.optimizer(phi).init(params)
+        optimizer = self.lopt.optimizer(phi).init(params)
         factor = jnp.exp(_log_uniform(rate_key, (), self.rate_range))
-        decays = jax.random.bernoulli(decay_key) & (not self._lopt.step_size.scheduled)
+        decays = jax.random.bernoulli(decay_key) & (not self.lopt.step_size.scheduled)
         return AugmentedState(params, optimizer, scales, factor, decays)
 
-    def step(
-        self, phi: PyTree, state: AugmentedState, data: Any, key: jax.Array
-    ) -> tuple[AugmentedState, Float[Array, ""]]:
+    def step(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
         """Train on one batch; return the loss that the problem's ``meta_loss`` asks for."""
-        task, horizon = self.problem.task, self.horizon
         train_key, valid_key = jax.random.split(key)
-        batch = task.sample(train_key, data["train"])
+        batch = self.task.sample(train_key, data["train"])
         params = optax.tree.mul(state.scales, state.params)
-        loss, grads, extra = value_grad_and_extra(task.loss, self._lopt.needs_factors)(params, batch)
-        cosine = 0.5 * (1 + jnp.cos(math.pi * state.optimizer.step / horizon))
+        loss, grads, extra = value_grad_and_extra(self.task.loss, self.lopt.needs_factors)(params, batch)
+        cosine = 0.5 * (1 + jnp.cos(math.pi * state.optimizer.step / self.horizon))
         factor = state.factor * jnp.where(state.decays, cosine, 1.0)
         grads = optax.tree.mul(state.scales, grads)
-        updates, optimizer = self._lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
+        updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
         updates = optax.tree.scale(factor, updates)
-        loss = self.problem.reported(loss, params, data, valid_key)
+        loss = self.reported(loss, params, data, valid_key)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer), loss
-
-    @property
-    def _lopt(self) -> LearnedOptimizer:
-        assert isinstance(self.problem.lopt, LearnedOptimizer)
-        return self.problem.lopt
 
 
 def _log_uniform(key: jax.Array, shape: tuple[int, ...], largest: float) -> Array:

@@ -1,9 +1,45 @@
-"""The interface that all estimators of the meta-gradient share."""
+"""What estimators of the meta-gradient unroll, what they give, and the interface that they share."""
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
+
+
+@runtime_checkable
+class InnerProblem(Protocol):
+    """An inner problem, unrolled by the estimators of this package.
+
+    Example:
+        >>> class Quadratic:  # descent on x^2, where phi is the logarithm of the step size
+        ...     horizon, loss_cap = 10, float("inf")
+        ...     def init(self, phi, data, key):
+        ...         return jax.random.normal(key)
+        ...     def step(self, phi, x, data, key):
+        ...         x = x - jnp.exp(phi) * 2 * x
+        ...         return x, x**2
+        >>> isinstance(Quadratic(), InnerProblem)
+        True
+    """
+
+    @property
+    def horizon(self) -> int:
+        """Number of steps ``T`` of one inner problem, after which it starts afresh."""
+        ...
+
+    @property
+    def loss_cap(self) -> float:
+        """Losses above it, and losses that are not finite, count as this much. ``math.inf`` for no cap."""
+        ...
+
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
+        """Draw the state of a new inner problem."""
+        ...
+
+    def step(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
+        """Take one step with meta-parameters ``phi``; return the new state and the step's loss (uncapped)."""
+        ...
 
 
 class Estimate(NamedTuple):
@@ -27,6 +63,16 @@ class Estimate(NamedTuple):
     noise: Float[Array, ""]
     truncation_loss: Float[Array, "unrolls"]
     truncation_start: Int[Array, "unrolls"]
+
+    @classmethod
+    def of(cls, contributions: PyTree, losses: Float[Array, "unrolls"], start: Int[Array, "unrolls"]) -> "Estimate":
+        """The mean of what the unrolls (or pairs) contribute, each leaf ``[unrolls, ...]``; one has no noise (NaN)."""
+        gradient = jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions)
+        noise = jnp.full((), jnp.nan)
+        if len(losses) > 1:
+            variances = [leaf.var(axis=0, ddof=1).sum() for leaf in jax.tree.leaves(contributions)]
+            noise = jnp.sqrt(sum(variances) / len(losses))
+        return cls(gradient, losses.mean(), noise, losses, start)
 
 
 @runtime_checkable

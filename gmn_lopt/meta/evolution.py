@@ -11,15 +11,12 @@ from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from gmn_lopt.meta.coefficients import is_coefficient
-from gmn_lopt.meta.estimator import Estimate
-from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.estimator import Estimate, InnerProblem
 from gmn_lopt.meta.truncation import (
     check_truncation,
     first_lengths,
     map_unrolls,
     next_step,
-    standard_error,
-    truncation_objective,
     unroll,
 )
 
@@ -76,9 +73,8 @@ class EvolutionStrategy(abc.ABC):
     turns: int = 1
 
     def __post_init__(self) -> None:
-        positive: dict[str, float | int] = {"pairs": self.pairs, "sigma": self.sigma}
-        if self.coefficient_sigma is not None:
-            positive["coefficient_sigma"] = self.coefficient_sigma
+        own = self.sigma if self.coefficient_sigma is None else self.coefficient_sigma
+        positive = {"pairs": self.pairs, "sigma": self.sigma, "coefficient_sigma": own}
         check_truncation(self.problem, self.truncation, self.objective, **positive)
 
     @abc.abstractmethod
@@ -121,7 +117,8 @@ class EvolutionStrategy(abc.ABC):
         noise_key, key = jax.random.split(key)
         # One draw for all leaves: each draw's random bits are a program of their own, which takes a second to compile.
         vector, unravel = ravel_pytree(phi)
-        sigma = self._sigma(phi)
+        own = self.sigma if self.coefficient_sigma is None else self.coefficient_sigma
+        sigma = jax.tree.map(lambda coefficient: own if coefficient else self.sigma, is_coefficient(phi))
         scale = ravel_pytree(jax.tree.map(jnp.full_like, phi, sigma))[0]
         drawn = jax.vmap(unravel)(scale * jax.random.normal(noise_key, (self.pairs, vector.size), vector.dtype))
         new_state, differences, losses = map_unrolls(
@@ -130,33 +127,16 @@ class EvolutionStrategy(abc.ABC):
         )
         weigh = jax.vmap(lambda xi, d: jax.tree.map(lambda x, s: x * (d / (2 * s**2)), xi, sigma))
         contributions = weigh(new_state.xi, differences)
-        return new_state, Estimate(
-            gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), contributions),
-            loss=losses.mean(),
-            noise=standard_error(contributions),
-            truncation_loss=losses,
-            truncation_start=state.step,
-        )
-
-    def _sigma(self, phi: PyTree) -> PyTree:
-        """The standard deviation of each leaf's perturbations."""
-        own = self.sigma if self.coefficient_sigma is None else self.coefficient_sigma
-        return jax.tree.map(lambda coefficient: own if coefficient else self.sigma, is_coefficient(phi))
+        return new_state, Estimate.of(contributions, losses, state.step)
 
     def _truncation(
         self, phi: PyTree, drawn: PyTree, state: EvolutionState, data: Any, key: jax.Array
     ) -> tuple[EvolutionState, Float[Array, ""], Float[Array, ""]]:
         """Unroll one truncation of one pair; return its state, the difference of its objectives and its mean loss."""
-        init_key, unroll_key = jax.random.split(key)
-        fresh = state.step == 0
-        noise, xi = self.perturbation(fresh, state.xi, drawn)
-        ends_at_horizon = state.step + self.truncation == self.problem.horizon
+        noise, xi = self.perturbation(state.step == 0, state.xi, drawn)
 
         def one_sign(sign: Float[Array, ""], inner: PyTree) -> tuple[PyTree, Float[Array, ""], Float[Array, ""]]:
-            perturbed = optax.tree.add_scale(phi, sign, noise)
-            inner = optax.tree.where(fresh, self.problem.init(perturbed, data, init_key), inner)
-            inner, losses = unroll(self.problem, perturbed, inner, data, unroll_key, self.truncation)
-            return inner, truncation_objective(losses, ends_at_horizon, self.objective), losses.mean()
+            return unroll(self, optax.tree.add_scale(phi, sign, noise), inner, state.step, data, key)
 
         inner, objective, losses = jax.vmap(one_sign)(jnp.array([1.0, -1.0]), state.inner)
         # Without a finite cap a diverged unroll has an infinite loss; its pair then tells nothing about the gradient.

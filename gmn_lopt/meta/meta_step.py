@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import numpy as np
@@ -10,17 +10,11 @@ import optax
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.meta.estimator import Estimator
-from gmn_lopt.meta.sharding import replicate, unroll_shardings
+from gmn_lopt.meta.sharding import unroll_shardings
 
 
 class MetaState(NamedTuple):
-    """All that changes from meta-step to meta-step.
-
-    Attributes:
-        phi: the meta-parameters.
-        optimizer: state of the meta-optimizer.
-        estimator: state of the estimator.
-    """
+    """All that changes from meta-step to meta-step: ``phi``, and the states of the meta-optimizer and estimator."""
 
     phi: PyTree
     optimizer: PyTree
@@ -34,25 +28,19 @@ class MetaStep:
     Attributes:
         estimator: of the meta-gradient.
         meta_optimizer: turns the meta-gradient into an update of the meta-parameters.
+        weight: what the meta-gradient and the losses are multiplied by.
+        programs: number of programs, one compiled in each of the first meta-steps.
     """
 
     estimator: Estimator
     meta_optimizer: optax.GradientTransformation
-
-    @property
-    def parallel(self) -> int:
-        """Number of unrolls (or pairs) of a meta-step."""
-        return self.estimator.parallel
+    weight: float = 1.0
+    programs: ClassVar[int] = 1
 
     @property
     def inner_steps(self) -> int:
         """Number of inner steps that one meta-step takes, over all unrolls."""
         return self.estimator.inner_steps
-
-    @property
-    def programs(self) -> int:
-        """Number of programs, one compiled in each of the first meta-steps."""
-        return 1
 
     def init(self, phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
         """The state before the first meta-step."""
@@ -60,7 +48,11 @@ class MetaStep:
 
     def place(self, tree: PyTree) -> PyTree:
         """Copy data or a key, alike in all processes, to all devices, once, for :meth:`__call__`."""
-        return replicate(tree, self._replicated)
+        sharding = self._shardings.phi
+        if sharding.is_fully_addressable:
+            return jax.device_put(tree, sharding)
+        # device_put cannot send typed keys to other processes' devices, and would compare the arrays of all processes.
+        return jax.jit(lambda x: x, out_shardings=sharding)(tree)
 
     def __call__(
         self, state: MetaState, data: PyTree, key: jax.Array, number: int
@@ -68,9 +60,9 @@ class MetaStep:
         """Take one meta-step.
 
         Args:
-            state: the state; its memory is used again for the new one.
+            state: its memory is used again for the new one.
             data: handed to the inner problem.
-            key: source of the randomness of all meta-steps.
+            key: that of all meta-steps.
             number: of this meta-step; with ``key`` it determines all randomness, so that a run that starts from a saved
                 state continues exactly as one that was not interrupted.
 
@@ -89,10 +81,6 @@ class MetaStep:
         split, replicated = unroll_shardings(self.estimator.parallel)
         return MetaState(replicated, replicated, split)
 
-    @property
-    def _replicated(self) -> Any:
-        return self._shardings.phi
-
     @cached_property
     def _init(self) -> Any:
         def init(phi: PyTree, data: PyTree, key: jax.Array) -> MetaState:
@@ -105,17 +93,18 @@ class MetaStep:
         def step(state: MetaState, data: PyTree, key: jax.Array, number: Any) -> tuple[MetaState, dict[str, Array]]:
             phi, optimizer, unrolls = state
             unrolls, estimate = self.estimator.estimate(phi, unrolls, data, jax.random.fold_in(key, number))
-            updates, optimizer = self.meta_optimizer.update(estimate.gradient, optimizer, phi)
+            gradient = jax.tree.map(lambda leaf: self.weight * leaf, estimate.gradient)
+            updates, optimizer = self.meta_optimizer.update(gradient, optimizer, phi)
             new_state = MetaState(optax.apply_updates(phi, updates), optimizer, unrolls)
             metrics = {
-                "loss": estimate.loss,
-                "gradient_norm": optax.tree.norm(estimate.gradient),
-                "gradient_noise": estimate.noise,
-                "truncation_loss": estimate.truncation_loss,
+                "loss": self.weight * estimate.loss,
+                "gradient_norm": optax.tree.norm(gradient),
+                "gradient_noise": self.weight * estimate.noise,
+                "truncation_loss": self.weight * estimate.truncation_loss,
                 "truncation_start": estimate.truncation_start,
             }
             return new_state, metrics
 
-        r = self._replicated
+        r = self._shardings.phi
         inputs, outputs = (self._shardings, r, r, r), (self._shardings, r)
         return jax.jit(step, in_shardings=inputs, out_shardings=outputs, donate_argnums=0)

@@ -1,22 +1,13 @@
 """Meta-steps over several inner problems with the same meta-parameters, such as tasks of different shapes."""
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import jax
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.meta.estimator import Estimate, Estimator
 from gmn_lopt.meta.meta_step import MetaState, MetaStep
-from gmn_lopt.meta.problem import InnerProblem
-
-
-class Part(InnerProblem, Protocol):
-    """An inner problem that brings its data."""
-
-    def splits(self) -> Any:
-        """The data to hand to it."""
-        ...
+from gmn_lopt.meta.training_problem import TrainingProblem
 
 
 @dataclass(frozen=True)
@@ -25,11 +16,11 @@ class MixtureProblem:
 
     Attributes:
         problems: the inner problems.
-        weights: for each, what its gradient and its losses are multiplied by (:class:`Weighted`); the inverse of a
-            typical loss makes the problems count alike.
+        weights: for each, what its gradient and its losses are multiplied by; the inverse of a typical loss makes the
+            problems count alike.
     """
 
-    problems: tuple[Part, ...]
+    problems: tuple[TrainingProblem, ...]
     weights: tuple[float, ...]
 
     @property
@@ -40,42 +31,6 @@ class MixtureProblem:
     def splits(self) -> tuple[Any, ...]:
         """The data of all problems."""
         return tuple(problem.splits() for problem in self.problems)
-
-
-@dataclass(frozen=True)
-class Weighted:
-    """An estimator of which gradient and losses are multiplied by a number.
-
-    Attributes:
-        estimator: the estimator.
-        weight: the number.
-    """
-
-    estimator: Estimator
-    weight: float
-
-    @property
-    def parallel(self) -> int:
-        """The estimator's."""
-        return self.estimator.parallel
-
-    @property
-    def inner_steps(self) -> int:
-        """The estimator's."""
-        return self.estimator.inner_steps
-
-    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
-        """Draw the estimator's state."""
-        return self.estimator.init(phi, data, key)
-
-    def estimate(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Estimate]:
-        """The estimator's estimate, multiplied."""
-        state, e = self.estimator.estimate(phi, state, data, key)
-        w = self.weight
-        gradient = jax.tree.map(lambda leaf: w * leaf, e.gradient)
-        return state, e._replace(
-            gradient=gradient, loss=w * e.loss, noise=w * e.noise, truncation_loss=w * e.truncation_loss
-        )
 
 
 @dataclass(frozen=True)
@@ -91,11 +46,6 @@ class MixedMetaStep:
     """
 
     steps: tuple[MetaStep, ...]
-
-    @property
-    def parallel(self) -> int:
-        """Number of unrolls (or pairs) of a meta-step."""
-        return self.steps[0].parallel
 
     @property
     def inner_steps(self) -> int:

@@ -19,9 +19,8 @@ class NRES(EvolutionStrategy):
     Attributes and errors are those of :class:`gmn_lopt.meta.evolution.EvolutionStrategy`.
 
     Example:
-        >>> import math, jax, jax.numpy as jnp
         >>> class Quadratic:  # descent on x^2, where phi is the logarithm of the step size
-        ...     horizon, loss_cap = 10, math.inf
+        ...     horizon, loss_cap = 10, float("inf")
         ...     def init(self, phi, data, key):
         ...         return jax.random.normal(key)
         ...     def step(self, phi, x, data, key):

@@ -5,18 +5,19 @@ import contextlib
 import hashlib
 import os
 import re
+import signal
 import sys
+import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jaxtyping import PyTree
 
-from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.errors import UsageError, first_line
 
 COORDINATION_SECONDS = 300  # in which all processes must have come
 HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is lost
@@ -27,45 +28,24 @@ LAST_WORDS = "{}: another process was lost; start all of them again with --resum
 _MISSING = re.compile(r"gloo|nccl|coordination|heartbeat|connection (closed|reset|refused)|deadline|unavailable", re.I)
 
 
-class ProcessesError(Exception):
-    """The processes cannot work together as asked. The message is one line."""
-
-
 def is_first() -> bool:
     """Whether this process is the one that writes and prints."""
     return jax.process_index() == 0
 
 
-def in_any(flag: bool) -> bool:
-    """Whether any process has raised its flag. All must ask, in the same order, as in :func:`from_first`."""
-    return bool(multihost_utils.process_allgather(np.uint32(flag)).any())
-
-
-def from_first(tree: PyTree) -> PyTree:
-    """What the first process holds, bit for bit.
-
-    Args:
-        tree: NumPy arrays, of the same shapes and types in all processes.
-    """
-
-    def leaf(array: np.ndarray) -> np.ndarray:
-        # As bytes: the sum of floating-point numbers that a broadcast is would lose the sign of zero.
-        data = multihost_utils.broadcast_one_to_all(np.frombuffer(np.asarray(array).tobytes(), np.uint8))
-        return np.frombuffer(np.asarray(data).tobytes(), array.dtype).reshape(array.shape)
-
-    return jax.tree.map(leaf, tree)
+def from_first(array: np.ndarray) -> np.ndarray:
+    """The array that the first process holds, bit for bit; those of the others have its shape and type."""
+    # As bytes: the sum of floating-point numbers that a broadcast is would lose the sign of zero.
+    data = multihost_utils.broadcast_one_to_all(np.frombuffer(np.asarray(array).tobytes(), np.uint8))
+    return np.frombuffer(np.asarray(data).tobytes(), array.dtype).reshape(array.shape)
 
 
 def check_same(text: str) -> None:
-    """Check that all processes have been given the same.
-
-    Raises:
-        ProcessesError: in all of them, if there is a difference.
-    """
+    """Raise a :class:`UsageError` in all processes unless they have been given the same."""
     try:
         multihost_utils.assert_equal(np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8))
     except AssertionError:
-        raise ProcessesError(
+        raise UsageError(
             "the processes have different settings; give all of them the same command line, but for --process-id, "
             "and the same --out on a file system that they share"
         ) from None
@@ -86,16 +66,21 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
         index: of this process; not needed for ``"auto"``.
 
     Raises:
-        ProcessesError: in one line, what is missing, or why the processes cannot be connected.
+        UsageError: in one line, what is missing, or why the processes cannot be connected.
     """
     if coordinator is None:
         if count is not None or index is not None:
-            raise ProcessesError("--processes and --process-id need --coordinator HOST:PORT, that of process 0")
+            raise UsageError("--processes and --process-id need --coordinator HOST:PORT, that of process 0")
         yield
         return
     auto = coordinator == "auto"
-    if not auto:
-        _check(coordinator, count, index)
+    host, _, port = coordinator.rpartition(":")
+    if not auto and (not host or not port.isdecimal()):
+        raise UsageError(f"--coordinator is {coordinator!r}; write HOST:PORT, that of process 0, or auto")
+    if not auto and (count is None or index is None):
+        raise UsageError("--coordinator HOST:PORT needs --processes and --process-id")
+    if count is not None and index is not None and not 0 <= index < count:
+        raise UsageError(f"--process-id is {index}; with --processes {count} it must be from 0 to {count - 1}")
     try:
         jax.distributed.initialize(
             None if auto else coordinator,
@@ -106,13 +91,11 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
         )
     except (ValueError, RuntimeError, OSError) as error:
         hint = "; no cluster was recognised, give HOST:PORT" if auto and isinstance(error, ValueError) else ""
-        raise ProcessesError(f"--coordinator {coordinator}: {first_line(error)}{hint}") from None
+        raise UsageError(f"--coordinator {coordinator}: {first_line(error)}{hint}") from None
     try:
         devices = Counter(device.process_index for device in jax.devices())
         if len(set(devices.values())) > 1:
-            raise ProcessesError(
-                f"every process needs as many devices; they have {', '.join(map(str, devices.values()))}"
-            )
+            raise UsageError(f"every process needs as many devices; they have {', '.join(map(str, devices.values()))}")
         yield
     except BaseException as error:
         # Collectives raise these two, but none of their subclasses.
@@ -125,18 +108,42 @@ def connected(coordinator: str | None, count: int | None, index: int | None) -> 
     jax.distributed.shutdown()
 
 
-def _check(coordinator: str, count: int | None, index: int | None) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not host or not port.isdecimal():
-        raise ProcessesError(f"--coordinator is {coordinator!r}; write HOST:PORT, that of process 0, or auto")
-    if count is None or index is None:
-        raise ProcessesError("--coordinator HOST:PORT needs --processes and --process-id")
-    if not 0 <= index < count:
-        raise ProcessesError(f"--process-id is {index}; with --processes {count} it must be from 0 to {count - 1}")
-
-
 def _exit() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     time.sleep(1)  # where all fail for the same reason, each can say so before it is aborted for the loss of this one
     os._exit(2)
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Let SIGINT and SIGTERM end the run early, as long as the context lasts; a second one acts in the usual way.
+
+    Yields:
+        Whether to stop after this meta-step. Of several processes all stop at the same, whichever was asked; each must
+        ask after every meta-step, since JAX chooses the one that they stop at from these calls.
+    """
+    in_main = threading.current_thread() is threading.main_thread()  # Python listens nowhere else
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    requests: list[int] = []
+
+    def request(number: int, frame: object) -> None:
+        requests.append(number)
+        signal.signal(number, before[signal.Signals(number)])
+
+    def stop(meta_step: int) -> bool:
+        if jax.process_count() == 1:
+            return bool(requests)
+        # JAX's preemption service has taken over SIGTERM, and tells the other processes of it.
+        if requests:
+            requests.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
+        return multihost_utils.reached_preemption_sync_point(meta_step)
+
+    try:
+        for number in before:
+            signal.signal(number, request)
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

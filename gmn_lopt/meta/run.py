@@ -1,9 +1,10 @@
 """The loop of a meta-training run: through the stages from the latest checkpoint on, logging and saving."""
 
+import itertools
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,7 @@ from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.processes import is_first
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
-from gmn_lopt.meta.shared_run import SharedRunDirectory
 from gmn_lopt.meta.stages import Stage
-from gmn_lopt.meta.stop_signal import StopSignal
 from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import SerializationError, save
@@ -29,14 +28,14 @@ RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host 
 
 def train(
     config: Config,
-    run: RunDirectory | SharedRunDirectory,
+    run: RunDirectory,
     lopt: LearnedOptimizer,
     phi: PyTree,
     problem: TrainingProblem | MixtureProblem,
     meta_steps: Sequence[MetaStep | MixedMetaStep],
-    stop: StopSignal,
+    stop: Callable[[int], bool],
 ) -> bool:
-    """Meta-train.
+    """Go through the stages, or through what is left of them after the latest checkpoint of ``run``.
 
     Args:
         config: the run's.
@@ -45,30 +44,26 @@ def train(
         phi: its meta-parameters at the start; where there is a checkpoint, anything of their shape.
         problem: to train on.
         meta_steps: that of each stage.
-        stop: asked after each meta-step.
+        stop: whether to stop after a meta-step; asked after each.
 
     Returns:
         Whether all stages are done.
     """
-    key = jax.random.key(config.seed)
-    first, several = is_first(), len(config.stages) > 1
-    total = sum(stage.meta_steps for stage in config.stages)
-    if first and run.latest == 0 and several:
-        save_optimizer(run.path / "stages" / "0-start", lopt, phi)
-    with progress(total, "meta-training", "meta-steps", initial=run.latest, disable=not first) as bar:
-        begin, stopping = 0, False
-        for index, (stage, meta_step) in enumerate(zip(config.stages, meta_steps, strict=True)):
-            name, end = f"{index + 1}-{stage.estimator}", begin + stage.meta_steps
+    key, several = jax.random.key(config.seed), len(config.stages) > 1
+    ends = list(itertools.accumulate(stage.meta_steps for stage in config.stages))
+    stopping, total = False, ends[-1]
+    if run.latest == 0 and several:
+        _save_optimizer(run.path / "stages" / "0-start", lopt, phi)
+    with progress(total, "meta-training", "meta-steps", initial=run.latest, disable=not is_first()) as bar:
+        for index, (stage, meta_step, end) in enumerate(zip(config.stages, meta_steps, ends, strict=True)):
             if run.latest > end:
-                begin = end
                 continue
-            if stopping:
-                break
+            name, step = f"{index + 1}-{stage.estimator}", end - stage.meta_steps
             bar.set_description(f"{name}, compiling")
             init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
             data, step_key = meta_step.place((problem.splits(), step_key))
-            state, step = meta_step.init(phi, data, init_key), begin
-            if run.latest > begin:
+            state = meta_step.init(phi, data, init_key)
+            if run.latest > step:
                 state, step = run.restore(state), run.latest
             rows = _Rows(stage, meta_step, problem.horizon)
             while step < end and not stopping:
@@ -77,7 +72,7 @@ def train(
                 step += 1
                 bar.set_description(name, refresh=False)
                 bar.update()
-                stopping = stop.at(step)
+                stopping = stop(step)
                 saving = stopping or step == end or step % config.checkpoint_every == 0
                 if saving or step % config.log_every == 0:
                     row = rows.average() | {n: float(x) for n, x in lopt.scalars(jax.device_get(state.phi)).items()}
@@ -85,20 +80,18 @@ def train(
                     run.log({"meta_step": step, "stage": name, **row, "inner_steps_per_second": rate})
                     bar.set_postfix({"meta-loss": f"{row['loss']:.4f}", "inner steps/s": f"{rate:,.0f}"}, refresh=False)
                 if saving:
-                    if first:
-                        if step == end and several:
-                            save_optimizer(run.path / "stages" / name, lopt, state.phi)
-                        save_optimizer(run.path / "optimizer", lopt, state.phi)
+                    if step == end and several:
+                        _save_optimizer(run.path / "stages" / name, lopt, state.phi)
+                    _save_optimizer(run.path / "optimizer", lopt, state.phi)
                     run.save(step, state)
                     rows.start_clock()  # saving does not count
-            if step < end:
+            if stopping:
                 break
-            phi, begin = jax.device_get(state.phi), end
-    if begin < total:
-        if first:
-            print(
-                f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume", file=sys.stderr
-            )
+            phi = jax.device_get(state.phi)
+    if step < total:
+        if is_first():
+            text = f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume"
+            print(text, file=sys.stderr)
         return False
     run.mark_complete(total)
     return True
@@ -130,8 +123,15 @@ class _Rows:
             self._timed += 1
 
     def average(self) -> dict[str, Any]:
-        """The averages, and ``inner_steps_per_second``; begin a new row."""
-        row = average(jax.device_get(self._pending), self._truncation, self._truncations)
+        """The averages, of losses also for each truncation (None: not seen), and the speed; begin a new row."""
+        metrics = jax.device_get(self._pending)
+        row: dict[str, Any] = {
+            name: float(np.mean([m[name] for m in metrics])) for name in ("loss", "gradient_norm", "gradient_noise")
+        }
+        which = np.concatenate([m["truncation_start"] for m in metrics]) // self._truncation
+        losses = np.concatenate([m["truncation_loss"] for m in metrics])
+        each = [losses[which == i] for i in range(self._truncations)]
+        row["truncation_loss"] = [float(seen.mean()) if seen.size else None for seen in each]
         seconds = time.perf_counter() - self._clock
         row["inner_steps_per_second"] = self._timed * self._inner_steps / seconds if self._timed else math.nan
         self._pending = []
@@ -139,27 +139,10 @@ class _Rows:
         return row
 
 
-def average(metrics: Sequence[Mapping[str, np.ndarray]], truncation: int, truncations: int) -> dict[str, Any]:
-    """Average the metrics of several meta-steps; the losses also for each truncation of the horizon (None: not seen).
-
-    Args:
-        metrics: those of :class:`gmn_lopt.meta.meta_step.MetaStep`.
-        truncation: inner steps of one truncation.
-        truncations: their number in the horizon.
-    """
-    row: dict[str, Any] = {
-        name: float(np.mean([m[name] for m in metrics])) for name in ("loss", "gradient_norm", "gradient_noise")
-    }
-    which = np.concatenate([m["truncation_start"] for m in metrics]) // truncation
-    losses = np.concatenate([m["truncation_loss"] for m in metrics])
-    each = [losses[which == i] for i in range(truncations)]
-    row["truncation_loss"] = [float(seen.mean()) if seen.size else None for seen in each]
-    return row
-
-
-def save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
-    """Save the meta-parameters as an optimizer that :func:`gmn_lopt.load` reads."""
+def _save_optimizer(path: Path, lopt: LearnedOptimizer, phi: PyTree) -> None:
+    """Save the meta-parameters as an optimizer that :func:`gmn_lopt.load` reads; the first process does."""
     try:
-        save(path, lopt, phi)
+        if is_first():
+            save(path, lopt, phi)
     except SerializationError as error:
         raise RunError(f"{error}; earlier checkpoints are intact, continue with --resume") from None

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import PyTree
 
 
 def usable_devices(parallel: int, devices: int) -> int:
@@ -16,13 +15,12 @@ def usable_devices(parallel: int, devices: int) -> int:
 def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None) -> tuple[NamedSharding, NamedSharding]:
     """Shardings for an estimator's state and for everything else.
 
-    Give the first to :func:`jax.jit` for an estimator's state (every leaf of which has the unrolls as its first axis)
-    and the second for meta-parameters, data and keys; the compiler then runs each device's unrolls on that device and
-    averages their contributions. One device is no special case.
+    Every leaf of the state has the unrolls as its first axis. Given to :func:`jax.jit`, the first for the state and the
+    second for meta-parameters, data and keys, each device runs its own unrolls. One device is no special case.
 
     Args:
         parallel: size of the leading axis of the state, ``estimator.parallel``.
-        devices: devices to use; those of all processes by default. As many of them are used as divide ``parallel``.
+        devices: devices to use, of which as many are that divide ``parallel``; default: those of all processes.
 
     Returns:
         ``(split, replicated)``.
@@ -41,11 +39,3 @@ def unroll_shardings(parallel: int, devices: Sequence[jax.Device] | None = None)
     each = usable_devices(parallel // processes, table.shape[1])
     mesh = Mesh(table[:, :each].ravel(), ("unrolls",))
     return NamedSharding(mesh, PartitionSpec("unrolls")), NamedSharding(mesh, PartitionSpec())
-
-
-def replicate(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Copy arrays to all devices of a sharding, also to those of other processes, which must hold the same arrays."""
-    if sharding.is_fully_addressable:
-        return jax.device_put(tree, sharding)
-    # device_put cannot send typed keys to other processes' devices, and would compare the arrays of all processes.
-    return jax.jit(lambda x: x, out_shardings=sharding)(tree)

@@ -2,20 +2,18 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import optax
 
 from gmn_lopt.meta.coefficients import is_coefficient
-from gmn_lopt.meta.estimator import Estimator
+from gmn_lopt.meta.estimator import Estimator, InnerProblem
+from gmn_lopt.meta.evolution import EvolutionStrategy
 from gmn_lopt.meta.meta_step import MetaStep
-from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem, Weighted
+from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.nres import NRES
 from gmn_lopt.meta.pes import PES
-from gmn_lopt.meta.problem import InnerProblem
 from gmn_lopt.meta.sharding import usable_devices
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.truncated_es import TruncatedES
@@ -95,19 +93,18 @@ class Stage:
         Raises:
             ValueError: it cannot be used on it, see :func:`gmn_lopt.meta.truncation.check_truncation`.
         """
-        estimator: Estimator = ESTIMATORS[self.estimator](self, problem)
-        return estimator
+        kind = ESTIMATORS[self.estimator]
+        if issubclass(kind, Truncated):
+            return Truncated(problem, self.pairs, self.truncation, self.clip, self.objective, turns=self.groups)
+        own = (self.sigma, self.objective, self.coefficient_sigma, self.groups)
+        return kind(problem, self.pairs, self.truncation, *own)
 
     def meta_step(self, problem: InnerProblem | MixtureProblem) -> MetaStep | MixedMetaStep:
-        """The stage's meta-step on ``problem``.
-
-        Raises:
-            ValueError: see :meth:`build`.
-        """
+        """The stage's meta-step on ``problem``; raises as :meth:`build` does."""
         optimizer = self.meta_optimizer()
         if isinstance(problem, MixtureProblem):
-            parts = [Weighted(self.build(part), w) for part, w in zip(problem.problems, problem.weights, strict=True)]
-            return MixedMetaStep(tuple(MetaStep(part, optimizer) for part in parts))
+            parts = zip(problem.problems, problem.weights, strict=True)
+            return MixedMetaStep(tuple(MetaStep(self.build(part), optimizer, weight) for part, weight in parts))
         return MetaStep(self.build(problem), optimizer)
 
     def meta_optimizer(self) -> optax.GradientTransformation:
@@ -122,17 +119,11 @@ class Stage:
         return optax.chain(*parts)
 
 
-def _evolution(strategy: Callable[..., Any]) -> Callable[[Stage, InnerProblem], Any]:
-    return lambda s, problem: strategy(
-        *(problem, s.pairs, s.truncation, s.sigma, s.objective, s.coefficient_sigma, s.groups)
-    )
-
-
-ESTIMATORS: dict[str, Callable[[Stage, InnerProblem], Any]] = {
-    "pes": _evolution(PES),
-    "nres": _evolution(NRES),
-    "es": _evolution(TruncatedES),
-    "truncated": lambda s, problem: Truncated(problem, s.pairs, s.truncation, s.clip, s.objective, turns=s.groups),
+ESTIMATORS: dict[str, type[EvolutionStrategy | Truncated]] = {
+    "pes": PES,
+    "nres": NRES,
+    "es": TruncatedES,
+    "truncated": Truncated,
 }
 """Persistent, noise-reuse and truncated evolution strategies; truncated back-propagation."""
 

@@ -38,7 +38,7 @@ class TrainingState(NamedTuple):
 
 @dataclass(frozen=True)
 class TrainingProblem:
-    """Training of a task's model by a learned optimizer (an :class:`gmn_lopt.meta.problem.InnerProblem`).
+    """Training of a task's model by a learned optimizer (an :class:`gmn_lopt.meta.InnerProblem`).
 
     The ``data`` handed to ``init`` and ``step`` is a mapping with the split ``"train"`` and, for the validation
     meta-loss, ``"valid"``; :meth:`splits` takes them from the task.
@@ -85,14 +85,12 @@ class TrainingProblem:
         names = ("train", "valid") if self.meta_loss == "validation" else ("train",)
         return {name: jax.tree.map(jnp.asarray, self.task.data[name]) for name in names}
 
-    def init(self, phi: PyTree, data: Any, key: jax.Array) -> TrainingState:
+    def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
         """Draw new parameters of the model; start the optimizer."""
         params = self.task.init(key)
         return TrainingState(params, self.lopt.optimizer(phi).init(params))
 
-    def step(
-        self, phi: PyTree, state: TrainingState, data: Any, key: jax.Array
-    ) -> tuple[TrainingState, Float[Array, ""]]:
+    def step(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
         """Train on one batch; return the loss that ``meta_loss`` asks for."""
         train_key, valid_key = jax.random.split(key)
         batch = self.task.sample(train_key, data["train"])

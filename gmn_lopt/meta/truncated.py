@@ -8,28 +8,18 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt.meta.estimator import Estimate
-from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.estimator import Estimate, InnerProblem
 from gmn_lopt.meta.truncation import (
     check_truncation,
     first_lengths,
     map_unrolls,
     next_step,
-    standard_error,
-    tree_all_finite,
-    truncation_objective,
     unroll,
 )
 
 
 class TruncatedState(NamedTuple):
-    """State of all unrolls; every leaf has the unrolls as its first axis.
-
-    Attributes:
-        inner: inner states; each leaf ``[unrolls, ...]``.
-        step: inner steps taken in the current episode; 0 where the next truncation starts a new one.
-        length: length of the current episode in inner steps; the horizon, except for the first (staggered) episodes.
-    """
+    """As :class:`gmn_lopt.meta.evolution.EvolutionState`, each leaf of ``inner`` being ``[unrolls, ...]``."""
 
     inner: PyTree
     step: Int[Array, "unrolls"]
@@ -61,9 +51,8 @@ class Truncated:
             objective is not known.
 
     Example:
-        >>> import math, jax, jax.numpy as jnp
         >>> class Quadratic:  # descent on x^2, where phi is the logarithm of the step size
-        ...     horizon, loss_cap = 10, math.inf
+        ...     horizon, loss_cap = 10, float("inf")
         ...     def init(self, phi, data, key):
         ...         return jax.random.normal(key)
         ...     def step(self, phi, x, data, key):
@@ -114,32 +103,22 @@ class Truncated:
         new_state, gradients, losses = map_unrolls(
             lambda state, key: self._truncation(phi, state, data, key), self.turns, state, keys
         )
-        return new_state, Estimate(
-            gradient=jax.tree.map(lambda leaf: leaf.mean(axis=0), gradients),
-            loss=losses.mean(),
-            noise=standard_error(gradients),
-            truncation_loss=losses,
-            truncation_start=state.step,
-        )
+        return new_state, Estimate.of(gradients, losses, state.step)
 
     def _truncation(
         self, phi: PyTree, state: TruncatedState, data: Any, key: jax.Array
     ) -> tuple[TruncatedState, PyTree, Float[Array, ""]]:
         """Differentiate one truncation of one unroll; return its state, its clipped gradient and its mean loss."""
-        init_key, unroll_key = jax.random.split(key)
-        fresh = state.step == 0
-        ends_at_horizon = state.step + self.truncation == self.problem.horizon
 
         def loss(phi: PyTree) -> tuple[Float[Array, ""], tuple[PyTree, Float[Array, ""]]]:
-            inner = optax.tree.where(fresh, self.problem.init(phi, data, init_key), state.inner)
-            inner, losses = unroll(self.problem, phi, inner, data, unroll_key, self.truncation, self.remat)
-            return truncation_objective(losses, ends_at_horizon, self.objective), (inner, losses.mean())
+            inner, objective, mean_loss = unroll(self, phi, state.inner, state.step, data, key, self.remat)
+            return objective, (inner, mean_loss)
 
         gradient, (inner, mean_loss) = jax.grad(loss, has_aux=True)(phi)
         norm = optax.tree.norm(gradient)
         scale = jnp.minimum(1.0, self.clip / jnp.maximum(norm, jnp.finfo(norm.dtype).tiny))
         # Selecting, not scaling: zero times NaN is NaN.
-        finite = tree_all_finite(gradient)
+        finite = jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient)]).all()
         gradient = jax.tree.map(lambda leaf: jnp.where(finite, scale * leaf, 0.0), gradient)
         step, length = next_step(self.problem, state.step, state.length, self.truncation)
         return TruncatedState(inner, step, length), gradient, mean_loss

@@ -5,9 +5,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, PyTree
+import optax
+from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt.meta.problem import InnerProblem
+from gmn_lopt.meta.estimator import InnerProblem
 
 OBJECTIVES = ("mean", "final")
 """``"mean"``: the mean loss along the trajectory. ``"final"``: the loss at the last step of the horizon only."""
@@ -55,62 +56,37 @@ def next_step(
 
 
 def unroll(
-    problem: InnerProblem,
-    phi: PyTree,
-    state: PyTree,
-    data: Any,
-    key: jax.Array,
-    truncation: int,
-    remat: bool = False,
-) -> tuple[PyTree, Float[Array, "truncation"]]:
-    """Take ``truncation`` inner steps, as one scan.
+    estimator: Any, phi: PyTree, state: PyTree, start: Int[Array, ""], data: Any, key: jax.Array, remat: bool = False
+) -> tuple[PyTree, Float[Array, ""], Float[Array, ""]]:
+    """Take the inner steps of one truncation, as one scan, of a new inner problem where an episode begins.
 
     Args:
-        problem: the inner problem.
+        estimator: has the ``problem``, the number of steps ``truncation``, and the ``objective``.
         phi: meta-parameters.
-        state: state of one inner problem.
+        state: of one inner problem.
+        start: step of the episode that the truncation begins at.
         data: handed to the problem.
-        key: source of the truncation's randomness; the same key gives the same batches for every ``phi``.
-        truncation: number of steps ``K``.
+        key: source of all randomness; the same key gives the same problem and batches for every ``phi``.
         remat: recompute each step in the backward pass, instead of keeping its intermediate values.
 
     Returns:
-        The new state and the capped loss of each step. A loss that is not finite counts as the cap.
+        The new state, what the truncation contributes to the objective (to ``"final"`` nothing, unless it ends at the
+        horizon), and the mean loss. Losses are capped; one that is not finite counts as the cap.
     """
+    problem, (init_key, key) = estimator.problem, jax.random.split(key)
 
     def step(state: PyTree, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
         state, loss = problem.step(phi, state, data, key)
         below = jnp.isfinite(loss) & (loss <= problem.loss_cap)
         return state, jnp.where(below, loss, jnp.asarray(problem.loss_cap, loss.dtype))
 
-    return jax.lax.scan(jax.checkpoint(step) if remat else step, state, jax.random.split(key, truncation))
-
-
-def truncation_objective(
-    losses: Float[Array, "truncation"], ends_at_horizon: Bool[Array, ""], objective: str
-) -> Float[Array, ""]:
-    """What one truncation contributes to the objective; nothing to ``"final"`` unless it ends at the horizon."""
-    if objective == "mean":
-        return losses.mean()
-    return jnp.where(ends_at_horizon, losses[-1], jnp.zeros_like(losses[-1]))
-
-
-def tree_all_finite(tree: PyTree) -> Bool[Array, ""]:
-    """Whether every entry of every leaf is finite."""
-    return jnp.stack([jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(tree)]).all()
-
-
-def standard_error(contributions: PyTree) -> Float[Array, ""]:
-    """Standard error of the mean over the leading axis, as one norm over all entries; NaN for one contribution.
-
-    Args:
-        contributions: each leaf ``[n, ...]``.
-    """
-    leaves = jax.tree.leaves(contributions)
-    count = leaves[0].shape[0]
-    if count == 1:
-        return jnp.full((), jnp.nan)
-    return jnp.sqrt(sum(leaf.var(axis=0, ddof=1).sum() for leaf in leaves) / count)
+    state = optax.tree.where(start == 0, problem.init(phi, data, init_key), state)
+    keys = jax.random.split(key, estimator.truncation)
+    state, losses = jax.lax.scan(jax.checkpoint(step) if remat else step, state, keys)
+    if estimator.objective == "mean":
+        return state, losses.mean(), losses.mean()
+    at_horizon = start + estimator.truncation == problem.horizon
+    return state, jnp.where(at_horizon, losses[-1], jnp.zeros_like(losses[-1])), losses.mean()
 
 
 def map_unrolls(function: Callable[..., PyTree], turns: int, *args: PyTree) -> PyTree:
@@ -123,10 +99,7 @@ def map_unrolls(function: Callable[..., PyTree], turns: int, *args: PyTree) -> P
     Args:
         function: of one unroll.
         turns: number of groups; must divide the number of unrolls.
-        *args: each leaf ``[unrolls, ...]``.
-
-    Returns:
-        What ``function`` returns, each leaf ``[unrolls, ...]``.
+        *args: each leaf ``[unrolls, ...]``, as in what is returned.
     """
     if turns == 1:
         return jax.vmap(function)(*args)

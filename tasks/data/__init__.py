@@ -3,7 +3,10 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 Split = dict[str, np.ndarray]
 """Examples along the first axis of each array: what a network reads first, then what it is to say."""
@@ -30,3 +33,13 @@ def train_valid(training: Split) -> dict[str, Split]:
         "train": {key: array[:cut] for key, array in training.items()},
         "valid": {key: array[cut:] for key, array in training.items()},
     }
+
+
+def batches(size: int) -> Callable[[jax.Array, PyTree], PyTree]:
+    """The function ``sample(key, split)`` that draws ``size`` examples with replacement."""
+
+    def sample(key: jax.Array, split: PyTree) -> PyTree:
+        index = jax.random.randint(key, (size,), 0, len(jax.tree.leaves(split)[0]))
+        return jax.tree.map(lambda array: jnp.take(array, index, axis=0, mode="clip"), split)
+
+    return sample

@@ -1,7 +1,7 @@
 """Arrays that are costly to make are made once and kept as ``NAME.npz`` in a cache directory."""
 
+import io
 import os
-import tempfile
 import warnings
 import zipfile
 import zlib
@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+
+from gmn_lopt.util.files import write_atomically
 
 Arrays = dict[str, np.ndarray]
 
@@ -59,7 +61,10 @@ def cached(
     arrays = build()
     check(arrays)
     try:
-        _write(path, {**arrays, "version": np.asarray(version), "source": np.asarray(source or "")})
+        path.parent.mkdir(parents=True, exist_ok=True)
+        content = io.BytesIO()
+        np.savez(content, **arrays, version=version, source=source or "")  # type: ignore[arg-type]
+        write_atomically(path, content.getvalue())
     except OSError as error:
         reason = error.strerror or error
         warnings.warn(f"{path} cannot be written ({reason}), so this work is done again next time", stacklevel=2)
@@ -76,18 +81,3 @@ def _read(path: Path, version: int, check: Callable[[Arrays], None], source: str
         raise ValueError(f"it was made from {kept_source or 'the default data directory'}, not from {source}")
     check(arrays)
     return arrays
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    """Write to a temporary file and rename it, so that ``path`` is at any moment absent, old, or complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            np.savez(file, **arrays)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

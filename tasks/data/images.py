@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxtyping import Float, Int, Shaped
 
 from gmn_lopt.tasks.data import Dataset, Split, train_valid
 from gmn_lopt.tasks.data.cache import Arrays, cache_path, cached
-from gmn_lopt.tasks.data.tfds import explained, open_splits, resolved
+from gmn_lopt.tasks.data.tfds import read_splits, resolved
 
 SIZE = 8
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
@@ -32,11 +33,11 @@ def load_images(name: str, features: int, classes: int, data_dir: str | None = N
     Raises:
         DataError: the data set is neither cached nor prepared, and could not be brought.
     """
-    source = resolved(data_dir)
+    source, kept = resolved(data_dir), f"{name}-{SIZE}x{SIZE}"
     arrays = cached(
-        f"{name}-{SIZE}x{SIZE}",
+        kept,
         VERSION,
-        build=lambda: _build(name, source),
+        build=lambda: _build(name, source, cache_path(kept)),
         check=lambda arrays: _check(arrays, features, classes),
         source=source,
     )
@@ -65,23 +66,19 @@ def _interpolation(length: int, size: int) -> Float[np.ndarray, "size length"]:
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(length))).astype(np.float32)
 
 
-def _build(name: str, data_dir: str | None) -> Arrays:
+def _build(name: str, data_dir: str | None, kept: Path) -> Arrays:
     """Read both splits from TensorFlow Datasets and downsize them."""
-    arrays = {}
-    with explained(name, data_dir, cache_path(f"{name}-{SIZE}x{SIZE}")):
-        for split, source in open_splits(name, data_dir).items():
-            arrays[f"{split}_image"], arrays[f"{split}_label"] = read(source, f"{name} {split}")
-    return arrays
+    splits = read_splits(name, data_dir, kept, lambda source: dict(zip(("image", "label"), read(source, name))))
+    return {f"{split}_{key}": array for split, arrays in splits.items() for key, array in arrays.items()}
 
 
 def read(
     source: Any, description: str, chunk: int = 1000
 ) -> tuple[Float[np.ndarray, "examples features"], Int[np.ndarray, "examples"]]:
-    """Read, downsize and flatten all images of a source, and their labels.
+    """Downsize and flatten the images of a ``tfds.data_source``, and read their labels.
 
     Args:
-        source: a ``tfds.data_source``: its length, and ``__getitems__``, which decodes several examples faster than one
-            at a time.
+        source: its ``__getitems__`` decodes several examples faster than one at a time.
         description: shown beside the progress bar, which is drawn on a terminal only.
         chunk: number of full-sized images held at once.
     """

@@ -10,7 +10,7 @@ from jaxtyping import Integer, UInt16
 from gmn_lopt.meta.task import evenly_spaced
 from gmn_lopt.tasks.data import Split, train_valid
 from gmn_lopt.tasks.data.cache import Arrays, DataError, cache_path, cached
-from gmn_lopt.tasks.data.tfds import explained, open_splits, resolved
+from gmn_lopt.tasks.data.tfds import read_splits, resolved
 
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
 UNKNOWN, END_OF_TEXT = 0, 1  # tokens of every subword vocabulary
@@ -72,10 +72,8 @@ def train_tokenizer(documents: Sequence[str], vocabulary: int) -> bytes:
             minloglevel=2,  # quiet
         )
     except RuntimeError as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"no vocabulary of {vocabulary} tokens for these {len(documents)} documents: {reason}"
-        ) from None
+        what = f"no vocabulary of {vocabulary} tokens for these {len(documents)} documents"
+        raise ValueError(f"{what}: {' '.join(str(error).split())}") from None
     return model.getvalue()
 
 
@@ -90,17 +88,14 @@ def tokenize(documents: Sequence[str], tokenizer: bytes) -> UInt16[np.ndarray, "
 def language_data(
     training: Integer[np.ndarray, "tokens"], test: Integer[np.ndarray, "others"], length: int, test_sequences: int
 ) -> dict[str, Split]:
-    """Pack token streams into the splits of a language task.
+    """Pack the token streams of both splits into ``"train"``, ``"valid"`` and ``"test"``, as :func:`pack` does.
 
     Args:
-        training: tokens of the training split.
+        training: tokens of the training split, of whose sequences 80 % are for training.
         test: tokens of the test split.
         length: tokens that a sequence predicts.
-        test_sequences: number of sequences of the test split that evaluation looks at, evenly spaced over it; all, if
-            it has fewer.
-
-    Returns:
-        ``"train"`` and ``"valid"``, the first 80 % of the training sequences and the rest, and ``"test"``.
+        test_sequences: number of sequences that evaluation looks at, evenly spaced over the test split; all, if it has
+            fewer.
 
     Raises:
         ValueError: a stream is too short.
@@ -131,8 +126,7 @@ def _build(name: str, vocabulary: int, documents: int, data_dir: str | None, kep
         import sentencepiece  # noqa: F401  # before the data set is brought, which may take long
     except ImportError as error:
         raise DataError(f"tokenising {name!r} needs sentencepiece: pip install 'gmn_lopt[datasets]'") from error
-    with explained(name, data_dir, kept):
-        text = {split: _read(source, documents) for split, source in open_splits(name, data_dir).items()}
+    text = read_splits(name, data_dir, kept, lambda source: _read(source, documents))
     tokenizer = train_tokenizer(text["train"], vocabulary)
     tokens = {split: tokenize(text[split], tokenizer) for split in ("train", "test")}
     return {**tokens, "tokenizer": np.frombuffer(tokenizer, np.uint8)}
@@ -147,11 +141,10 @@ def _read(source, documents: int, chunk: int = 1000) -> list[str]:
 
 def _check(arrays: Arrays, vocabulary: int) -> None:
     """Raise ValueError where arrays are not what `_build` makes."""
-    expected = {"train": np.uint16, "test": np.uint16, "tokenizer": np.uint8}
-    if set(arrays) != set(expected):
-        raise ValueError(f"it holds {sorted(arrays)}, expected {sorted(expected)}")
-    for key, dtype in expected.items():
-        array = arrays[key]
+    if set(arrays) != {"train", "test", "tokenizer"}:
+        raise ValueError(f"it holds {sorted(arrays)}, expected test, tokenizer and train")
+    for key, array in arrays.items():
+        dtype = np.uint8 if key == "tokenizer" else np.uint16
         if array.dtype != dtype or array.ndim != 1 or not len(array):
             raise ValueError(f"{key}: {array.dtype} {array.shape}, expected some {np.dtype(dtype)} (n,)")
     for split in ("train", "test"):

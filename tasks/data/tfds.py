@@ -1,7 +1,6 @@
 """Data sets of TensorFlow Datasets: opened without TensorFlow, and how to bring one that is not there."""
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +12,30 @@ def resolved(data_dir: str | None) -> str | None:
     return None if data_dir is None else str(Path(data_dir).expanduser().resolve())
 
 
-def open_splits(name: str, data_dir: str | None) -> dict[str, Any]:
-    """Random-access sources of ``"train"`` and ``"test"``, preparing the data set first where that was not done."""
-    import tensorflow_datasets as tfds
-
-    builder = tfds.builder(name, data_dir=data_dir)
-    if not builder.is_prepared():
-        try:
-            import tensorflow  # noqa: F401  # without it preparing fails, but only after the download
-        except ImportError as error:
-            raise DataError(f"it is not prepared there, and preparing it needs TensorFlow ({error})") from error
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
-        builder.download_and_prepare()
-    return {split: builder.as_data_source(split) for split in ("train", "test")}
-
-
-@contextlib.contextmanager
-def explained(name: str, data_dir: str | None, kept: Path) -> Iterator[None]:
-    """Turn whatever goes wrong while a data set is opened and read into a DataError that says how to bring it.
+def read_splits(name: str, data_dir: str | None, kept: Path, read: Callable[[Any], Any]) -> dict[str, Any]:
+    """What ``read`` makes of ``"train"`` and of ``"test"``, after preparing the data set where that was not done.
 
     Args:
         name: the data set's name in TensorFlow Datasets.
         data_dir: where it is read from; None for the default directory.
         kept: the cache file that would have made reading unnecessary.
+        read: is given a random-access source.
+
+    Raises:
+        DataError: whatever went wrong, and how to bring the data set.
     """
     try:
-        yield
+        import tensorflow_datasets as tfds
+
+        builder = tfds.builder(name, data_dir=data_dir)
+        if not builder.is_prepared():
+            try:
+                import tensorflow  # noqa: F401  # without it preparing fails, but only after the download
+            except ImportError as error:
+                raise DataError(f"it is not prepared there, and preparing it needs TensorFlow ({error})") from error
+            builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+            builder.download_and_prepare()
+        return {split: read(builder.as_data_source(split)) for split in ("train", "test")}
     except Exception as error:  # TensorFlow Datasets documents no base class for what goes wrong in it
         where = data_dir or "the default directory of TensorFlow Datasets"
         place = f", data_dir={data_dir!r}" if data_dir else ""
