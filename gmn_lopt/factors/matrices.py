@@ -47,29 +47,6 @@ def _layout(parameter: Parameter) -> tuple[tuple[int, ...], list[int]]:
     return (*batch, *read, *write), [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
 
 
-def stacked_rows(kernel: Parameter, side: int, rows: Float[Array, "S n"]) -> Float[Array, "count S m"]:
-    """Cut what runs over all neurons that a kernel reads (side 0) or writes (1) into those of each of its matrices."""
-    dims, shared = kernel.sites[side].dims, shared_dims(kernel)
-    split = rows.reshape(len(rows), *(kernel.cut_shape[d] for d in dims))
-    moved = jnp.moveaxis(split, [1 + dims.index(d) for d in shared], range(len(shared)))
-    return moved.reshape(math.prod(kernel.cut_shape[d] for d in shared), len(rows), -1)
-
-
-def written_rows(kernel: Parameter, stack: Float[Array, "count S m"]) -> Float[Array, "S n"]:
-    """Undo :func:`stacked_rows` of the neurons that a kernel writes."""
-    dims, shared = kernel.sites[1].dims, shared_dims(kernel)
-    rest = [kernel.cut_shape[d] for d in dims if d not in shared]
-    split = stack.reshape(*(kernel.cut_shape[d] for d in shared), stack.shape[1], *rest)
-    moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])
-    return moved.reshape(stack.shape[1], -1)
-
-
-def shared_dims(kernel: Parameter) -> list[int]:
-    """The dimensions of a kernel's cut shape that both of its sites run over."""
-    read, write = (ref.dims for ref in kernel.sites)
-    return sorted({*read} & {*write})
-
-
 def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
     """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
 

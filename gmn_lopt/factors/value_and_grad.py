@@ -114,12 +114,12 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
             loss, aux = jax.tree.unflatten(out_tree, outputs)
             return loss, (aux, run.recorded)
 
-        zeros = [jnp.zeros(layout.shape, dtype) for layout, dtype in zip(traced.tangent_layouts, traced.tangent_dtypes)]
+        zeros = [jnp.zeros(write.layout.shape, write.layers[0].output.dtype) for write in traced.writes]
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (loss, (aux, recorded)), (grads, tangents) = differentiate([jnp.asarray(leaf) for leaf in leaves], zeros)
         factors = Factors(
-            tuple(layout.canonical(recorded[i]) for i, layout in enumerate(traced.activation_layouts)),
-            tuple(layout.canonical(tangent) for layout, tangent in zip(traced.tangent_layouts, tangents)),
+            tuple(read.layout.canonical(recorded[i]) for i, read in enumerate(traced.reads)),
+            tuple(write.layout.canonical(tangent) for write, tangent in zip(traced.writes, tangents)),
         )
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 

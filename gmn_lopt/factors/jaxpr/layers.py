@@ -39,7 +39,7 @@ class LayerUse:
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
     which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
     ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
-    elements of the set).
+    elements of the set). ``read`` and ``write`` (from :mod:`.sites`) are the indices of its activation and tangent.
     """
 
     index: int
@@ -53,6 +53,8 @@ class LayerUse:
     batch: list[tuple[Atom, int]] = field(default_factory=list)
     set_batch: tuple[int, ...] = ()
     stacked: tuple[Scan, ...] = ()
+    read: int = -1
+    write: int = -1
 
     @property
     def scans(self) -> tuple[Scan, ...]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from jaxtyping import Array, Shaped
 
-from gmn_lopt.factors.jaxpr.axes import Atom, Axis, resolve
+from gmn_lopt.factors.jaxpr.axes import Axis, resolve, sizes
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 
 
@@ -17,17 +17,24 @@ class Layout:
         shape: the array's own shape.
         cut: its shape with axes cut into atoms.
         order: the order of the atoms in the canonical form, those of the set first.
-        set_size: ``S``.
+        set_atoms: the atoms of the set, in that order.
+        neuron_atoms: those of the neurons.
     """
 
     shape: tuple[int, ...]
     cut: tuple[int, ...]
     order: tuple[int, ...]
-    set_size: int
+    set_atoms: Axis
+    neuron_atoms: Axis
+
+    @property
+    def canonical_shape(self) -> tuple[int, int]:
+        """``[S, d]``."""
+        return math.prod(sizes(self.set_atoms)), math.prod(sizes(self.neuron_atoms))
 
     def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
         """Bring an array of the program to its canonical form."""
-        return array.reshape(self.cut).transpose(self.order).reshape(self.set_size, -1)
+        return array.reshape(self.cut).transpose(self.order).reshape(self.canonical_shape)
 
     def original(self, array: Shaped[Array, "S d"]) -> Shaped[Array, "..."]:
         """The inverse of :meth:`canonical`."""
@@ -35,33 +42,9 @@ class Layout:
         return array.reshape([self.cut[i] for i in self.order]).transpose(inverse).reshape(self.shape)
 
 
-@dataclass(frozen=True)
-class Arranged:
-    """A layout together with the atoms of the set and of the neurons, each in canonical order."""
-
-    layout: Layout
-    set_atoms: Axis
-    neuron_atoms: Axis
-
-    @property
-    def size(self) -> int:
-        """Number of neurons."""
-        return math.prod(atom.size for atom in self.neuron_atoms)
-
-
-def arrange(shape: tuple[int, ...], axes: Axes, neuron_dims: set[int]) -> Arranged:
+def arrange(shape: tuple[int, ...], axes: Axes, neuron_dims: set[int]) -> Layout:
     """Lay out an array whose dimensions ``neuron_dims`` are neurons and whose others are the set."""
-    entries: list[tuple[bool, int, int, Atom]] = []
-    for d, axis in enumerate(axes):
-        for atom in resolve(axis):
-            entries.append((d in neuron_dims, atom.order, len(entries), atom))
-    ordered = sorted(entries, key=lambda entry: entry[:3])
-    set_atoms = tuple(entry[3] for entry in ordered if not entry[0])
-    neurons = tuple(entry[3] for entry in ordered if entry[0])
-    layout = Layout(
-        shape,
-        tuple(entry[3].size for entry in entries),
-        tuple(entry[2] for entry in ordered),
-        math.prod(atom.size for atom in set_atoms),
-    )
-    return Arranged(layout, set_atoms, neurons)
+    atoms = [(d in neuron_dims, atom) for d, axis in enumerate(axes) for atom in resolve(axis)]
+    order = sorted(range(len(atoms)), key=lambda i: (atoms[i][0], atoms[i][1].order))
+    set_atoms, neuron_atoms = (tuple(atoms[i][1] for i in order if atoms[i][0] is side) for side in (False, True))
+    return Layout(shape, sizes(atom for _, atom in atoms), tuple(order), set_atoms, neuron_atoms)

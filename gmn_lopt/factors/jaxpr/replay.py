@@ -8,7 +8,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
 from gmn_lopt.factors.jaxpr.assemble import Tap
-from gmn_lopt.factors.program import CALLS, Path, scan_parts
+from gmn_lopt.factors.program import Path, called, scan_parts
 
 
 class Replay:
@@ -63,7 +63,7 @@ class Replay:
         perturbations = {tangent: self.perturbations[tangent] for tangent in tangents}
         if eqn.primitive.name == "scan":
             return self._scan(eqn, inputs, path, taps, perturbations)
-        jaxpr, consts = CALLS[eqn.primitive.name].body(eqn.params)
+        jaxpr, consts = called(eqn.params)
         if eqn.primitive.name not in ("remat2", "checkpoint"):
             return self.jaxpr(jaxpr, consts, inputs, path)
 

@@ -8,7 +8,7 @@ from typing import Any
 from gmn_lopt.factors.jaxpr.axes import Axis
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow
-from gmn_lopt.factors.jaxpr.layout import Arranged, arrange
+from gmn_lopt.factors.jaxpr.layout import Layout, arrange
 from gmn_lopt.factors.program import Program, Value
 
 
@@ -17,20 +17,15 @@ class Read:
     """An activation: what is recorded of an array that one layer or several read over the same axes."""
 
     value: Value
-    arranged: Arranged
+    layout: Layout
     layers: list[LayerUse] = field(default_factory=list)
-
-    @property
-    def is_neurons(self) -> bool:
-        """Whether it is at a site."""
-        return self.layers[0].kind.reads_neurons
 
 
 @dataclass(eq=False)
 class Write:
     """A tangent: the output of a layer, or of several that are only ever summed with one another."""
 
-    arranged: Arranged
+    layout: Layout
     layers: list[LayerUse] = field(default_factory=list)
 
 
@@ -42,11 +37,11 @@ class FoundSite:
     write: Write | None
 
     @property
-    def arranged(self) -> Arranged:
-        """Layout of either, equal in set and neurons."""
+    def layout(self) -> Layout:
+        """That of either; they are equal in set and neurons."""
         either = self.write or self.read
         assert either is not None
-        return either.arranged
+        return either.layout
 
     @property
     def position(self) -> tuple[int, bool]:
@@ -69,12 +64,13 @@ def find_reads(layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Read]:
             value_axes = tuple(x if d in recorded else () for d, x in enumerate(axes[layer.activation]))
             reads[key] = Read(layer.activation, _arrange(layer, axes, shape, value_axes, neurons))
         reads[key].layers.append(layer)
+        layer.read = list(reads).index(key)
     return list(reads.values())
 
 
 def _arrange(
     layer: LayerUse, axes: dict[Value, Axes], shape: tuple[int, ...], value_axes: Axes, neurons: set[int]
-) -> Arranged:
+) -> Layout:
     """Lay out an array at a layer, with an axis in front for each loop around it."""
     scans = layer.scans
     around = {d for d, scan in enumerate(scans) if scan in layer.stacked}
@@ -93,12 +89,14 @@ def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes
         end = layer.output
         for equation in follow(layer, consumers):
             end = equation.outputs[0]
-        arranged = arrange_output(layer, axes)
-        writes.setdefault((end, arranged.set_atoms, arranged.neuron_atoms), Write(arranged)).layers.append(layer)
+        layout = arrange_output(layer, axes)
+        key = (end, layout.set_atoms, layout.neuron_atoms)
+        writes.setdefault(key, Write(layout)).layers.append(layer)
+        layer.write = list(writes).index(key)
     return list(writes.values())
 
 
-def arrange_output(layer: LayerUse, axes: dict[Value, Axes]) -> Arranged:
+def arrange_output(layer: LayerUse, axes: dict[Value, Axes]) -> Layout:
     """Lay out a layer's output: its neurons are the dimensions that come from the parameter."""
     return _arrange(layer, axes, layer.output.shape, axes[layer.output], layer.neuron_dims[1])
 
@@ -110,7 +108,7 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
     iteration what it begins by reading and what it ends by writing. What is not neurons is at no site.
     """
     partner: dict[Read, Write] = {}
-    neurons = [read for read in reads if read.is_neurons]
+    neurons = [read for read in reads if read.layers[0].kind.reads_neurons]
     for ancestors_of in (_ancestors, _ancestors_through_carries):
         for read in neurons:
             ancestors = ancestors_of(read, uses)
@@ -119,8 +117,8 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
                 for write in writes
                 if read not in partner
                 and write not in partner.values()
-                and write.arranged.neuron_atoms == read.arranged.neuron_atoms
-                and write.arranged.set_atoms == read.arranged.set_atoms
+                and write.layout.neuron_atoms == read.layout.neuron_atoms
+                and write.layout.set_atoms == read.layout.set_atoms
                 and any(ancestors >> layer.index & 1 for layer in write.layers)
             ]
             if candidates:

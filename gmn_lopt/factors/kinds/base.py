@@ -48,13 +48,11 @@ class LayerKind(abc.ABC):
     activation is the other.
 
     Attributes:
-        reads_neurons: whether the activations are neurons. If not they are at no site of the structure, and
-            :meth:`record` may keep something else than the operand.
-        has_bias_row: whether a bias may be taken for one more row of the kernel, whose activation is always one.
+        reads_neurons: whether the activations are neurons. If not they are at no site of the structure, :meth:`record`
+            may keep something else than the operand, and a bias is not taken for one more row of the kernel.
     """
 
     reads_neurons: ClassVar[bool] = True
-    has_bias_row: ClassVar[bool] = True
 
     # The equation ---------------------------------------------------------------------------------------------------
 
@@ -98,10 +96,6 @@ class LayerKind(abc.ABC):
     def recorded_dims(self, rank: int) -> tuple[int, ...]:
         """The dimensions of the activation operand whose positions are kept; of all others one."""
         return tuple(range(rank))
-
-    def describe_read(self, sites: Sequence[int]) -> str:
-        """What is read, for printing; ``sites`` are those with the layer's activation."""
-        return f"site {sites[0]}"
 
     # Matrices -------------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,6 @@ class Embedding(LayerKind):
     """A lookup of one row for each index."""
 
     reads_neurons = False
-    has_bias_row = False
 
     @classmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> tuple[LayerKind, int] | None:
@@ -52,10 +51,6 @@ class Embedding(LayerKind):
     def recorded_dims(self, rank: int) -> tuple[int, ...]:
         """All but that of the index vectors."""
         return tuple(range(rank - 1))
-
-    def describe_read(self, sites: Sequence[int]) -> str:
-        """Token ids."""
-        return "token ids"
 
     def matrices(self, kernel: Parameter) -> Matrices | None:
         """One, with a row for each token."""

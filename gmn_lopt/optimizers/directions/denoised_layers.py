@@ -109,7 +109,7 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
 
 def _has_own_bias(structure: GradientStructure, layer: Layer) -> bool:
     """Whether there is a bias for all its outputs, which no other layer uses and which may be a row of the kernel."""
-    if not layer.kind.has_bias_row or layer.bias is None:
+    if not layer.kind.reads_neurons or layer.bias is None:
         return False
     if [other.bias for other in structure.layers].count(layer.bias) > 1:
         return False
