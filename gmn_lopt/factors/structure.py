@@ -11,18 +11,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.factors.kinds import LayerKind
-from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space, StructureError
-
-__all__ = [
-    "Factors",
-    "GradientStructure",
-    "Layer",
-    "Parameter",
-    "Site",
-    "SiteRef",
-    "Space",
-    "StructureError",
-]
+from gmn_lopt.factors.spaces import Parameter, Site, Space, StructureError
 
 WIDTH = 120  # of the printed structure
 
@@ -182,18 +171,17 @@ class GradientStructure:
                     f"factors.{kind} holds {len(arrays)} arrays, but {len(shapes)} in the analysed model; "
                     "take factors from value_grad_and_factors of the loss that was analysed"
                 )
-            for i, (array, shape) in enumerate(zip(arrays, shapes)):
-                if len(array.shape) == 2 and array.shape[1] == shape[1]:
-                    if array.shape[0] == (sizes.setdefault(shape[0], array.shape[0]) if any_set_size else shape[0]):
-                        continue
+            for i, (array, (set_size, size)) in enumerate(zip(arrays, shapes)):
+                if len(array.shape) != 2 or array.shape[1] != size:
                     raise StructureError(
-                        f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {shape[0]} when the model "
+                        f"factors.{kind}[{i}] has shape {array.shape}, but {(set_size, size)} in the analysed model; "
+                        "take factors from value_grad_and_factors of the loss that was analysed"
+                    )
+                if array.shape[0] != (sizes.setdefault(set_size, array.shape[0]) if any_set_size else set_size):
+                    raise StructureError(
+                        f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {set_size} when the model "
                         "was analysed; analyse the loss with a batch of this size"
                     )
-                raise StructureError(
-                    f"factors.{kind}[{i}] has shape {array.shape}, but {shape} in the analysed model; "
-                    "take factors from value_grad_and_factors of the loss that was analysed"
-                )
 
     def __str__(self) -> str:
         """Layers, spaces, sites, and every parameter whose factors do not give its whole gradient, with the reason."""

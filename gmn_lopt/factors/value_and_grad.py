@@ -146,29 +146,24 @@ def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Ca
     return compute
 
 
-def _is_dynamic(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct)
-
-
 def _split(args: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], Any], Any]:
     """Arrays among the leaves of the arguments; how to put arrays back; a key for the rest."""
     leaves, treedef = jax.tree.flatten(args)
-    dynamic = [leaf for leaf in leaves if _is_dynamic(leaf)]
-    static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not _is_dynamic(leaf))
+    arrays = jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct
+    static = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, arrays)}
 
     def merge(values: Sequence[Any]) -> Any:
         rest = iter(values)
-        fixed = dict(static)
-        return jax.tree.unflatten(treedef, [fixed[i] if i in fixed else next(rest) for i in range(len(leaves))])
+        return jax.tree.unflatten(treedef, [static[i] if i in static else next(rest) for i in range(len(leaves))])
 
-    return dynamic, merge, (treedef, static)
+    return [leaf for i, leaf in enumerate(leaves) if i not in static], merge, (treedef, static)
 
 
 def _cache_key(params: PyTree, args: Sequence[Any]) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     dynamic, _, (args_treedef, static) = _split(args)
     types = tuple(jax.typeof(leaf) for leaf in [*leaves, *dynamic])
-    identities = tuple((i, type(leaf), leaf if _hashable(leaf) else id(leaf)) for i, leaf in static)
+    identities = tuple((i, type(leaf), leaf if _hashable(leaf) else id(leaf)) for i, leaf in static.items())
     return treedef, args_treedef, types, identities
 
 

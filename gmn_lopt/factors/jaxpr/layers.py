@@ -1,5 +1,6 @@
 """Linear layers of a program: equations that some kind of layer matches, their biases, and all other uses."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,7 +28,6 @@ class BiasUse:
     """A bias added to a layer's output, after ``chain`` rearranged that output."""
 
     view: View
-    value: Value
     add: Equation
     chain: tuple[Equation, ...]
 
@@ -175,7 +175,7 @@ def _claim_biases(program: Program, uses: Uses) -> None:
             elif len(others) == 1 and others[0] in uses.views:
                 if equation not in claimed:
                     claimed.add(equation)
-                    layer.bias = BiasUse(uses.views[others[0]], others[0], equation, tuple(chain))
+                    layer.bias = BiasUse(uses.views[others[0]], equation, tuple(chain))
                 break
             value = equation.outputs[0]
 
@@ -233,15 +233,10 @@ class TracedView:
 def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView | None:
     """Follow the dimensions of a leaf through a view; None where they cannot be told apart, or a loop broadcasts."""
     atoms = Atoms()
-    cut = [sizes(resolve(axis)) for axis in axes[leaf]]
-    dims: dict[Atom, int] = {}
-    leaf_axes: list[Axis] = []
-    for axis_sizes in cut:
-        axis = tuple(atom for size in axis_sizes for atom in atoms.new(size))
-        for atom in axis:
-            dims[atom] = len(dims)
-        leaf_axes.append(axis)
-    current: Axes = tuple(leaf_axes)
+    current: Axes = tuple(
+        tuple(atom for size in sizes(resolve(axis)) for atom in atoms.new(size)) for axis in axes[leaf]
+    )
+    dims = {atom: i for i, atom in enumerate(itertools.chain(*current))}
     slices: dict[Scan, Axis] = {}
     for equation in view.chain:
         if equation.name == "scan_slice":

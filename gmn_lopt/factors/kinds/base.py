@@ -50,9 +50,11 @@ class LayerKind(abc.ABC):
     Attributes:
         reads_neurons: whether the activations are neurons. If not they are at no site of the structure, :meth:`record`
             may keep something else than the operand, and a bias is not taken for one more row of the kernel.
+        has_diagonal_moment: whether :meth:`second_moment` is a diagonal.
     """
 
     reads_neurons: ClassVar[bool] = True
+    has_diagonal_moment: ClassVar[bool] = False
 
     # The equation ---------------------------------------------------------------------------------------------------
 
@@ -123,10 +125,6 @@ class LayerKind(abc.ABC):
         """Undo :meth:`tangent_rows`."""
         return rows[0]
 
-    def moment_shape(self, inputs: int) -> tuple[int, ...]:
-        """The shape of the second moment of what one matrix reads: ``[inputs, inputs]``, or of its diagonal."""
-        return inputs, inputs
-
     def second_moment(self, rows: Num[Array, "count S _"], inputs: int) -> Float[Array, "count ..."]:
-        """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix or a diagonal (:meth:`moment_shape`)."""
+        """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix, or its diagonal."""
         return rows.mT @ rows / rows.shape[1]

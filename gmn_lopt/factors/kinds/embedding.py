@@ -20,6 +20,7 @@ class Embedding(LayerKind):
     """A lookup of one row for each index."""
 
     reads_neurons = False
+    has_diagonal_moment = True
 
     @classmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> tuple[LayerKind, int] | None:
@@ -57,10 +58,6 @@ class Embedding(LayerKind):
         if len(kernel.shape) != 2 or len(kernel.sites) != 1 or 0 in kernel.sites[0].dims:
             return None
         return Matrices(1, *kernel.shape)
-
-    def moment_shape(self, inputs: int) -> tuple[int, ...]:
-        """A diagonal."""
-        return (inputs,)
 
     def second_moment(self, rows: Int[Array, "1 S 1"], inputs: int) -> Float[Array, "1 n"]:
         """The share of each token."""
