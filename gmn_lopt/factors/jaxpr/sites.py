@@ -109,9 +109,9 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
     """
     partner: dict[Read, Write] = {}
     neurons = [read for read in reads if read.layers[0].kind.reads_neurons]
-    for ancestors_of in (_ancestors, _ancestors_through_carries):
+    for through_carries in (False, True):
         for read in neurons:
-            ancestors = ancestors_of(read, uses)
+            ancestors = _ancestors(read, uses, through_carries)
             candidates = [
                 write
                 for write in writes
@@ -128,10 +128,7 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
     return sorted(sites, key=lambda site: site.position)
 
 
-def _ancestors(read: Read, uses: Uses) -> int:
-    return uses.dependence[read.value].layers
-
-
-def _ancestors_through_carries(read: Read, uses: Uses) -> int:
+def _ancestors(read: Read, uses: Uses, through_carries: bool) -> int:
     carried = [value for scan in read.layers[0].scans for value in scan.next_carries]
-    return functools.reduce(operator.or_, (uses.dependence[value].layers for value in carried), 0)
+    values = carried if through_carries else [read.value]
+    return functools.reduce(operator.or_, (uses.dependence[value].layers for value in values), 0)

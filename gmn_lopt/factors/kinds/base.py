@@ -56,8 +56,6 @@ class LayerKind(abc.ABC):
     reads_neurons: ClassVar[bool] = True
     has_diagonal_moment: ClassVar[bool] = False
 
-    # The equation ---------------------------------------------------------------------------------------------------
-
     @classmethod
     @abc.abstractmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> "tuple[LayerKind, int] | None":
@@ -89,8 +87,6 @@ class LayerKind(abc.ABC):
         """The layer's output, linear in the kernel; its transpose makes the kernel's gradient of a tangent."""
         return equation.bind(*((kernel, recorded) if operand == 0 else (recorded, kernel)))
 
-    # Factors --------------------------------------------------------------------------------------------------------
-
     def record(self, equation: Equation, activation: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """What is kept of the activation operand."""
         return activation
@@ -98,8 +94,6 @@ class LayerKind(abc.ABC):
     def recorded_dims(self, rank: int) -> tuple[int, ...]:
         """The dimensions of the activation operand whose positions are kept; of all others one."""
         return tuple(range(rank))
-
-    # Matrices -------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def matrices(self, kernel: Parameter) -> Matrices | None:

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.kinds.base import KernelDims, LayerKind, Matrices
-from gmn_lopt.factors.matrices import as_stack, from_stack, is_kernel, stack_shape
+from gmn_lopt.factors.matrices import as_stack, from_stack, is_kernel, stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter
 
@@ -46,7 +46,7 @@ class Dense(LayerKind):
         once = len({*read}) == len(read) and len({*write}) == len(write)
         if not once or {*read, *write} != set(range(len(kernel.cut_shape))):
             return None
-        return Matrices(*stack_shape(kernel), tuple(map(read.index, _shared(kernel))))
+        return Matrices(*stack_layout(kernel)[1], tuple(map(read.index, _shared(kernel))))
 
     def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
         """As :func:`gmn_lopt.factors.matrices.as_stack`."""
