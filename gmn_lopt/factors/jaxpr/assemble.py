@@ -18,27 +18,12 @@ from gmn_lopt.factors.structure import GradientStructure, Layer
 
 
 @dataclass(frozen=True)
-class Tap:
-    """What to do at one layer's equation when the loss is evaluated.
-
-    Attributes:
-        layer: the layer.
-        activation: index of the activation to record here, or None if another layer records it.
-        tangent: index of the perturbation to add to the output here, or None if another layer adds it.
-    """
-
-    layer: LayerUse
-    activation: int | None
-    tangent: int | None
-
-
-@dataclass(frozen=True)
 class Traced:
     """A structure, with what it takes to compute factors from the jaxpr that it was found in."""
 
     structure: GradientStructure
     closed: ClosedJaxpr
-    taps: dict[Path, Tap]
+    taps: dict[Path, LayerUse]
     reads: list[Read]
     writes: list[Write]
 
@@ -119,15 +104,7 @@ def assemble(
         activation_shapes=tuple(read.layout.canonical_shape for read in reads),
         tangent_shapes=tuple(write.layout.canonical_shape for write in writes),
     )
-    taps = {
-        layer.equation.path: Tap(
-            layer,
-            layer.read if reads[layer.read].layers[0] is layer else None,
-            layer.write if writes[layer.write].layers[0] is layer else None,
-        )
-        for layer in layers
-    }
-    return Traced(structure, closed, taps, reads, writes)
+    return Traced(structure, closed, {layer.equation.path: layer for layer in layers}, reads, writes)
 
 
 class _Numbering:

@@ -39,7 +39,8 @@ class LayerUse:
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
     which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
     ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
-    elements of the set). ``read`` and ``write`` (from :mod:`.sites`) are the indices of its activation and tangent.
+    elements of the set). ``read`` and ``write`` (from :mod:`.sites`) are the indices of its activation and tangent;
+    of the layers that share one, the first ``records`` the activation, or has its output ``perturbed`` for the tangent.
     """
 
     index: int
@@ -55,6 +56,8 @@ class LayerUse:
     stacked: tuple[Scan, ...] = ()
     read: int = -1
     write: int = -1
+    records: bool = False
+    perturbed: bool = False
 
     @property
     def scans(self) -> tuple[Scan, ...]:

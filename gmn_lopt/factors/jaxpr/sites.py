@@ -63,8 +63,8 @@ def find_reads(layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Read]:
             shape = tuple(size if d in recorded else 1 for d, size in enumerate(layer.activation.shape))
             value_axes = tuple(x if d in recorded else () for d, x in enumerate(axes[layer.activation]))
             reads[key] = Read(layer.activation, _arrange(layer, axes, shape, value_axes, neurons))
+        layer.read, layer.records = list(reads).index(key), not reads[key].layers
         reads[key].layers.append(layer)
-        layer.read = list(reads).index(key)
     return list(reads.values())
 
 
@@ -91,8 +91,9 @@ def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes
             end = equation.outputs[0]
         layout = arrange_output(layer, axes)
         key = (end, layout.set_atoms, layout.neuron_atoms)
-        writes.setdefault(key, Write(layout)).layers.append(layer)
-        layer.write = list(writes).index(key)
+        write = writes.setdefault(key, Write(layout))
+        layer.write, layer.perturbed = list(writes).index(key), not write.layers
+        write.layers.append(layer)
     return list(writes.values())
 
 
