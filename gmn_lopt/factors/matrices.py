@@ -43,17 +43,10 @@ def stack_layout(parameter: Parameter) -> tuple[tuple[int, ...], tuple[int, int,
 
 
 def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
+    """Replace the singular values of a kernel (:func:`is_kernel`) by about ``sqrt(max(1, d_out / d_in))``.
 
     By the Newton-Schulz iteration of Muon (Jordan et al. 2024) in optax, whose factor for the width this is: the step
     it gives then changes a layer's output by about the same, however wide it is.
-
-    Args:
-        parameter: a kernel (:func:`is_kernel`).
-        value: an array of its shape.
-
-    Returns:
-        An array of its shape.
     """
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     # Muon without its momentum is the iteration by itself.

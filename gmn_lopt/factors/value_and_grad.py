@@ -127,14 +127,9 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
 
 
 def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:
-    """Value, gradient and the extra arguments of an optimizer's ``update``: ``{"factors": ...}``, or none.
+    """``compute(params, *args) -> (value, grads, extra)`` of a scalar loss.
 
-    Args:
-        loss_fn: ``loss_fn(params, *args)``, a scalar.
-        needs_factors: whether the optimizer needs the factors.
-
-    Returns:
-        ``compute(params, *args) -> (value, grads, extra)``.
+    ``extra`` are the extra arguments of an optimizer's ``update``: ``{"factors": ...}`` if it needs them, or none.
     """
 
     def compute(params: PyTree, *args: Any) -> tuple[Any, PyTree, dict[str, Any]]:

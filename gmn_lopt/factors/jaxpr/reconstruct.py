@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from gmn_lopt.factors.jaxpr.layers import LayerUse
-from gmn_lopt.factors.jaxpr.layout import Layout
+from gmn_lopt.factors.jaxpr.sites import Layout
 from gmn_lopt.factors.program import Equation, Program, Scan
 
 Gradients = Callable[[Array, Array], tuple[Array, Array | None]]

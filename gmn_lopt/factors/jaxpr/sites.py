@@ -1,15 +1,50 @@
-"""Sites: which activations and tangents belong to the same neurons, paired by dependence."""
+"""Activations and tangents in one canonical form ``[S, d]``, and sites: those of the same neurons, paired."""
 
 import functools
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gmn_lopt.factors.jaxpr.axes import Axis
+from jaxtyping import Array, Shaped
+
+from gmn_lopt.factors.jaxpr.axes import Axis, resolve, sizes
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow
-from gmn_lopt.factors.jaxpr.layout import Layout, arrange
 from gmn_lopt.factors.program import Program, Value
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array of a program is brought to ``[S, d]``.
+
+    Attributes:
+        shape: the array's own shape.
+        cut: its shape with axes cut into atoms.
+        order: the order of the atoms in the canonical form, those of the set first.
+        set_atoms: the atoms of the set, in that order.
+        neuron_atoms: those of the neurons.
+    """
+
+    shape: tuple[int, ...]
+    cut: tuple[int, ...]
+    order: tuple[int, ...]
+    set_atoms: Axis
+    neuron_atoms: Axis
+
+    @property
+    def canonical_shape(self) -> tuple[int, int]:
+        """``[S, d]``."""
+        return math.prod(sizes(self.set_atoms)), math.prod(sizes(self.neuron_atoms))
+
+    def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
+        """Bring an array of the program to its canonical form."""
+        return array.reshape(self.cut).transpose(self.order).reshape(self.canonical_shape)
+
+    def original(self, array: Shaped[Array, "S d"]) -> Shaped[Array, "..."]:
+        """The inverse of :meth:`canonical`."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return array.reshape([self.cut[i] for i in self.order]).transpose(inverse).reshape(self.shape)
 
 
 @dataclass(eq=False)
@@ -71,14 +106,18 @@ def find_reads(layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Read]:
 def _arrange(
     layer: LayerUse, axes: dict[Value, Axes], shape: tuple[int, ...], value_axes: Axes, neurons: set[int]
 ) -> Layout:
-    """Lay out an array at a layer, with an axis in front for each loop around it."""
+    """Lay out an array at a layer, with an axis in front for each loop around it: all set axes first.
+
+    Atoms are in one order for the whole model, so that sets and neurons of two sites can be compared.
+    """
     scans = layer.scans
-    around = {d for d, scan in enumerate(scans) if scan in layer.stacked}
-    return arrange(
-        (*(scan.length for scan in scans), *shape),
-        (*(axes[scan.index][0] for scan in scans), *value_axes),
-        around | {len(scans) + d for d in neurons},
-    )
+    neuron_dims = {d for d, scan in enumerate(scans) if scan in layer.stacked} | {len(scans) + d for d in neurons}
+    all_axes = (*(axes[scan.index][0] for scan in scans), *value_axes)
+    atoms = [(d in neuron_dims, atom) for d, axis in enumerate(all_axes) for atom in resolve(axis)]
+    order = sorted(range(len(atoms)), key=lambda i: (atoms[i][0], atoms[i][1].order))
+    set_atoms, neuron_atoms = (tuple(atoms[i][1] for i in order if atoms[i][0] is side) for side in (False, True))
+    cut = sizes(atom for _, atom in atoms)
+    return Layout((*(scan.length for scan in scans), *shape), cut, tuple(order), set_atoms, neuron_atoms)
 
 
 def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Write]:

@@ -59,14 +59,9 @@ class LayerKind(abc.ABC):
     @classmethod
     @abc.abstractmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> "tuple[LayerKind, int] | None":
-        """The kind and kernel operand of an equation that is such a layer.
+        """The kind and kernel operand of an equation that is such a layer, None of any other.
 
-        Args:
-            equation: any equation.
-            kernels: which of its operands are parameters, or views of one; at least one is.
-
-        Returns:
-            None if the equation is no such layer.
+        ``kernels`` says which of its operands are parameters, or views of one; at least one is.
         """
 
     @abc.abstractmethod
@@ -77,10 +72,7 @@ class LayerKind(abc.ABC):
     def neuron_dims(self, equation: Equation, operand: int, shared: Collection[int]) -> tuple[set[int], set[int]]:
         """The dimensions of the activation and of the output that are neurons; all others are the set.
 
-        Args:
-            equation: the layer.
-            operand: its kernel.
-            shared: positions in ``KernelDims.batch`` along which the kernel is only repeated; they are of the set.
+        ``shared`` are positions in ``KernelDims.batch`` along which the kernel is only repeated; they are of the set.
         """
 
     def product(self, equation: Equation, operand: int, kernel: Array, recorded: Array) -> Array:

@@ -120,13 +120,7 @@ def _own_bias(structure: GradientStructure, layer: Layer) -> int | None:
 def as_matrices(
     group: LayerGroup, parameters: Sequence[Parameter], leaves: Sequence[Array]
 ) -> Float[Array, "k inputs outputs"]:
-    """The kernels of a group's layers, with the biases as their last rows.
-
-    Args:
-        group: the layers.
-        parameters: the parameters that are handled.
-        leaves: arrays of their shapes.
-    """
+    """The kernels of a group's layers, with the biases as their last rows, from arrays shaped like the parameters."""
     rows = []
     for layer in group.layers:
         kernel, value = parameters[layer.kernel], leaves[layer.kernel]

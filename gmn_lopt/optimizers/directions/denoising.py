@@ -95,8 +95,7 @@ def update_preconditioners(
     Args:
         old: those of the step before.
         groups: the layers.
-        sets: activations and tangents of each group (:func:`activations_and_tangents`),
-            float32, the tangents at per-element scale.
+        sets: activations and tangents of each group (:func:`activations_and_tangents`), float32, per element.
         momenta: the momentum of each group's layers as matrices, corrected for its start.
         step: number of steps taken before.
     """
@@ -185,10 +184,7 @@ def denoised_steps(
 ) -> Float[Array, "k inputs outputs"]:
     """The steps of layers, of a size such that each changes its outputs on the data by a root mean square of one.
 
-    Args:
-        group: the layers.
-        preconditioner: theirs.
-        momentum: their momentum as matrices, of any size.
+    The momentum may be of any size.
     """
     chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
     reads = jnp.array(group.reads)
