@@ -15,84 +15,44 @@ from gmn_lopt.factors.spaces import Parameter
 
 def is_kernel(parameter: Parameter) -> bool:
     """Whether a parameter maps the neurons of one site to those of another, so that it is a matrix (or a stack)."""
-    return len(parameter.sites) == 2 and min(_layout(parameter)[1][1:]) > 1
-
-
-def stack_shape(parameter: Parameter) -> tuple[int, int, int]:
-    """The shape of :func:`as_stack`: number of matrices, rows and columns."""
-    batch, read, write = _layout(parameter)[1]
-    return batch, read, write
+    return len(parameter.sites) == 2 and min(stack_layout(parameter)[1][1:]) > 1
 
 
 def as_stack(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "batch d_in d_out"]:
     """Lay a parameter out as a stack of matrices, neurons read times neurons written; a bias as rows."""
-    order, sizes = _layout(parameter)
+    order, sizes = stack_layout(parameter)
     return value.reshape(parameter.cut_shape).transpose(order).reshape(sizes)
 
 
 def from_stack(parameter: Parameter, stack: Float[Array, "batch d_in d_out"]) -> Float[Array, "..."]:
     """Undo :func:`as_stack`."""
-    order, _ = _layout(parameter)
+    order, _ = stack_layout(parameter)
     inverse = [order.index(d) for d in range(len(order))]
     return stack.reshape([parameter.cut_shape[d] for d in order]).transpose(inverse).reshape(parameter.shape)
 
 
-def _layout(parameter: Parameter) -> tuple[tuple[int, ...], list[int]]:
+def stack_layout(parameter: Parameter) -> tuple[tuple[int, ...], tuple[int, int, int]]:
     """The order of the dimensions of the cut shape in :func:`as_stack`, and the shape of the stack."""
     *reads, write = (ref.dims for ref in parameter.sites)
     shared = {d for dims in reads for d in dims if d in write}
     read = tuple(d for dims in reads for d in dims if d not in shared)
     write = tuple(d for d in write if d not in shared)
     batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
-    return (*batch, *read, *write), [math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write)]
-
-
-def stacked_rows(kernel: Parameter, side: int, rows: Float[Array, "S n"]) -> Float[Array, "count S m"]:
-    """Cut what runs over all neurons that a kernel reads (side 0) or writes (1) into those of each of its matrices."""
-    dims, shared = kernel.sites[side].dims, shared_dims(kernel)
-    split = rows.reshape(len(rows), *(kernel.cut_shape[d] for d in dims))
-    moved = jnp.moveaxis(split, [1 + dims.index(d) for d in shared], range(len(shared)))
-    return moved.reshape(math.prod(kernel.cut_shape[d] for d in shared), len(rows), -1)
-
-
-def written_rows(kernel: Parameter, stack: Float[Array, "count S m"]) -> Float[Array, "S n"]:
-    """Undo :func:`stacked_rows` of the neurons that a kernel writes."""
-    dims, shared = kernel.sites[1].dims, shared_dims(kernel)
-    rest = [kernel.cut_shape[d] for d in dims if d not in shared]
-    split = stack.reshape(*(kernel.cut_shape[d] for d in shared), stack.shape[1], *rest)
-    moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])
-    return moved.reshape(stack.shape[1], -1)
-
-
-def shared_dims(kernel: Parameter) -> list[int]:
-    """The dimensions of a kernel's cut shape that both of its sites run over."""
-    read, write = (ref.dims for ref in kernel.sites)
-    return sorted({*read} & {*write})
+    count, rows, columns = (math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write))
+    return (*batch, *read, *write), (count, rows, columns)
 
 
 def orthogonalize(parameter: Parameter, value: Float[Array, "..."]) -> Float[Array, "..."]:
-    """Replace the singular values of a kernel by about ``sqrt(max(1, d_out / d_in))``.
+    """Replace the singular values of a kernel (:func:`is_kernel`) by about ``sqrt(max(1, d_out / d_in))``.
 
     By the Newton-Schulz iteration of Muon (Jordan et al. 2024) in optax, whose factor for the width this is: the step
     it gives then changes a layer's output by about the same, however wide it is.
-
-    Args:
-        parameter: a kernel (:func:`is_kernel`).
-        value: an array of its shape.
-
-    Returns:
-        An array of its shape.
     """
-    stack = as_stack(parameter, value)
-    return from_stack(parameter, orthogonal_factor(stack) * math.sqrt(max(1.0, stack.shape[2] / stack.shape[1])))
-
-
-def orthogonal_factor(stack: Float[Array, "batch rows columns"]) -> Float[Array, "batch rows columns"]:
-    """Replace the singular values of each matrix by about one (0.7 to 1.2)."""
     axes = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
     # Muon without its momentum is the iteration by itself.
     muon = optax.contrib.scale_by_muon(beta=0.0, nesterov=False, weight_dimension_numbers=axes)
+    stack = as_stack(parameter, value)
     # Scaled first: the iteration divides by the norm with an epsilon that would matter to small gradients.
     stack = stack / jnp.maximum(jnp.abs(stack).max((1, 2), keepdims=True), jnp.finfo(stack.dtype).tiny)
     orthogonal: Array = muon.update(stack, muon.init(stack))[0]
-    return orthogonal
+    return from_stack(parameter, orthogonal * math.sqrt(max(1.0, stack.shape[2] / stack.shape[1])))

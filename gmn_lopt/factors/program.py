@@ -6,7 +6,7 @@ that an iteration starts with, ``scan_slice`` takes the iteration's slice of a s
 the last carry and stacks the outputs.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -105,31 +105,22 @@ class Program:
         return result
 
 
-def _closed(name: str) -> Callable[[dict[str, Any]], tuple[Jaxpr, Sequence[Any]]]:
-    def body(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
-        jaxpr = params[name]
-        return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
-
-    return body
-
-
-@dataclass(frozen=True)
-class Call:
-    """How to enter a primitive that calls a jaxpr, and whether its inside may be tapped."""
-
-    body: Callable[[dict[str, Any]], tuple[Jaxpr, Sequence[Any]]]
-    tappable: bool
-
-
-CALLS: dict[str, Call] = {
-    "jit": Call(_closed("jaxpr"), True),
-    "pjit": Call(_closed("jaxpr"), True),
-    "closed_call": Call(_closed("call_jaxpr"), True),
-    "remat2": Call(_closed("jaxpr"), True),
-    "checkpoint": Call(_closed("jaxpr"), True),
-    "custom_jvp_call": Call(_closed("call_jaxpr"), False),
-    "custom_vjp_call": Call(_closed("call_jaxpr"), False),
+# The primitives that call a jaxpr, and whether its inside may be tapped.
+CALLS = {
+    "jit": True,
+    "pjit": True,
+    "closed_call": True,
+    "remat2": True,
+    "checkpoint": True,
+    "custom_jvp_call": False,
+    "custom_vjp_call": False,
 }
+
+
+def called(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
+    """The jaxpr that a call calls, and its constants."""
+    jaxpr = params["call_jaxpr" if "call_jaxpr" in params else "jaxpr"]
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
 
 
 SCAN_INDEX, SCAN_ENTER, SCAN_SLICE, SCAN_EXIT = (
@@ -189,10 +180,10 @@ class _Flattener:
 
         for index, eqn in enumerate(jaxpr.eqns):
             inputs = [read(atom) for atom in eqn.invars]
-            call = CALLS.get(eqn.primitive.name)
-            if call is not None:
-                inner, _ = call.body(eqn.params)
-                outputs = self.inline(inner, self.constants_of(inner), inputs, place.enter(index, call.tappable))
+            if eqn.primitive.name in CALLS:
+                inner, _ = called(eqn.params)
+                inside = place.enter(index, CALLS[eqn.primitive.name])
+                outputs = self.inline(inner, self.constants_of(inner), inputs, inside)
             elif eqn.primitive.name == "scan":
                 outputs = self.scan(eqn, inputs, place.enter(index))
             else:

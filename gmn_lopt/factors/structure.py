@@ -11,18 +11,7 @@ import jax
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.factors.kinds import LayerKind
-from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space, StructureError
-
-__all__ = [
-    "Factors",
-    "GradientStructure",
-    "Layer",
-    "Parameter",
-    "Site",
-    "SiteRef",
-    "Space",
-    "StructureError",
-]
+from gmn_lopt.factors.spaces import Parameter, Site, Space, StructureError
 
 WIDTH = 120  # of the printed structure
 
@@ -37,8 +26,8 @@ class Layer:
         bias: index into ``GradientStructure.parameters``, or None.
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
-        kernel_gradient: ``(activation, tangent, kernel) -> dense gradient``; not part of the comparison of structures.
-        bias_gradient: ``(tangent, bias) -> dense gradient``, or None; likewise.
+        gradients: ``(activation, tangent) -> (the kernel's dense gradient, the bias's or None)``; not part of the
+            comparison of structures.
 
     Example:
         >>> import gmn_lopt, jax.numpy as jnp
@@ -53,8 +42,9 @@ class Layer:
     bias: int | None
     activation: int
     tangent: int
-    kernel_gradient: Callable[..., Array] | None = field(default=None, compare=False, repr=False)
-    bias_gradient: Callable[..., Array] | None = field(default=None, compare=False, repr=False)
+    gradients: Callable[[Array, Array], tuple[Array, Array | None]] | None = field(
+        default=None, compare=False, repr=False
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -154,14 +144,11 @@ class GradientStructure:
         self.check_factors(factors)
         parts: dict[int, list[Array]] = {}
         for layer in self.layers:
-            activation, tangent = factors.activations[layer.activation], factors.tangents[layer.tangent]
-            for leaf, gradient, given in (
-                (layer.kernel, layer.kernel_gradient, (activation, tangent)),
-                (layer.bias, layer.bias_gradient, (tangent,)),
-            ):
+            assert layer.gradients is not None
+            found = layer.gradients(factors.activations[layer.activation], factors.tangents[layer.tangent])
+            for leaf, gradient in zip((layer.kernel, layer.bias), found):
                 if leaf is not None and gradient is not None and self.parameters[leaf].status == "factored":
-                    like = jax.ShapeDtypeStruct(self.parameters[leaf].shape, self.parameters[leaf].dtype)
-                    parts.setdefault(leaf, []).append(gradient(*given, like))
+                    parts.setdefault(leaf, []).append(gradient)
         gradients = [sum(parts[i][1:], parts[i][0]) if i in parts else None for i in range(len(self.parameters))]
         return jax.tree.unflatten(self.treedef, gradients)
 
@@ -184,18 +171,17 @@ class GradientStructure:
                     f"factors.{kind} holds {len(arrays)} arrays, but {len(shapes)} in the analysed model; "
                     "take factors from value_grad_and_factors of the loss that was analysed"
                 )
-            for i, (array, shape) in enumerate(zip(arrays, shapes)):
-                if len(array.shape) == 2 and array.shape[1] == shape[1]:
-                    if array.shape[0] == (sizes.setdefault(shape[0], array.shape[0]) if any_set_size else shape[0]):
-                        continue
+            for i, (array, (set_size, size)) in enumerate(zip(arrays, shapes)):
+                if len(array.shape) != 2 or array.shape[1] != size:
                     raise StructureError(
-                        f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {shape[0]} when the model "
+                        f"factors.{kind}[{i}] has shape {array.shape}, but {(set_size, size)} in the analysed model; "
+                        "take factors from value_grad_and_factors of the loss that was analysed"
+                    )
+                if array.shape[0] != (sizes.setdefault(set_size, array.shape[0]) if any_set_size else set_size):
+                    raise StructureError(
+                        f"factors.{kind}[{i}] has a set of {array.shape[0]} elements, but {set_size} when the model "
                         "was analysed; analyse the loss with a batch of this size"
                     )
-                raise StructureError(
-                    f"factors.{kind}[{i}] has shape {array.shape}, but {shape} in the analysed model; "
-                    "take factors from value_grad_and_factors of the loss that was analysed"
-                )
 
     def __str__(self) -> str:
         """Layers, spaces, sites, and every parameter whose factors do not give its whole gradient, with the reason."""
@@ -231,7 +217,8 @@ class GradientStructure:
 def _describe_layer(structure: GradientStructure, layer: Layer) -> str:
     kernel = structure.parameters[layer.kernel]
     bias = "" if layer.bias is None else f" + {structure.parameters[layer.bias].name}"
-    reads = layer.kind.describe_read([i for i, s in enumerate(structure.sites) if s.activation == layer.activation])
+    sites = (f"site {i}" for i, site in enumerate(structure.sites) if site.activation == layer.activation)
+    reads = next(sites, "token ids")
     writes = next(i for i, site in enumerate(structure.sites) if site.tangent == layer.tangent)
     return f"{kernel.name} [{'x'.join(map(str, kernel.shape))}]{bias}: {reads} -> site {writes}"
 

@@ -114,12 +114,12 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
             loss, aux = jax.tree.unflatten(out_tree, outputs)
             return loss, (aux, run.recorded)
 
-        zeros = [jnp.zeros(layout.shape, dtype) for layout, dtype in zip(traced.tangent_layouts, traced.tangent_dtypes)]
+        zeros = [jnp.zeros(write.layout.shape, write.layers[0].output.dtype) for write in traced.writes]
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (loss, (aux, recorded)), (grads, tangents) = differentiate([jnp.asarray(leaf) for leaf in leaves], zeros)
         factors = Factors(
-            tuple(layout.canonical(recorded[i]) for i, layout in enumerate(traced.activation_layouts)),
-            tuple(layout.canonical(tangent) for layout, tangent in zip(traced.tangent_layouts, tangents)),
+            tuple(read.layout.canonical(recorded[i]) for i, read in enumerate(traced.reads)),
+            tuple(write.layout.canonical(tangent) for write, tangent in zip(traced.writes, tangents)),
         )
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 
@@ -127,14 +127,9 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
 
 
 def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:
-    """Value, gradient and the extra arguments of an optimizer's ``update``: ``{"factors": ...}``, or none.
+    """``compute(params, *args) -> (value, grads, extra)`` of a scalar loss.
 
-    Args:
-        loss_fn: ``loss_fn(params, *args)``, a scalar.
-        needs_factors: whether the optimizer needs the factors.
-
-    Returns:
-        ``compute(params, *args) -> (value, grads, extra)``.
+    ``extra`` are the extra arguments of an optimizer's ``update``: ``{"factors": ...}`` if it needs them, or none.
     """
 
     def compute(params: PyTree, *args: Any) -> tuple[Any, PyTree, dict[str, Any]]:
@@ -146,29 +141,24 @@ def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Ca
     return compute
 
 
-def _is_dynamic(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct)
-
-
 def _split(args: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], Any], Any]:
     """Arrays among the leaves of the arguments; how to put arrays back; a key for the rest."""
     leaves, treedef = jax.tree.flatten(args)
-    dynamic = [leaf for leaf in leaves if _is_dynamic(leaf)]
-    static = tuple((i, leaf) for i, leaf in enumerate(leaves) if not _is_dynamic(leaf))
+    arrays = jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct
+    static = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, arrays)}
 
     def merge(values: Sequence[Any]) -> Any:
         rest = iter(values)
-        fixed = dict(static)
-        return jax.tree.unflatten(treedef, [fixed[i] if i in fixed else next(rest) for i in range(len(leaves))])
+        return jax.tree.unflatten(treedef, [static[i] if i in static else next(rest) for i in range(len(leaves))])
 
-    return dynamic, merge, (treedef, static)
+    return [leaf for i, leaf in enumerate(leaves) if i not in static], merge, (treedef, static)
 
 
 def _cache_key(params: PyTree, args: Sequence[Any]) -> Any:
     leaves, treedef = jax.tree.flatten(params)
     dynamic, _, (args_treedef, static) = _split(args)
     types = tuple(jax.typeof(leaf) for leaf in [*leaves, *dynamic])
-    identities = tuple((i, type(leaf), leaf if _hashable(leaf) else id(leaf)) for i, leaf in static)
+    identities = tuple((i, type(leaf), leaf if _hashable(leaf) else id(leaf)) for i, leaf in static.items())
     return treedef, args_treedef, types, identities
 
 

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmn_lopt.factors.structure import GradientStructure, SiteRef
+from gmn_lopt.factors.spaces import SiteRef
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.networks.initialization import matrix, vector
 
 # What the neurons of a parameter are to it, by the number of its axes that have a site.

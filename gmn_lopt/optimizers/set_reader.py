@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from gmn_lopt.factors.structure import Factors, GradientStructure, Site, SiteRef, StructureError
+from gmn_lopt.factors.spaces import Site, SiteRef, StructureError
+from gmn_lopt.factors.structure import Factors, GradientStructure
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
 from gmn_lopt.optimizers.features.paper import DECAYS, update_averages

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
@@ -10,8 +9,7 @@ from jax.extend.core import ClosedJaxpr
 from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, trace_view
-from gmn_lopt.factors.jaxpr.layout import Layout
-from gmn_lopt.factors.jaxpr.reconstruct import bias_gradient, kernel_gradient
+from gmn_lopt.factors.jaxpr.reconstruct import layer_gradients
 from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
 from gmn_lopt.factors.program import Path, Program, Value, flatten
@@ -20,30 +18,14 @@ from gmn_lopt.factors.structure import GradientStructure, Layer
 
 
 @dataclass(frozen=True)
-class Tap:
-    """What to do at one layer's equation when the loss is evaluated.
-
-    Attributes:
-        layer: the layer.
-        activation: index of the activation to record here, or None if another layer records it.
-        tangent: index of the perturbation to add to the output here, or None if another layer adds it.
-    """
-
-    layer: LayerUse
-    activation: int | None
-    tangent: int | None
-
-
-@dataclass(frozen=True)
 class Traced:
     """A structure, with what it takes to compute factors from the jaxpr that it was found in."""
 
     structure: GradientStructure
     closed: ClosedJaxpr
-    taps: dict[Path, Tap]
-    activation_layouts: tuple[Layout, ...]
-    tangent_layouts: tuple[Layout, ...]
-    tangent_dtypes: tuple[Any, ...]
+    taps: dict[Path, LayerUse]
+    reads: list[Read]
+    writes: list[Write]
 
 
 def walk(program: Program) -> dict[Value, Axes]:
@@ -69,21 +51,18 @@ def assemble(
     reads = find_reads(layers, axes)
     writes = find_writes(program, layers, axes)
     found = pair(reads, writes, uses)
-    read_of = {layer: read for read in reads for layer in read.layers}
-    write_of = {layer: write for write in writes for layer in write.layers}
-
-    references = _references(program, axes, layers, found, read_of, write_of)
+    references = _references(program, axes, layers, found, reads, writes)
     stacks = independent_stacks(program, axes)
     space, set_axis = _Numbering(), _Numbering()
     sites = tuple(
         Site(
-            spaces=tuple(map(space, site.arranged.neuron_atoms)),
-            size=site.arranged.size,
-            set_size=site.arranged.layout.set_size,
-            set_axes=tuple(map(set_axis, site.arranged.set_atoms)),
+            spaces=tuple(map(space, site.layout.neuron_atoms)),
+            size=site.layout.canonical_shape[1],
+            set_size=site.layout.canonical_shape[0],
+            set_axes=tuple(map(set_axis, site.layout.set_atoms)),
             activation=None if site.read is None else reads.index(site.read),
             tangent=None if site.write is None else writes.index(site.write),
-            copies=copies(site.arranged.neuron_atoms, program, axes, stacks),
+            copies=copies(site.layout.neuron_atoms, program, axes, stacks),
         )
         for site in found
     )
@@ -111,24 +90,21 @@ def assemble(
         sites=sites,
         parameters=tuple(parameters),
         layers=tuple(
-            _layer(layer, axes, reads.index(read_of[layer]), read_of[layer], writes.index(write_of[layer]))
+            Layer(
+                kind=layer.kind,
+                kernel=layer.view.leaf,
+                bias=None if layer.bias is None else layer.bias.view.leaf,
+                activation=layer.read,
+                tangent=layer.write,
+                gradients=layer_gradients(program, layer, reads[layer.read].layout, arrange_output(layer, axes)),
+            )
             for layer in layers
         ),
         treedef=treedef,
-        activation_shapes=tuple((read.arranged.layout.set_size, read.arranged.size) for read in reads),
-        tangent_shapes=tuple((write.arranged.layout.set_size, write.arranged.size) for write in writes),
+        activation_shapes=tuple(read.layout.canonical_shape for read in reads),
+        tangent_shapes=tuple(write.layout.canonical_shape for write in writes),
     )
-    taps = {
-        layer.equation.path: Tap(
-            layer,
-            reads.index(read_of[layer]) if read_of[layer].layers[0] is layer else None,
-            writes.index(write_of[layer]) if write_of[layer].layers[0] is layer else None,
-        )
-        for layer in layers
-    }
-    layouts = (tuple(read.arranged.layout for read in reads), tuple(write.arranged.layout for write in writes))
-    tangent_dtypes = tuple(write.layers[0].output.dtype for write in writes)
-    return Traced(structure, closed, taps, *layouts, tangent_dtypes)
+    return Traced(structure, closed, {layer.equation.path: layer for layer in layers}, reads, writes)
 
 
 class _Numbering:
@@ -152,8 +128,8 @@ def _references(
     axes: dict[Value, Axes],
     layers: list[LayerUse],
     found: list[FoundSite],
-    read_of: dict[LayerUse, Read],
-    write_of: dict[LayerUse, Write],
+    reads: list[Read],
+    writes: list[Write],
 ) -> dict[int, tuple[SiteRef, ...]]:
     """The sites of kernels and biases, by their first use. Biases whose view does not fit their layer are given up."""
     site_of: dict[Read | Write, int] = {}
@@ -162,15 +138,15 @@ def _references(
     references: dict[int, tuple[SiteRef, ...]] = {}
     # A table that is an output layer too is described by that: lookups know nothing of its rows.
     for layer in sorted(layers, key=lambda layer: not layer.kind.reads_neurons):
-        writes_to = site_of[write_of[layer]]
+        writes_to = site_of[writes[layer.write]]
         refs: tuple[SiteRef, ...] = (SiteRef(writes_to, _dims(layer.batch + layer.outputs)),)
         if layer.kind.reads_neurons:
-            refs = (SiteRef(site_of[read_of[layer]], _dims(layer.batch + layer.inputs)), *refs)
+            refs = (SiteRef(site_of[reads[layer.read]], _dims(layer.batch + layer.inputs)), *refs)
         references.setdefault(layer.view.leaf, refs)
         if layer.bias is not None:
             leaf = layer.bias.view.leaf
             cut = _cut(axes[program.parameters[leaf]])
-            neurons = write_of[layer].arranged.neuron_atoms
+            neurons = writes[layer.write].layout.neuron_atoms
             traced = trace_view(program.parameters[leaf], layer.bias.view, axes)
             # A view that spans set axes, such as a positional table, is added per element: no bias.
             if traced is None or len(set(cut)) != len(cut) or set(cut) != set(neurons):
@@ -190,7 +166,7 @@ def _following_read(leaf: int, cut: Axis, found: list[FoundSite], uses: Uses) ->
     if len(set(cut)) != len(cut):
         return ()
     for i, site in enumerate(found):
-        neurons = site.arranged.neuron_atoms
+        neurons = site.layout.neuron_atoms
         if site.read is None or not neurons or not set(neurons) <= set(cut):
             continue
         if uses.dependence[site.read.value].leaves >> leaf & 1:
@@ -211,16 +187,3 @@ def _status(leaf: int, layers: list[LayerUse], uses: Uses) -> tuple[str, str]:
     if not (claimed_adds or products):
         return "unused", "the loss does not depend on it"
     return "factored", ""
-
-
-def _layer(layer: LayerUse, axes: dict[Value, Axes], activation: int, read: Read, tangent: int) -> Layer:
-    output: Layout = arrange_output(layer, axes).layout
-    return Layer(
-        kind=layer.kind,
-        kernel=layer.view.leaf,
-        bias=None if layer.bias is None else layer.bias.view.leaf,
-        activation=activation,
-        tangent=tangent,
-        kernel_gradient=kernel_gradient(layer, read.arranged.layout, output),
-        bias_gradient=None if layer.bias is None else bias_gradient(layer, output),
-    )

@@ -7,19 +7,18 @@ cut finer than the other, the coarser is cut too. An atom is *fixed* once anythi
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 
+@dataclass(eq=False, slots=True)
 class Atom:
     """A class of indivisible factors of axes; a node of the union-find."""
 
-    __slots__ = ("fixed", "order", "parent", "parts", "size")
-
-    def __init__(self, size: int, order: int, fixed: bool):
-        self.size = size
-        self.order = order
-        self.fixed = fixed
-        self.parent: Atom | None = None
-        self.parts: tuple[Atom, ...] | None = None
+    size: int
+    order: int
+    fixed: bool
+    parent: "Atom | None" = None
+    parts: "tuple[Atom, ...] | None" = None
 
 
 Axis = tuple[Atom, ...]
@@ -33,15 +32,14 @@ class Atoms:
 
     def new(self, size: int, fixed: bool = False) -> Axis:
         """A new axis: one atom, or the empty product for size 1."""
-        return () if size == 1 else (self._atom(size, fixed),)
+        if size == 1:
+            return ()
+        self._count += 1
+        return (Atom(size, self._count, fixed),)
 
     def new_axes(self, shape: Iterable[int], fixed: bool = False) -> tuple[Axis, ...]:
         """New axes, one for each dimension of a shape."""
         return tuple(self.new(size, fixed) for size in shape)
-
-    def _atom(self, size: int, fixed: bool) -> Atom:
-        self._count += 1
-        return Atom(size, self._count, fixed)
 
     def cut(self, atom: Atom, sizes: Sequence[int]) -> None:
         """Cut a root atom into a row-major product of the given sizes, everywhere it stands."""

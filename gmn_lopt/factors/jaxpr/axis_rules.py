@@ -246,28 +246,11 @@ def _table() -> dict[str, Rule]:
     table: dict[str, Rule] = {name: elementwise for name in names.split()}
     table |= {f"reduce_{name}": reduce for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
     table |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}
-    return table | {
-        "argmax": arg_reduce,
-        "argmin": arg_reduce,
-        "bitcast_convert_type": bitcast,
-        "broadcast_in_dim": broadcast_in_dim,
-        "concatenate": concatenate,
-        "dot_general": dot_general,
-        "gather": gather,
-        "iota": iota,
-        "pad": pad,
-        "random_bits": random_bits,
-        "reshape": reshape,
-        "rev": along("dimensions"),
-        "scan_enter": scan_enter,
-        "scan_exit": scan_exit,
-        "scan_index": scan_index,
-        "scan_slice": scan_slice,
-        "slice": slice_,
-        "split": split,
-        "squeeze": squeeze,
-        "transpose": transpose,
-    }
+    table |= {name: arg_reduce for name in ("argmax", "argmin")}
+    table |= {"bitcast_convert_type": bitcast, "rev": along("dimensions"), "slice": slice_}
+    named = [broadcast_in_dim, concatenate, dot_general, gather, iota, pad, random_bits, reshape, split, squeeze]
+    named += [transpose, scan_enter, scan_exit, scan_index, scan_slice]
+    return table | {rule.__name__: rule for rule in named}
 
 
 RULES = _table()

@@ -1,5 +1,6 @@
 """Linear layers of a program: equations that some kind of layer matches, their biases, and all other uses."""
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -27,7 +28,6 @@ class BiasUse:
     """A bias added to a layer's output, after ``chain`` rearranged that output."""
 
     view: View
-    value: Value
     add: Equation
     chain: tuple[Equation, ...]
 
@@ -39,7 +39,8 @@ class LayerUse:
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
     which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
     ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
-    elements of the set).
+    elements of the set). ``read`` and ``write`` (from :mod:`.sites`) are the indices of its activation and tangent;
+    of the layers that share one, the first ``records`` the activation, or has its output ``perturbed`` for the tangent.
     """
 
     index: int
@@ -53,6 +54,10 @@ class LayerUse:
     batch: list[tuple[Atom, int]] = field(default_factory=list)
     set_batch: tuple[int, ...] = ()
     stacked: tuple[Scan, ...] = ()
+    read: int = -1
+    write: int = -1
+    records: bool = False
+    perturbed: bool = False
 
     @property
     def scans(self) -> tuple[Scan, ...]:
@@ -173,7 +178,7 @@ def _claim_biases(program: Program, uses: Uses) -> None:
             elif len(others) == 1 and others[0] in uses.views:
                 if equation not in claimed:
                     claimed.add(equation)
-                    layer.bias = BiasUse(uses.views[others[0]], others[0], equation, tuple(chain))
+                    layer.bias = BiasUse(uses.views[others[0]], equation, tuple(chain))
                 break
             value = equation.outputs[0]
 
@@ -231,15 +236,10 @@ class TracedView:
 def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView | None:
     """Follow the dimensions of a leaf through a view; None where they cannot be told apart, or a loop broadcasts."""
     atoms = Atoms()
-    cut = [sizes(resolve(axis)) for axis in axes[leaf]]
-    dims: dict[Atom, int] = {}
-    leaf_axes: list[Axis] = []
-    for axis_sizes in cut:
-        axis = tuple(atom for size in axis_sizes for atom in atoms.new(size))
-        for atom in axis:
-            dims[atom] = len(dims)
-        leaf_axes.append(axis)
-    current: Axes = tuple(leaf_axes)
+    current: Axes = tuple(
+        tuple(atom for size in sizes(resolve(axis)) for atom in atoms.new(size)) for axis in axes[leaf]
+    )
+    dims = {atom: i for i, atom in enumerate(itertools.chain(*current))}
     slices: dict[Scan, Axis] = {}
     for equation in view.chain:
         if equation.name == "scan_slice":

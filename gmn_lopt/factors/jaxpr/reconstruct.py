@@ -1,17 +1,17 @@
 """Dense gradients from factors: the outer products pulled back through the views of the parameters."""
 
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Shaped
 
 from gmn_lopt.factors.jaxpr.layers import LayerUse
-from gmn_lopt.factors.jaxpr.layout import Layout
-from gmn_lopt.factors.program import Equation, Scan
+from gmn_lopt.factors.jaxpr.sites import Layout
+from gmn_lopt.factors.program import Equation, Program, Scan
 
-KernelGradient = Callable[[Shaped[Array, "R d_in"], Float[Array, "S d_out"], jax.ShapeDtypeStruct], Float[Array, "..."]]
-BiasGradient = Callable[[Float[Array, "S d_out"], jax.ShapeDtypeStruct], Float[Array, "..."]]
+Gradients = Callable[[Array, Array], tuple[Array, Array | None]]
 
 
 def _through(chain: tuple[Equation, ...], array: jax.Array) -> jax.Array:
@@ -37,40 +37,27 @@ def _over_scans(
     return lambda w, x: inside(_through(chain[:at], w), x)
 
 
-def _pull_back(function: Callable[[jax.Array], jax.Array], leaf: jax.ShapeDtypeStruct, tangent: jax.Array) -> jax.Array:
-    """Transpose a linear function of a parameter."""
-    (gradient,) = jax.linear_transpose(function, leaf)(tangent)
-    return gradient
+def layer_gradients(program: Program, layer: LayerUse, activation_layout: Layout, output_layout: Layout) -> Gradients:
+    """``(activation, tangent) -> (gradient of the kernel, gradient of the bias or None)`` of one layer."""
+    product = _over_scans(layer.scans, layer.view.chain, partial(layer.kind.product, layer.equation, layer.operand))
 
+    def pull_back(function: Callable[[jax.Array], jax.Array], leaf: int, tangent: jax.Array) -> jax.Array:
+        value = program.parameters[leaf]
+        (gradient,) = jax.linear_transpose(function, jax.ShapeDtypeStruct(value.shape, value.dtype))(tangent)
+        return gradient
 
-def kernel_gradient(layer: LayerUse, activation_layout: Layout, output_layout: Layout) -> KernelGradient:
-    """``(activation, tangent, leaf) -> gradient`` of one layer's kernel; their sets differ where positions do."""
+    def gradients(
+        activation: Shaped[Array, "R d_in"], tangent: Float[Array, "S d_out"]
+    ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
+        a, g = activation_layout.original(activation), output_layout.original(tangent)
+        kernel = pull_back(lambda w: product(w, a), layer.view.leaf, g)
+        if layer.bias is None:
+            return kernel, None
+        rearrange = partial(_through, layer.bias.chain)
+        for _ in layer.scans:
+            rearrange = jax.vmap(rearrange)
+        added = _over_scans(layer.scans, layer.bias.view.chain, lambda b, u: jnp.broadcast_to(b, u.shape))
+        moved = rearrange(g)
+        return kernel, pull_back(lambda b: added(b, moved), layer.bias.view.leaf, moved)
 
-    def apply(w: jax.Array, a: jax.Array) -> jax.Array:
-        return layer.kind.product(layer.equation, layer.operand, w, a)
-
-    product = _over_scans(layer.scans, layer.view.chain, apply)
-
-    def gradient(
-        activation: Shaped[Array, "R d_in"], tangent: Float[Array, "S d_out"], leaf: jax.ShapeDtypeStruct
-    ) -> Float[Array, "..."]:
-        a = activation_layout.original(activation)
-        return _pull_back(lambda w: product(w, a), leaf, output_layout.original(tangent))
-
-    return gradient
-
-
-def bias_gradient(layer: LayerUse, output_layout: Layout) -> BiasGradient:
-    """``(tangent, leaf) -> gradient`` of a layer's bias."""
-    bias = layer.bias
-    assert bias is not None
-    rearrange: Callable[[jax.Array], jax.Array] = lambda u: _through(bias.chain, u)  # noqa: E731
-    for _ in layer.scans:
-        rearrange = jax.vmap(rearrange)
-    added = _over_scans(layer.scans, bias.view.chain, lambda b, u: jnp.broadcast_to(b, u.shape))
-
-    def gradient(tangent: Float[Array, "S d_out"], leaf: jax.ShapeDtypeStruct) -> Float[Array, "..."]:
-        g = rearrange(output_layout.original(tangent))
-        return _pull_back(lambda b: added(b, g), leaf, g)
-
-    return gradient
+    return gradients

@@ -7,8 +7,8 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
-from gmn_lopt.factors.jaxpr.assemble import Tap
-from gmn_lopt.factors.program import CALLS, Path, scan_parts
+from gmn_lopt.factors.jaxpr.layers import LayerUse
+from gmn_lopt.factors.program import Path, called, scan_parts
 
 
 class Replay:
@@ -22,7 +22,7 @@ class Replay:
         recorded: the activations, by index; filled in by :meth:`jaxpr`.
     """
 
-    def __init__(self, taps: dict[Path, Tap], perturbations: dict[int, Array]):
+    def __init__(self, taps: dict[Path, LayerUse], perturbations: dict[int, Array]):
         self.taps = taps
         self.perturbations = perturbations
         self.recorded: dict[int, Array] = {}
@@ -44,26 +44,21 @@ class Replay:
                 else:
                     result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
                     outputs = result if eqn.primitive.multiple_results else [result]
-            if here in self.taps:
-                outputs = [self._tap(here, inputs, outputs[0])]
+            if (layer := self.taps.get(here)) is not None:
+                if layer.records:
+                    self.recorded[layer.read] = layer.kind.record(layer.equation, inputs[1 - layer.operand])
+                if layer.perturbed:
+                    outputs = [outputs[0] + self.perturbations[layer.write]]
             environment.update(zip(eqn.outvars, outputs))
         return [read(atom) for atom in jaxpr.outvars]
-
-    def _tap(self, here: Path, inputs: list[Any], output: Array) -> Array:
-        tap = self.taps[here]
-        if tap.activation is not None:
-            layer = tap.layer
-            self.recorded[tap.activation] = layer.kind.record(layer.equation, inputs[1 - layer.operand])
-        return output if tap.tangent is None else output + self.perturbations[tap.tangent]
 
     def _enter(self, eqn: Any, inputs: list[Any], path: Path) -> list[Any]:
         # Perturbations go into loops and rematerialised regions and activations come out: inside stays pure.
         taps = {at: tap for at, tap in self.taps.items() if at[: len(path)] == path}
-        tangents = [tap.tangent for tap in taps.values() if tap.tangent is not None]
-        perturbations = {tangent: self.perturbations[tangent] for tangent in tangents}
+        perturbations = {tap.write: self.perturbations[tap.write] for tap in taps.values() if tap.perturbed}
         if eqn.primitive.name == "scan":
             return self._scan(eqn, inputs, path, taps, perturbations)
-        jaxpr, consts = CALLS[eqn.primitive.name].body(eqn.params)
+        jaxpr, consts = called(eqn.params)
         if eqn.primitive.name not in ("remat2", "checkpoint"):
             return self.jaxpr(jaxpr, consts, inputs, path)
 
@@ -77,7 +72,7 @@ class Replay:
         return outputs
 
     def _scan(
-        self, eqn: Any, inputs: list[Any], path: Path, taps: dict[Path, Tap], perturbations: dict[int, Array]
+        self, eqn: Any, inputs: list[Any], path: Path, taps: dict[Path, LayerUse], perturbations: dict[int, Array]
     ) -> list[Any]:
         """A loop: slices of the perturbations are scanned over, and the activations are stacked."""
         params = eqn.params

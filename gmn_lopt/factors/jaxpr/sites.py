@@ -1,15 +1,50 @@
-"""Sites: which activations and tangents belong to the same neurons, paired by dependence."""
+"""Activations and tangents in one canonical form ``[S, d]``, and sites: those of the same neurons, paired."""
 
 import functools
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
 
-from gmn_lopt.factors.jaxpr.axes import Axis
+from jaxtyping import Array, Shaped
+
+from gmn_lopt.factors.jaxpr.axes import Axis, resolve, sizes
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow
-from gmn_lopt.factors.jaxpr.layout import Arranged, arrange
 from gmn_lopt.factors.program import Program, Value
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How an array of a program is brought to ``[S, d]``.
+
+    Attributes:
+        shape: the array's own shape.
+        cut: its shape with axes cut into atoms.
+        order: the order of the atoms in the canonical form, those of the set first.
+        set_atoms: the atoms of the set, in that order.
+        neuron_atoms: those of the neurons.
+    """
+
+    shape: tuple[int, ...]
+    cut: tuple[int, ...]
+    order: tuple[int, ...]
+    set_atoms: Axis
+    neuron_atoms: Axis
+
+    @property
+    def canonical_shape(self) -> tuple[int, int]:
+        """``[S, d]``."""
+        return math.prod(sizes(self.set_atoms)), math.prod(sizes(self.neuron_atoms))
+
+    def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
+        """Bring an array of the program to its canonical form."""
+        return array.reshape(self.cut).transpose(self.order).reshape(self.canonical_shape)
+
+    def original(self, array: Shaped[Array, "S d"]) -> Shaped[Array, "..."]:
+        """The inverse of :meth:`canonical`."""
+        inverse = sorted(range(len(self.order)), key=self.order.__getitem__)
+        return array.reshape([self.cut[i] for i in self.order]).transpose(inverse).reshape(self.shape)
 
 
 @dataclass(eq=False)
@@ -17,20 +52,15 @@ class Read:
     """An activation: what is recorded of an array that one layer or several read over the same axes."""
 
     value: Value
-    arranged: Arranged
+    layout: Layout
     layers: list[LayerUse] = field(default_factory=list)
-
-    @property
-    def is_neurons(self) -> bool:
-        """Whether it is at a site."""
-        return self.layers[0].kind.reads_neurons
 
 
 @dataclass(eq=False)
 class Write:
     """A tangent: the output of a layer, or of several that are only ever summed with one another."""
 
-    arranged: Arranged
+    layout: Layout
     layers: list[LayerUse] = field(default_factory=list)
 
 
@@ -42,11 +72,11 @@ class FoundSite:
     write: Write | None
 
     @property
-    def arranged(self) -> Arranged:
-        """Layout of either, equal in set and neurons."""
+    def layout(self) -> Layout:
+        """That of either; they are equal in set and neurons."""
         either = self.write or self.read
         assert either is not None
-        return either.arranged
+        return either.layout
 
     @property
     def position(self) -> tuple[int, bool]:
@@ -68,21 +98,26 @@ def find_reads(layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Read]:
             shape = tuple(size if d in recorded else 1 for d, size in enumerate(layer.activation.shape))
             value_axes = tuple(x if d in recorded else () for d, x in enumerate(axes[layer.activation]))
             reads[key] = Read(layer.activation, _arrange(layer, axes, shape, value_axes, neurons))
+        layer.read, layer.records = list(reads).index(key), not reads[key].layers
         reads[key].layers.append(layer)
     return list(reads.values())
 
 
 def _arrange(
     layer: LayerUse, axes: dict[Value, Axes], shape: tuple[int, ...], value_axes: Axes, neurons: set[int]
-) -> Arranged:
-    """Lay out an array at a layer, with an axis in front for each loop around it."""
+) -> Layout:
+    """Lay out an array at a layer, with an axis in front for each loop around it: all set axes first.
+
+    Atoms are in one order for the whole model, so that sets and neurons of two sites can be compared.
+    """
     scans = layer.scans
-    around = {d for d, scan in enumerate(scans) if scan in layer.stacked}
-    return arrange(
-        (*(scan.length for scan in scans), *shape),
-        (*(axes[scan.index][0] for scan in scans), *value_axes),
-        around | {len(scans) + d for d in neurons},
-    )
+    neuron_dims = {d for d, scan in enumerate(scans) if scan in layer.stacked} | {len(scans) + d for d in neurons}
+    all_axes = (*(axes[scan.index][0] for scan in scans), *value_axes)
+    atoms = [(d in neuron_dims, atom) for d, axis in enumerate(all_axes) for atom in resolve(axis)]
+    order = sorted(range(len(atoms)), key=lambda i: (atoms[i][0], atoms[i][1].order))
+    set_atoms, neuron_atoms = (tuple(atoms[i][1] for i in order if atoms[i][0] is side) for side in (False, True))
+    cut = sizes(atom for _, atom in atoms)
+    return Layout((*(scan.length for scan in scans), *shape), cut, tuple(order), set_atoms, neuron_atoms)
 
 
 def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes]) -> list[Write]:
@@ -93,12 +128,15 @@ def find_writes(program: Program, layers: list[LayerUse], axes: dict[Value, Axes
         end = layer.output
         for equation in follow(layer, consumers):
             end = equation.outputs[0]
-        arranged = arrange_output(layer, axes)
-        writes.setdefault((end, arranged.set_atoms, arranged.neuron_atoms), Write(arranged)).layers.append(layer)
+        layout = arrange_output(layer, axes)
+        key = (end, layout.set_atoms, layout.neuron_atoms)
+        write = writes.setdefault(key, Write(layout))
+        layer.write, layer.perturbed = list(writes).index(key), not write.layers
+        write.layers.append(layer)
     return list(writes.values())
 
 
-def arrange_output(layer: LayerUse, axes: dict[Value, Axes]) -> Arranged:
+def arrange_output(layer: LayerUse, axes: dict[Value, Axes]) -> Layout:
     """Lay out a layer's output: its neurons are the dimensions that come from the parameter."""
     return _arrange(layer, axes, layer.output.shape, axes[layer.output], layer.neuron_dims[1])
 
@@ -110,17 +148,17 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
     iteration what it begins by reading and what it ends by writing. What is not neurons is at no site.
     """
     partner: dict[Read, Write] = {}
-    neurons = [read for read in reads if read.is_neurons]
-    for ancestors_of in (_ancestors, _ancestors_through_carries):
+    neurons = [read for read in reads if read.layers[0].kind.reads_neurons]
+    for through_carries in (False, True):
         for read in neurons:
-            ancestors = ancestors_of(read, uses)
+            ancestors = _ancestors(read, uses, through_carries)
             candidates = [
                 write
                 for write in writes
                 if read not in partner
                 and write not in partner.values()
-                and write.arranged.neuron_atoms == read.arranged.neuron_atoms
-                and write.arranged.set_atoms == read.arranged.set_atoms
+                and write.layout.neuron_atoms == read.layout.neuron_atoms
+                and write.layout.set_atoms == read.layout.set_atoms
                 and any(ancestors >> layer.index & 1 for layer in write.layers)
             ]
             if candidates:
@@ -130,10 +168,7 @@ def pair(reads: list[Read], writes: list[Write], uses: Uses) -> list[FoundSite]:
     return sorted(sites, key=lambda site: site.position)
 
 
-def _ancestors(read: Read, uses: Uses) -> int:
-    return uses.dependence[read.value].layers
-
-
-def _ancestors_through_carries(read: Read, uses: Uses) -> int:
+def _ancestors(read: Read, uses: Uses, through_carries: bool) -> int:
     carried = [value for scan in read.layers[0].scans for value in scan.next_carries]
-    return functools.reduce(operator.or_, (uses.dependence[value].layers for value in carried), 0)
+    values = carried if through_carries else [read.value]
+    return functools.reduce(operator.or_, (uses.dependence[value].layers for value in values), 0)

@@ -48,27 +48,20 @@ class LayerKind(abc.ABC):
     activation is the other.
 
     Attributes:
-        reads_neurons: whether the activations are neurons. If not they are at no site of the structure, and
-            :meth:`record` may keep something else than the operand.
-        has_bias_row: whether a bias may be taken for one more row of the kernel, whose activation is always one.
+        reads_neurons: whether the activations are neurons. If not they are at no site of the structure, :meth:`record`
+            may keep something else than the operand, and a bias is not taken for one more row of the kernel.
+        has_diagonal_moment: whether :meth:`second_moment` is a diagonal.
     """
 
     reads_neurons: ClassVar[bool] = True
-    has_bias_row: ClassVar[bool] = True
-
-    # The equation ---------------------------------------------------------------------------------------------------
+    has_diagonal_moment: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> "tuple[LayerKind, int] | None":
-        """The kind and kernel operand of an equation that is such a layer.
+        """The kind and kernel operand of an equation that is such a layer, None of any other.
 
-        Args:
-            equation: any equation.
-            kernels: which of its operands are parameters, or views of one; at least one is.
-
-        Returns:
-            None if the equation is no such layer.
+        ``kernels`` says which of its operands are parameters, or views of one; at least one is.
         """
 
     @abc.abstractmethod
@@ -79,17 +72,12 @@ class LayerKind(abc.ABC):
     def neuron_dims(self, equation: Equation, operand: int, shared: Collection[int]) -> tuple[set[int], set[int]]:
         """The dimensions of the activation and of the output that are neurons; all others are the set.
 
-        Args:
-            equation: the layer.
-            operand: its kernel.
-            shared: positions in ``KernelDims.batch`` along which the kernel is only repeated; they are of the set.
+        ``shared`` are positions in ``KernelDims.batch`` along which the kernel is only repeated; they are of the set.
         """
 
     def product(self, equation: Equation, operand: int, kernel: Array, recorded: Array) -> Array:
         """The layer's output, linear in the kernel; its transpose makes the kernel's gradient of a tangent."""
         return equation.bind(*((kernel, recorded) if operand == 0 else (recorded, kernel)))
-
-    # Factors --------------------------------------------------------------------------------------------------------
 
     def record(self, equation: Equation, activation: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
         """What is kept of the activation operand."""
@@ -98,12 +86,6 @@ class LayerKind(abc.ABC):
     def recorded_dims(self, rank: int) -> tuple[int, ...]:
         """The dimensions of the activation operand whose positions are kept; of all others one."""
         return tuple(range(rank))
-
-    def describe_read(self, sites: Sequence[int]) -> str:
-        """What is read, for printing; ``sites`` are those with the layer's activation."""
-        return f"site {sites[0]}"
-
-    # Matrices -------------------------------------------------------------------------------------------------------
 
     @abc.abstractmethod
     def matrices(self, kernel: Parameter) -> Matrices | None:
@@ -129,10 +111,6 @@ class LayerKind(abc.ABC):
         """Undo :meth:`tangent_rows`."""
         return rows[0]
 
-    def moment_shape(self, inputs: int) -> tuple[int, ...]:
-        """The shape of the second moment of what one matrix reads: ``[inputs, inputs]``, or of its diagonal."""
-        return inputs, inputs
-
     def second_moment(self, rows: Num[Array, "count S _"], inputs: int) -> Float[Array, "count ..."]:
-        """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix or a diagonal (:meth:`moment_shape`)."""
+        """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix, or its diagonal."""
         return rows.mT @ rows / rows.shape[1]

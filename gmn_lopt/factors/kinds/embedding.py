@@ -20,7 +20,7 @@ class Embedding(LayerKind):
     """A lookup of one row for each index."""
 
     reads_neurons = False
-    has_bias_row = False
+    has_diagonal_moment = True
 
     @classmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> tuple[LayerKind, int] | None:
@@ -53,19 +53,11 @@ class Embedding(LayerKind):
         """All but that of the index vectors."""
         return tuple(range(rank - 1))
 
-    def describe_read(self, sites: Sequence[int]) -> str:
-        """Token ids."""
-        return "token ids"
-
     def matrices(self, kernel: Parameter) -> Matrices | None:
         """One, with a row for each token."""
         if len(kernel.shape) != 2 or len(kernel.sites) != 1 or 0 in kernel.sites[0].dims:
             return None
         return Matrices(1, *kernel.shape)
-
-    def moment_shape(self, inputs: int) -> tuple[int, ...]:
-        """A diagonal."""
-        return (inputs,)
 
     def second_moment(self, rows: Int[Array, "1 S 1"], inputs: int) -> Float[Array, "1 n"]:
         """The share of each token."""

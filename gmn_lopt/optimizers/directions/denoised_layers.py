@@ -95,7 +95,7 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
     for layer in structure.layers:
         kernel = structure.parameters[layer.kernel]
         matrices = layer.kind.matrices(kernel)
-        bias = layer.bias if _has_own_bias(structure, layer) else None
+        bias = _own_bias(structure, layer)
         if kernels.count(layer.kernel) > 1 or matrices is None:
             continue
         if layer.kernel not in position or not (bias is None or bias in position):
@@ -107,26 +107,20 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
     return tuple(LayerGroup(tuple(layers), *alike[:3]) for alike, layers in groups.items())
 
 
-def _has_own_bias(structure: GradientStructure, layer: Layer) -> bool:
-    """Whether there is a bias for all its outputs, which no other layer uses and which may be a row of the kernel."""
-    if not layer.kind.has_bias_row or layer.bias is None:
-        return False
-    if [other.bias for other in structure.layers].count(layer.bias) > 1:
-        return False
+def _own_bias(structure: GradientStructure, layer: Layer) -> int | None:
+    """The bias, if it is for all outputs, no other layer uses it, and it may be a row of the kernel."""
+    if not layer.kind.reads_neurons or layer.bias is None:
+        return None
     bias, write = structure.parameters[layer.bias], structure.parameters[layer.kernel].sites[-1].site
-    return [ref.site for ref in bias.sites] == [write] and bias.size == structure.sites[write].size
+    alone = [other.bias for other in structure.layers].count(layer.bias) == 1
+    covers = [ref.site for ref in bias.sites] == [write] and bias.size == structure.sites[write].size
+    return layer.bias if alone and covers else None
 
 
 def as_matrices(
     group: LayerGroup, parameters: Sequence[Parameter], leaves: Sequence[Array]
 ) -> Float[Array, "k inputs outputs"]:
-    """The kernels of a group's layers, with the biases as their last rows.
-
-    Args:
-        group: the layers.
-        parameters: the parameters that are handled.
-        leaves: arrays of their shapes.
-    """
+    """The kernels of a group's layers, with the biases as their last rows, from arrays shaped like the parameters."""
     rows = []
     for layer in group.layers:
         kernel, value = parameters[layer.kernel], leaves[layer.kernel]

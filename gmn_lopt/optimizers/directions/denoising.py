@@ -23,6 +23,7 @@ differentiates a step takes it for a constant.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import chex
@@ -75,12 +76,13 @@ class Preconditioner(NamedTuple):
 def init_preconditioner(group: LayerGroup) -> Preconditioner:
     """Zeros."""
     distinct, count = sum(group.read.values()), len(group.reads)
-    moment = (distinct, *group.kind.moment_shape(group.inputs))
+    moment = (distinct, group.inputs) if group.kind.has_diagonal_moment else (distinct, group.inputs, group.inputs)
     small = min(group.inputs, group.outputs)
     noise = (count, group.outputs, group.outputs) if group.tall else (count,)
     return Preconditioner(*map(jnp.zeros, (moment, noise, (distinct,), moment, (count, small, small))))
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(1,))
 def update_preconditioners(
     old: Sequence[Preconditioner],
     groups: tuple[LayerGroup, ...],
@@ -93,12 +95,28 @@ def update_preconditioners(
     Args:
         old: those of the step before.
         groups: the layers.
-        sets: activations and tangents of each group (:func:`activations_and_tangents`),
-            float32, the tangents at per-element scale.
+        sets: activations and tangents of each group (:func:`activations_and_tangents`), float32, per element.
         momenta: the momentum of each group's layers as matrices, corrected for its start.
         step: number of steps taken before.
     """
-    return _constant(groups, tuple(old), tuple(sets), tuple(momenta), step)
+
+    # One model after the other under vmap, so that nothing is computed where it is not due.
+    @jax.custom_batching.sequential_vmap
+    def one(old: Any, sets: Any, momenta: Any, step: Array) -> tuple[Preconditioner, ...]:
+        def compute(carry: Any) -> Any:
+            new = (_new(*group, step) for group in zip(groups, carry[0], sets, momenta))
+            return tuple(new), jnp.zeros((), bool)
+
+        # A loop of one turn or none, for what it carries stays where it is; both branches of a cond copy their results.
+        due = (step < EARLY) | (step % EVERY == 0)
+        return jax.lax.while_loop(lambda carry: carry[1], compute, (old, due))[0]
+
+    new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step)
+    return new
+
+
+# No argument has a derivative: not old, sets, momenta or step.
+update_preconditioners.defvjp(lambda *args: (update_preconditioners(*args), None), lambda *args: (None,) * 4)
 
 
 def _new(
@@ -137,27 +155,6 @@ def _new(
     return Preconditioner(covariance, moment, scale, inverse, root / size)
 
 
-# One model after the other under vmap, so that nothing is computed where it is not due.
-def _when_due(groups: tuple[LayerGroup, ...], *args: Any) -> tuple[Preconditioner, ...]:
-    @jax.custom_batching.sequential_vmap
-    def one(old: Any, sets: Any, momenta: Any, step: Array) -> tuple[Preconditioner, ...]:
-        def compute(carry: Any) -> Any:
-            new = (_new(*group, step) for group in zip(groups, carry[0], sets, momenta))
-            return tuple(new), jnp.zeros((), bool)
-
-        # A loop of one turn or none, for what it carries stays where it is; both branches of a cond copy their results.
-        due = (step < EARLY) | (step % EVERY == 0)
-        return jax.lax.while_loop(lambda carry: carry[1], compute, (old, due))[0]
-
-    new: tuple[Preconditioner, ...] = one(*args)
-    return new
-
-
-# No argument has a derivative: not old, sets, momenta or step.
-_constant = jax.custom_vjp(_when_due, nondiff_argnums=(0,))
-_constant.defvjp(lambda groups, *args: (_when_due(groups, *args), None), lambda groups, saved, tangent: (None,) * 4)
-
-
 def _second_moment(group: LayerGroup, activation: Num[Array, "count S n"]) -> Float[Array, "count ..."]:
     if group.biased:
         activation = jnp.pad(activation, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
@@ -187,10 +184,7 @@ def denoised_steps(
 ) -> Float[Array, "k inputs outputs"]:
     """The steps of layers, of a size such that each changes its outputs on the data by a root mean square of one.
 
-    Args:
-        group: the layers.
-        preconditioner: theirs.
-        momentum: their momentum as matrices, of any size.
+    The momentum may be of any size.
     """
     chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
     reads = jnp.array(group.reads)
