@@ -154,3 +154,31 @@ def test_wrong_input_is_one_clear_line():
 def test_examples_in_docstrings(module):
     failed, attempted = doctest.testmod(module)
     assert attempted > 3 and not failed
+
+
+def test_a_loss_is_traced_at_each_call_as_it_is_by_jax():
+    """Outside of jit a loss may read what changes around it, such as a coefficient that is annealed."""
+    weight = {"now": 1.0}
+
+    def loss(params, x):
+        return weight["now"] * jnp.mean((x @ params["w"]) ** 2)
+
+    params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
+    ours, theirs = value_grad_and_factors(loss), jax.value_and_grad(loss)
+    for weight["now"] in (1.0, 2.0, 5.0):
+        (value, grads, factors), (expected, want) = ours(params, x), theirs(params, x)
+        chex.assert_trees_all_close((value, grads), (expected, want))
+        chex.assert_trees_all_close(factors.activations[0].T @ factors.tangents[0], want["w"])
+
+
+def test_keyword_arguments_are_the_losss():
+    def loss(params, x, *, labels, scale=1.0, train=False):
+        return scale * cross_entropy(jnp.tanh(x @ params["w"]) * (2.0 if train else 1.0), labels)
+
+    x, labels, _ = data()
+    params = {"w": jax.random.normal(jax.random.key(0), (x.shape[1], 5))}
+    structure = analyze(loss, params, x, labels=labels, train=True, strict=True)
+    keywords = {"labels": labels, "scale": 3.0, "train": True}
+    value, grads, factors = value_grad_and_factors(loss)(params, x, **keywords)
+    chex.assert_trees_all_close((value, grads), jax.value_and_grad(loss)(params, x, **keywords), rtol=1e-5)
+    chex.assert_trees_all_close(structure.reconstruct(factors), grads, rtol=1e-4, atol=1e-6)

@@ -15,8 +15,10 @@ from optimizing import analyzed, lively, mlp, play, record, relative_difference,
 import gmn_lopt
 from gmn_lopt import (
     UNF,
+    Constant,
     Denoised,
     Factors,
+    Feedback,
     GradMetaNetConfig,
     LearnedOptimizer,
     Momentum,
@@ -27,6 +29,7 @@ from gmn_lopt import (
     SetReader,
     StructureError,
 )
+from gmn_lopt.optimizers import RECIPES
 from gmn_lopt.optimizers.features.paper import DECAYS, update_averages
 
 READER = SetReader(GradMetaNetConfig(width=8, product_width=8))
@@ -368,3 +371,22 @@ def test_a_model_without_any_factors_is_optimized_all_the_same():
     tx = lopt.optimizer(optimizer()[1])
     updates, _ = tx.update(params, tx.init(params), params)
     assert jnp.isfinite(updates["loose"]).all() and jnp.any(updates["loose"] != 0)
+
+
+EVERY = {**{name: RECIPES[name] for name in RECIPES}, "muon": Recipe(Muon(), step_size=Constant(feedback=Feedback()))}
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_fresh_state_can_be_donated_and_lies_where_the_parameters_do(name):
+    """No two leaves share a buffer, and what is shaped like a parameter is sharded like it."""
+    sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec())
+    params = jax.device_put(MODEL[1], sharding)
+    tx = (lambda lopt: lopt.optimizer(lopt.init(jax.random.key(0))))(EVERY[name].build(STRUCTURE))
+    state = tx.init(params)
+    buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
+    assert len(buffers) == len(set(buffers))
+    shapes = {p.shape for p in jax.tree.leaves(params)} - {(4,)}  # the step size keeps a number for each leaf
+    like_parameters = [leaf for leaf in jax.tree.leaves(state) if leaf.shape in shapes]
+    assert like_parameters and all(leaf.sharding == sharding for leaf in like_parameters)
+    jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.size)

@@ -1,7 +1,6 @@
 """Gradients and their rank-1 factors from one backward pass (arXiv:2507.01649, section 3)."""
 
-from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,16 +18,16 @@ LossFunction = Callable[..., Any]
 
 
 def analyze(
-    loss_fn: LossFunction, params: PyTree, *args: Any, has_aux: bool = False, strict: bool = False
+    loss_fn: LossFunction, params: PyTree, *args: Any, has_aux: bool = False, strict: bool = False, **kwargs: Any
 ) -> GradientStructure:
     """Find the gradient structure of a model by analysing the jaxpr of its loss. Nothing is computed.
 
     Works on any traceable loss: flax.linen, flax.nnx, Haiku, Equinox or plain JAX.
 
     Args:
-        loss_fn: ``loss_fn(params, *args)``, a scalar loss over the batch, or ``(loss, aux)``.
+        loss_fn: ``loss_fn(params, *args, **kwargs)``, a scalar loss over the batch, or ``(loss, aux)``.
         params: the parameters, a pytree of floating-point arrays or of :class:`jax.ShapeDtypeStruct`.
-        *args: the other arguments, of the shapes that training will use.
+        *args, **kwargs: the other arguments, of the shapes that training will use.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
         strict: whether a parameter whose factors do not give its whole gradient is an error.
 
@@ -58,7 +57,7 @@ def analyze(
           2: 2 neurons of space 2, set of 8, tangent
         3 of 3 parameters factored
     """
-    structure = _trace(loss_fn, params, args, has_aux)[0].structure
+    structure = _trace(loss_fn, params, args, kwargs, has_aux)[0].structure
     odd = [f"{p.name} is {p.status}: {p.reason}" for p in structure.parameters if p.status != "factored"]
     if strict and odd:
         raise StructureError(f"{len(odd)} parameters have no complete factors: {'; '.join(odd)}")
@@ -72,15 +71,16 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
     section 3): ``dL/dW = sum_s a_s^T g_s``.
 
     Works under ``jit``, ``vmap``, ``scan`` and sharding. Arguments that are not arrays (flags, functions) are static.
-    Called outside ``jit`` it analyses the loss once for each combination of shapes and static arguments.
+    Like that, it traces the loss at each call outside ``jit``, and analyses it, which takes as long again: use ``jit``.
 
     Args:
-        loss_fn: ``loss_fn(params, *args)``, a traceable scalar loss over the batch, or ``(loss, aux)``.
+        loss_fn: ``loss_fn(params, *args, **kwargs)``, a traceable scalar loss over the batch, or ``(loss, aux)``.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
 
     Returns:
-        ``f(params, *args) -> (value, grads, factors)``; ``value`` is ``(loss, aux)`` if ``has_aux``. Activations are
-        ``[S, d_in]`` and tangents ``[S, d_out]``, at the scale of the batch loss (:class:`gmn_lopt.Factors`).
+        ``f(params, *args, **kwargs) -> (value, grads, factors)``; ``value`` is ``(loss, aux)`` if ``has_aux``.
+        Activations are ``[S, d_in]`` and tangents ``[S, d_out]``, at the scale of the batch loss
+        (:class:`gmn_lopt.Factors`).
 
     Raises:
         StructureError: when called, as :func:`analyze` does.
@@ -96,17 +96,12 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
         >>> bool((factors.activations[0].T @ factors.tangents[0] == grads["w"]).all())
         True
     """
-    cache: OrderedDict[Any, tuple[Traced, Any]] = OrderedDict()
 
-    def wrapped(params: PyTree, *args: Any) -> tuple[Any, PyTree, Factors]:
-        key = _cache_key(params, args)
-        if key not in cache:
-            cache[key] = _trace(loss_fn, params, args, has_aux)
-            while len(cache) > 64:
-                cache.popitem(last=False)
-        traced, out_tree = cache[key]
+    def wrapped(params: PyTree, *args: Any, **kwargs: Any) -> tuple[Any, PyTree, Factors]:
+        # Traced at each call, as jax.value_and_grad is: the loss may read what has changed outside of it.
+        traced, out_tree = _trace(loss_fn, params, args, kwargs, has_aux)
         leaves, treedef = jax.tree.flatten(params)
-        dynamic = _split(args)[0]
+        dynamic, _ = _split((args, kwargs))
 
         def tapped(leaves: list[Array], perturbations: list[Array]) -> tuple[Array, Any]:
             run = Replay(traced.taps, dict(enumerate(perturbations)))
@@ -141,8 +136,8 @@ def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Ca
     return compute
 
 
-def _split(args: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], Any], Any]:
-    """Arrays among the leaves of the arguments; how to put arrays back; a key for the rest."""
+def _split(args: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Arrays among the leaves of the arguments; how to put arrays back among the rest."""
     leaves, treedef = jax.tree.flatten(args)
     arrays = jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct
     static = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, arrays)}
@@ -151,26 +146,12 @@ def _split(args: Sequence[Any]) -> tuple[list[Any], Callable[[Sequence[Any]], An
         rest = iter(values)
         return jax.tree.unflatten(treedef, [static[i] if i in static else next(rest) for i in range(len(leaves))])
 
-    return [leaf for i, leaf in enumerate(leaves) if i not in static], merge, (treedef, static)
+    return [leaf for i, leaf in enumerate(leaves) if i not in static], merge
 
 
-def _cache_key(params: PyTree, args: Sequence[Any]) -> Any:
-    leaves, treedef = jax.tree.flatten(params)
-    dynamic, _, (args_treedef, static) = _split(args)
-    types = tuple(jax.typeof(leaf) for leaf in [*leaves, *dynamic])
-    identities = tuple((i, type(leaf), leaf if _hashable(leaf) else id(leaf)) for i, leaf in static.items())
-    return treedef, args_treedef, types, identities
-
-
-def _hashable(leaf: Any) -> bool:
-    try:
-        hash(leaf)
-    except TypeError:
-        return False
-    return True
-
-
-def _trace(loss_fn: LossFunction, params: PyTree, args: Sequence[Any], has_aux: bool) -> tuple[Traced, Any]:
+def _trace(
+    loss_fn: LossFunction, params: PyTree, args: Sequence[Any], kwargs: Mapping[str, Any], has_aux: bool
+) -> tuple[Traced, Any]:
     """Trace and analyse; also returns the tree of the outputs ``(loss, aux)``."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
     names = [jax.tree_util.keystr(path) for path, _ in paths]
@@ -181,12 +162,13 @@ def _trace(loss_fn: LossFunction, params: PyTree, args: Sequence[Any], has_aux: 
                 f"parameter {name} is {kind}, not a floating-point array; keep only trainable arrays in params "
                 "(for Equinox: eqx.partition(model, eqx.is_inexact_array))"
             )
-    dynamic, merge, _ = _split(args)
+    dynamic, merge = _split((args, dict(kwargs)))
     out_tree = None
 
     def flat(leaves: list[Array], dynamic: list[Array]) -> list[Array]:
         nonlocal out_tree
-        result = loss_fn(jax.tree.unflatten(treedef, leaves), *merge(dynamic))
+        args, kwargs = merge(dynamic)
+        result = loss_fn(jax.tree.unflatten(treedef, leaves), *args, **kwargs)
         if has_aux and not (isinstance(result, tuple) and len(result) == 2):
             raise StructureError("with has_aux=True the loss function must return a pair (loss, aux)")
         loss, aux = result if has_aux else (result, None)

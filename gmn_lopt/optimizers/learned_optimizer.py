@@ -138,12 +138,13 @@ class LearnedOptimizer:
             # optax's placeholder in tree_map_params, a tree without any leaf, stands for all parameters.
             if not jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)):
                 indices = list(range(len(self.structure.parameters)))
-            zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+            # New ones for each part: a state that is donated must not hold a buffer twice. They lie where params do.
+            zeros = lambda: optax.tree.zeros_like(params, dtype=jnp.float32)  # noqa: E731
             return LearnedOptimizerState(
                 jnp.zeros((), jnp.int32),
-                self.direction.init(self.structure, indices, zeros),
-                () if self.residual is None else self.residual.init(self.structure, zeros),
-                self.step_size.init(zeros) if learning_rate is None else (),
+                self.direction.init(self.structure, indices, zeros()),
+                () if self.residual is None else self.residual.init(self.structure, zeros()),
+                self.step_size.init(zeros()) if learning_rate is None else (),
             )
 
         def update(

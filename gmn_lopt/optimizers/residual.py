@@ -92,7 +92,7 @@ class Residual:
 
     def init(self, structure: GradientStructure, zeros: PyTree) -> ResidualState:
         """The state before the first step; ``zeros`` are shaped like the parameters."""
-        gradients = jax.tree.map(lambda z: jnp.zeros((self.features.averages, *z.shape), jnp.float32), zeros)
+        gradients = jax.tree.map(lambda z: jnp.stack([z] * self.features.averages), zeros)
         reader = self.gradmetanet
         reads = reader is not None and reader.reads(structure)
         return ResidualState(gradients, reader.init(structure) if reader is not None and reads else ())

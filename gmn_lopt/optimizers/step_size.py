@@ -108,8 +108,9 @@ class StepSize(abc.ABC):
 
     def init(self, zeros: PyTree) -> StepSizeState | tuple[()]:
         """The state before the first step; ``zeros`` are shaped like the parameters."""
-        each = jnp.zeros(len(jax.tree.leaves(zeros)), jnp.float32)
-        return () if self.feedback is None else StepSizeState(zeros, each, each)
+        count = len(jax.tree.leaves(zeros))
+        each = (jnp.zeros(count, jnp.float32) for _ in range(2))
+        return () if self.feedback is None else StepSizeState(zeros, *each)
 
     def update(
         self, phi: Mapping[str, Array], state: StepSizeState | tuple[()], grads: PyTree, step: Int[Array, ""]

@@ -79,7 +79,8 @@ def init_preconditioner(group: LayerGroup) -> Preconditioner:
     moment = (distinct, group.inputs) if group.kind.has_diagonal_moment else (distinct, group.inputs, group.inputs)
     small = min(group.inputs, group.outputs)
     noise = (count, group.outputs, group.outputs) if group.tall else (count,)
-    return Preconditioner(*map(jnp.zeros, (moment, noise, (distinct,), moment, (count, small, small))))
+    shapes = (moment, noise, (distinct,), moment, (count, small, small))
+    return Preconditioner(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1,))

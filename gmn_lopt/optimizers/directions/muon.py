@@ -79,7 +79,8 @@ def init_squares(
     leaves, treedef = jax.tree.flatten(zeros)
     parameters = [structure.parameters[i] for i in indices]
     squares = [
-        jnp.zeros(()) if i in elsewhere or is_kernel(p) else z for i, (p, z) in enumerate(zip(parameters, leaves))
+        jnp.zeros((), jnp.float32) if i in elsewhere or is_kernel(p) else jnp.zeros_like(z)
+        for i, (p, z) in enumerate(zip(parameters, leaves))
     ]
     return jax.tree.unflatten(treedef, squares)
 
