@@ -390,3 +390,27 @@ def test_a_fresh_state_can_be_donated_and_lies_where_the_parameters_do(name):
     assert like_parameters and all(leaf.sharding == sharding for leaf in like_parameters)
     jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)(state)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(state) if leaf.size)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("name", ["default", "default+gmn", "cifar10_mlp-ds+gmn", "unf+gmn", "ds+gmn++"])
+def test_steps_in_a_loop_with_64_bit_types_enabled(name, dtype):
+    with jax.enable_x64(True):
+        params = jax.tree.map(lambda p: jnp.asarray(np.asarray(p), dtype), MODEL[1])
+        structure = gmn_lopt.analyze(MODEL[0], params, *MODEL[2])
+        if name in gmn_lopt.list_pretrained():
+            tx = gmn_lopt.load(name, structure)
+        else:
+            lopt = gmn_lopt.recipe(name, structure)
+            tx = lopt.optimizer(lopt.init(jax.random.key(0)))
+
+        def step(carry, _):
+            params, state = carry
+            value, grads, factors = gmn_lopt.value_grad_and_factors(MODEL[0])(params, *MODEL[2])
+            updates, state = tx.update(grads, state, params, factors=factors)
+            return (optax.apply_updates(params, updates), state), value
+
+        start = params, tx.init(params)
+        end, values = jax.jit(lambda start: jax.lax.scan(step, start, length=3))(start)
+        chex.assert_trees_all_equal_shapes_and_dtypes(start, end)
+        assert values[-1] < values[0]

@@ -1,5 +1,6 @@
 """The weights of the networks: LeCun-normal matrices and vectors of zeros, drawn in one go."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,12 +16,12 @@ _TRUNCATED_STD = 0.87962566103423978
 
 def matrix(module: nn.Module, name: str, rows: int, columns: int) -> jax.Array:
     """A LeCun-normal matrix among a module's parameters."""
-    return module.param(name, nn.initializers.lecun_normal(), (rows, columns))
+    return module.param(name, nn.initializers.lecun_normal(), (rows, columns), jnp.float32)
 
 
 def vector(module: nn.Module, name: str, size: int) -> jax.Array:
     """A vector of zeros among a module's parameters."""
-    return module.param(name, nn.initializers.zeros, (size,))
+    return module.param(name, nn.initializers.zeros, (size,), jnp.float32)
 
 
 def init_weights(init: Callable[..., Any], key: jax.Array, *args: Any) -> PyTree:
@@ -45,10 +46,10 @@ def init_weights(init: Callable[..., Any], key: jax.Array, *args: Any) -> PyTree
     shapes = jax.eval_shape(init, key, *args)["params"]
     leaves, treedef = jax.tree.flatten(shapes)
     sizes = [leaf.size for leaf in leaves]
-    flat = jax.random.truncated_normal(key, -2.0, 2.0, (sum(sizes),)) / _TRUNCATED_STD
+    flat = jax.random.truncated_normal(key, -2.0, 2.0, (sum(sizes),), jnp.float32) / _TRUNCATED_STD
     pieces = jnp.split(flat, np.cumsum(sizes)[:-1])
     drawn = [
-        piece.reshape(leaf.shape) / np.sqrt(leaf.shape[0]) if leaf.ndim == 2 else jnp.zeros(leaf.shape)
+        piece.reshape(leaf.shape) / math.sqrt(leaf.shape[0]) if leaf.ndim == 2 else jnp.zeros(leaf.shape, jnp.float32)
         for piece, leaf in zip(pieces, leaves)
     ]
     return jax.tree.unflatten(treedef, drawn)

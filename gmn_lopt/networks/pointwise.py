@@ -126,7 +126,7 @@ class PointwiseModule(nn.Module):
         bias = time @ kernel[first_time:] + self.biases[0]
         x = kernel[:first_extra].T @ jnp.concatenate([f.T for f in features], axis=1) + bias[:, None]
         if any(e is not None for e in extra):
-            zeros = [jnp.zeros((size, self.extra_channels)) if e is None else e for size, e in zip(sizes, extra)]
+            zeros = [jnp.zeros((n, self.extra_channels), x.dtype) if e is None else e for n, e in zip(sizes, extra)]
             x = x + kernel[first_extra:first_time].T @ jnp.concatenate(zeros).T
         for kernel, bias in zip(self.kernels[1:], self.biases[1:]):
             x = kernel.T @ jax.nn.relu(x) + bias[:, None]

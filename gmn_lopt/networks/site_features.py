@@ -113,7 +113,7 @@ class NeuronFeatures:
         if all(product is None for product in products):
             return y
         sizes = [self.structure.sites[s].size for s in self.group.sites]
-        filled = [jnp.zeros((len(y), d, y.shape[2])) if p is None else p for p, d in zip(products, sizes)]
+        filled = [jnp.zeros((len(y), d, y.shape[2]), y.dtype) if p is None else p for p, d in zip(products, sizes)]
         return y + jnp.concatenate(filled, axis=1)
 
     def after_layer(self, values: Float[Array, "S neurons g"]) -> "NeuronFeatures":

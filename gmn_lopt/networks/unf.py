@@ -240,7 +240,7 @@ class EquivariantLinear(nn.Module):
 
     def _read(self, view: View, x: Array | None, over: tuple[int, ...], pooled: dict[tuple, Array]) -> Array:
         if x is None:
-            return jnp.zeros((*over, self.in_features))
+            return jnp.zeros((*over, self.in_features), jnp.float32)
         kept = tuple(sorted(view.kept))
         values = _pool(view.leaf, x, tuple(sorted(view.kept + view.rest)), kept, pooled)
         return values.transpose(*(kept.index(block) for block in view.kept), len(kept))
@@ -277,5 +277,5 @@ def _write(view: View, values: Float[Array, "... out"], shape: tuple[int, ...]) 
     for block in (*view.kept, *view.rest):
         for dim in block[1:]:
             ones = [n if d in (block[0], dim) else 1 for d, n in enumerate(shape)]
-            values = values * jnp.eye(shape[dim]).reshape(*ones, 1)
+            values = values * jnp.eye(shape[dim], dtype=values.dtype).reshape(*ones, 1)
     return values

@@ -190,7 +190,7 @@ def _cosines(a: Sequence[Float[Array, "..."]], b: Sequence[Float[Array, "..."]])
     for i, x in enumerate(a):
         groups.setdefault(x.shape if x.size <= SMALL else i, []).append(i)
     if not groups:
-        return jnp.zeros(0)
+        return jnp.zeros(0, jnp.float32)
     products = jnp.concatenate(
         [_products(*([x[i].ravel() for i in group] for x in (a, b))) for group in groups.values()]
     )

@@ -61,7 +61,7 @@ class Embedding(LayerKind):
 
     def second_moment(self, rows: Int[Array, "1 S 1"], inputs: int) -> Float[Array, "1 n"]:
         """The share of each token."""
-        return jnp.zeros((1, inputs)).at[0, rows[0, :, 0]].add(1.0 / rows.shape[1])
+        return jnp.zeros((1, inputs), jnp.float32).at[0, rows[0, :, 0]].add(1.0 / rows.shape[1])
 
 
 def _indexed(equation: Equation) -> tuple[int, ...]:

@@ -152,7 +152,7 @@ def _new(
     if group.tall:
         root = _inverse_root(momentum.mT @ natural + group.inputs * noise)
     else:
-        root = _inverse_root(natural @ momentum.mT + noise * jnp.eye(group.inputs))
+        root = _inverse_root(natural @ momentum.mT + noise * jnp.eye(group.inputs, dtype=noise.dtype))
     return Preconditioner(covariance, moment, scale, inverse, root / size)
 
 
@@ -169,7 +169,7 @@ def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array
 
 
 def _damped_inverse(white: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    identity = jnp.eye(len(white))
+    identity = jnp.eye(len(white), dtype=white.dtype)
     factor = jax.scipy.linalg.cho_factor(white + DAMPING * identity, lower=True)
     return jax.scipy.linalg.cho_solve(factor, identity)
 

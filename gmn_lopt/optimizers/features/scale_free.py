@@ -75,4 +75,4 @@ class ScaleFree(Features):
 
     def of_time(self, count: Array) -> Array:
         """None: how far training has come is the business of the step size."""
-        return jnp.zeros(0)
+        return jnp.zeros(0, jnp.float32)
