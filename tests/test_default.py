@@ -114,7 +114,7 @@ def test_safe_where_adam_at_its_usual_rate_is(problem):
     params, loss = PROBLEMS[problem]()
     adam = train(params, loss, lambda _: optax.with_extra_args_support(optax.adam(1e-3)))
     assert jnp.isfinite(adam).all() and adam[-20:].mean() < adam[:5].mean(), "Adam goes wrong itself: no such problem"
-    for name in ("default", "default+celo", "default-pointwise"):
+    for name in ("default", "default+celo"):
         losses = train(params, loss, lambda structure, name=name: gmn_lopt.load(name, structure))
         assert jnp.isfinite(losses).all(), name
         assert losses[-20:].mean() < 1.05 * losses[:5].mean(), name
@@ -130,7 +130,7 @@ def test_examples_that_are_separated_stay_so(name):
     assert curves.train_loss[:, 6:].max() < 0.01 and curves.test_loss[:, -1].max() < 0.5
 
 
-@pytest.mark.parametrize("name", ["default", "default+celo", "default-pointwise"])
+@pytest.mark.parametrize("name", ["default", "default+celo"])
 def test_learning_rate_schedule_and_weight_decay(name):
     """As with AdamW: a schedule multiplies the steps, and weights shrink by rate times decay."""
     params, loss = mlp(64, 12, 10)

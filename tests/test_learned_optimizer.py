@@ -357,7 +357,7 @@ def test_meta_parameters_of_another_architecture_are_refused():
     with pytest.raises(ValueError, match=r"phi lacks \['residual'\]\['gradmetanet'\]"):
         lopt.optimizer(without)
     wider = LearnedOptimizer(STRUCTURE, residual=small(network=PointwiseMLP(9, 3), gradmetanet=READER))
-    with pytest.raises(ValueError, match=r"\['network'\]\['kernel_0'\] has shape \(33, 9\), but \(33, 8\)"):
+    with pytest.raises(ValueError, match=r"\['network'\]\['bias_0'\] has shape \(9,\), but \(8,\)"):
         lopt.optimizer(wider.init(jax.random.key(0)))
     with pytest.raises(ValueError, match=r"phi lacks \['step_size'\]\['log_alpha'\]"):
         lopt.optimizer({name: value for name, value in phi.items() if name != "step_size"})
