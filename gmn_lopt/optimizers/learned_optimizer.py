@@ -116,8 +116,7 @@ class LearnedOptimizer:
         All arithmetic is in float32; updates have the parameters' dtypes. A gradient or factor that is not finite makes
         the update, and from then on the moving averages, not finite, as Adam's; guard with ``optax.apply_if_finite``.
 
-        In ``optax.MultiSteps`` the gradient is the mean over the micro-steps and the factors are those of the last
-        micro-step: a sample of the set that the gradient is the mean of.
+        In ``optax.MultiSteps`` the gradient is the mean over the micro-steps, the factors are the last one's: a sample.
 
         Args:
             phi: meta-parameters, shaped like those from :meth:`init`.
@@ -138,14 +137,12 @@ class LearnedOptimizer:
             # optax's placeholder in tree_map_params, a tree without any leaf, stands for all parameters.
             if not jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, optax.MaskedNode)):
                 indices = list(range(len(self.structure.parameters)))
-            # New ones for each part: a state that is donated must not hold a buffer twice. They lie where params do.
-            zeros = lambda: optax.tree.zeros_like(params, dtype=jnp.float32)  # noqa: E731
-            return LearnedOptimizerState(
-                jnp.zeros((), jnp.int32),
-                self.direction.init(self.structure, indices, zeros()),
-                () if self.residual is None else self.residual.init(self.structure, zeros()),
-                self.step_size.init(zeros()) if learning_rate is None else (),
-            )
+            # New zeros for each part: a state that is donated must not hold a buffer twice. They lie where params do.
+            first, second, third = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(3))
+            direction = self.direction.init(self.structure, indices, first)
+            residual = () if self.residual is None else self.residual.init(self.structure, second)
+            step_size = self.step_size.init(third) if learning_rate is None else ()
+            return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, residual, step_size)
 
         def update(
             updates: PyTree,
