@@ -105,7 +105,7 @@ def test_the_power_law_falls_with_the_steps_taken():
         assert relative_difference(given, update(plain, count)) < 1e-5
 
 
-@pytest.mark.parametrize("alpha", [0.003, 0.01, 0.3])
+@pytest.mark.parametrize("alpha", [0.003, 0.01, 0.3, 1.0])
 def test_a_step_size_that_is_off_mends_itself(alpha):
     rng = np.random.default_rng(0)
     curvature = jnp.asarray(np.geomspace(0.1, 3.0, 30), jnp.float32)
@@ -135,7 +135,8 @@ def test_a_step_size_that_is_off_mends_itself(alpha):
     adapted = final(True)
     assert adapted < 0.01  # of about 1 at the start
     if alpha > 0.1:
-        assert adapted < 0.3 * final(False)
+        # Muon averages more noise than Adam, which this was first asked of: at 0.3 it needs the help less.
+        assert adapted < (0.2 if alpha == 1.0 else 0.3) * final(False)
 
 
 @pytest.mark.parametrize("scheduled", [1.0, 0.01])

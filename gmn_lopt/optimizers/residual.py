@@ -93,9 +93,9 @@ class Residual:
     def init(self, structure: GradientStructure, zeros: PyTree) -> ResidualState:
         """The state before the first step; ``zeros`` are shaped like the parameters."""
         gradients = jax.tree.map(lambda z: jnp.stack([z] * self.features.averages), zeros)
-        reader = self.gradmetanet
-        reads = reader is not None and reader.reads(structure)
-        return ResidualState(gradients, reader.init(structure) if reader is not None and reads else ())
+        if self.gradmetanet is None or not self.needs_factors(structure):
+            return ResidualState(gradients, ())
+        return ResidualState(gradients, self.gradmetanet.init(structure))
 
     def update(
         self,
@@ -122,7 +122,7 @@ class Residual:
         structure, grads = gradient.structure, jax.tree.leaves(gradient.grads)
         averages = [self.features.advance(a, g) for a, g in zip(jax.tree.leaves(state.gradients), grads)]
         remembered, extra = state.factors, [None] * len(grads)
-        if self.gradmetanet is not None and self.gradmetanet.reads(structure):
+        if self.gradmetanet is not None and self.needs_factors(structure):
             assert gradient.factors is not None
             channels, remembered = self.gradmetanet.advance(state.factors, gradient.factors, step)
             of_set: Any = self.gradmetanet.module(structure).apply({"params": phi["gradmetanet"]}, channels)

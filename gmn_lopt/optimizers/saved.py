@@ -105,15 +105,15 @@ def load(
             (:func:`gmn_lopt.list_pretrained`).
         structure: the structure of the model to train, from :func:`gmn_lopt.analyze`; not necessarily that of the
             model on which the optimizer was meta-trained.
-        **settings: what this optimizer leaves to its user, such as ``learning_rate`` (a number or an optax schedule)
-            and ``weight_decay``; many optimizers take none. They are those of :meth:`LearnedOptimizer.optimizer`.
+        **settings: ``learning_rate`` (a number or an optax schedule) and ``weight_decay``, those of
+            :meth:`LearnedOptimizer.optimizer`.
 
     Returns:
         The transformation.
 
     Raises:
         SerializationError: in one line, if there is no such optimizer, its files are damaged or of another version, or
-            it does not take one of the settings; or if it is an ``unf`` that was trained on a model with other leaves
+            there is no such setting; or if it is an ``unf`` that was trained on a model with other leaves
             or spaces (widths may differ).
 
     Example:

@@ -34,7 +34,7 @@ def card(name: str) -> dict[str, Any]:
 
     Returns:
         JSON values. ``training`` has the tasks, the recipe with the time it took and the commands; ``evaluations`` one
-        entry for each report of ``eval.py``. Losses are as measured, times in seconds.
+        entry for each report of ``gmn-eval``. Losses are as measured, times in seconds.
 
     Raises:
         SerializationError: in one line, if there is no such optimizer, or its card is missing or damaged.

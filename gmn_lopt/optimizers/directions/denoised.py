@@ -10,7 +10,6 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
-from gmn_lopt.optimizers.directions.base import Direction
 from gmn_lopt.optimizers.directions.denoised_layers import (
     activations_and_tangents,
     as_matrices,
@@ -24,9 +23,8 @@ from gmn_lopt.optimizers.directions.denoising import (
     init_preconditioner,
     update_preconditioners,
 )
-from gmn_lopt.optimizers.directions.muon import init_squares, muon_steps
+from gmn_lopt.optimizers.directions.muon import OrthogonalDirection, init_squares, muon_steps
 from gmn_lopt.optimizers.leaves import Gradient
-from gmn_lopt.util.checks import positive
 
 
 class DenoisedState(NamedTuple):
@@ -39,7 +37,7 @@ class DenoisedState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Denoised(Direction):
+class Denoised(OrthogonalDirection):
     """White activations, and noise taken out of the momentum (of decay 0.8); what is no layer is treated as by Muon.
 
     The mathematics is in :mod:`gmn_lopt.optimizers.directions.denoising`. It reads the factors.
@@ -54,16 +52,6 @@ class Denoised(Direction):
         >>> Denoised().coefficients()
         {'gamma': 0.3}
     """
-
-    gamma: float = 0.3
-    sized = True
-
-    def __post_init__(self) -> None:
-        positive(self, "gamma")
-
-    def coefficients(self) -> dict[str, float]:
-        """``gamma``."""
-        return {"gamma": self.gamma}
 
     def needs_factors(self, structure: GradientStructure) -> bool:
         """Whether the model has layers at all."""

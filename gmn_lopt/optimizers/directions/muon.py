@@ -33,7 +33,29 @@ class MuonState(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Muon(Direction):
+class OrthogonalDirection(Direction):
+    """A direction with a size of its own, whose parameters that are no kernels take Adam's direction, times gamma.
+
+    Attributes:
+        gamma: where the coefficient ``gamma`` starts.
+
+    Raises:
+        ValueError: ``gamma`` is not positive.
+    """
+
+    gamma: float = 0.3
+    sized = True
+
+    def __post_init__(self) -> None:
+        positive(self, "gamma")
+
+    def coefficients(self) -> dict[str, float]:
+        """``gamma``."""
+        return {"gamma": self.gamma}
+
+
+@dataclass(frozen=True)
+class Muon(OrthogonalDirection):
     """Nesterov momentum of decay 0.95, orthogonalised for kernels; others take Adam's direction from it, times gamma.
 
     Attributes:
@@ -46,16 +68,6 @@ class Muon(Direction):
         >>> Muon().coefficients()
         {'gamma': 0.3}
     """
-
-    gamma: float = 0.3
-    sized = True
-
-    def __post_init__(self) -> None:
-        positive(self, "gamma")
-
-    def coefficients(self) -> dict[str, float]:
-        """``gamma``."""
-        return {"gamma": self.gamma}
 
     def init(self, structure: GradientStructure, indices: Sequence[int], zeros: PyTree) -> MuonState:
         """Zeros."""
