@@ -70,12 +70,12 @@ def test_what_is_claimed_of_a_loop_holds(name):
     compute = jax.jit(lambda p: (loss(p), *value_grad_and_factors(loss)(p)))
     plain, value, grads, factors = compute(PARAMS)
     np.testing.assert_allclose(plain, value, rtol=1e-5)
-    rebuilt = structure.reconstruct(factors)
+    rebuilt = structure.reconstruct(factors, PARAMS)
     for parameter in structure.parameters:
         if parameter.status == "factored":
             key = parameter.name[2:-2]
             np.testing.assert_allclose(rebuilt[key], grads[key], rtol=1e-4, atol=1e-6)
-    assert parameters["['down']"].status == ("unfactored" if name == "another order" else "factored")
+    assert parameters["['down']"].status == "factored"
     for seed in (1, 2):
         permuted = permute.parameters(structure, permute.draw(structure, seed), PARAMS)
         np.testing.assert_allclose(compute(permuted)[0], value, rtol=1e-4)

@@ -41,8 +41,7 @@ def test_factors_and_symmetries(name):
     )
     for parameter, got, dense, want in by_leaf:
         np.testing.assert_allclose(dense, want, rtol=1e-4, atol=1e-6)
-        assert (got is None) == (parameter.status != "factored")
-        if got is not None:
+        if parameter.status == "factored":
             np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6, err_msg=parameter.name)
         else:
             assert any(word in parameter.name.lower() for word in ("norm", "position"))

@@ -1,5 +1,8 @@
 """The loss as a flat list of equations: its jaxpr with every call entered and dead equations dropped.
 
+All branches of a ``cond`` are entered, one after the other; ``cond_exit`` picks the results of one of them. What has an
+equation for several arrays (``split``, ``optimization_barrier``) has one for each of them here.
+
 The body of a ``scan`` is entered once, its values standing for one iteration; four equations of our own connect it with
 the outside: ``scan_index`` makes the iteration counter, whose axis is the scanned axis; ``scan_enter`` makes the carry
 that an iteration starts with, ``scan_slice`` takes the iteration's slice of a scanned array, and ``scan_exit`` returns
@@ -10,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive
@@ -85,6 +89,10 @@ class Equation:
         result: Array = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.params))
         return result
 
+    def operand(self, value: Value) -> int:
+        """The position of a value among the inputs."""
+        return next(i for i, other in enumerate(self.inputs) if other is value)
+
 
 @dataclass(eq=False)
 class Program:
@@ -123,8 +131,8 @@ def called(params: dict[str, Any]) -> tuple[Jaxpr, Sequence[Any]]:
     return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
 
 
-SCAN_INDEX, SCAN_ENTER, SCAN_SLICE, SCAN_EXIT = (
-    Primitive(f"scan_{name}") for name in ("index", "enter", "slice", "exit")
+SCAN_INDEX, SCAN_ENTER, SCAN_SLICE, SCAN_EXIT, COND_EXIT = (
+    Primitive(name) for name in ("scan_index", "scan_enter", "scan_slice", "scan_exit", "cond_exit")
 )
 
 
@@ -186,6 +194,14 @@ class _Flattener:
                 outputs = self.inline(inner, self.constants_of(inner), inputs, inside)
             elif eqn.primitive.name == "scan":
                 outputs = self.scan(eqn, inputs, place.enter(index))
+            elif eqn.primitive.name == "cond":
+                outputs = self.cond(eqn, inputs, place.enter(index))
+            elif eqn.primitive.name == "split":
+                outputs = self.split(eqn, inputs, place.enter(index))
+            elif eqn.primitive.name == "optimization_barrier":
+                outputs = [_value(var, "equation") for var in eqn.outvars]
+                for value, output in zip(inputs, outputs):
+                    self.emit(eqn.primitive, eqn.params, [value], [output], place.enter(index))
             else:
                 outputs = [_value(var, "equation") for var in eqn.outvars]
                 self.emit(eqn.primitive, eqn.params, inputs, outputs, place.enter(index))
@@ -196,6 +212,27 @@ class _Flattener:
         self, primitive: Primitive, params: dict[str, Any], inputs: list[Value], outputs: list[Value], place: _Place
     ) -> None:
         self.equations.append(Equation(primitive, params, inputs, outputs, place.path, place.tappable, place.scans))
+
+    def split(self, eqn: Any, inputs: list[Value], place: _Place) -> list[Value]:
+        shape, axis, start = inputs[0].shape, eqn.params["axis"], 0
+        outputs = [_value(var, "equation") for var in eqn.outvars]
+        for output in outputs:
+            starts = [start if d == axis else 0 for d in range(len(shape))]
+            limits = tuple(first + size for first, size in zip(starts, output.shape))
+            params = {"start_indices": tuple(starts), "limit_indices": limits, "strides": None}
+            self.emit(jax.lax.slice_p, params, inputs, [output], place)
+            start = limits[axis]
+        return outputs
+
+    def cond(self, eqn: Any, inputs: list[Value], place: _Place) -> list[Value]:
+        index, *operands = inputs
+        results = []
+        for i, branch in enumerate(eqn.params["branches"]):
+            results += self.inline(branch.jaxpr, self.constants_of(branch.jaxpr), operands, place.enter(i))
+        outputs = [_value(var, "equation") for var in eqn.outvars]
+        for i, output in enumerate(outputs):
+            self.emit(COND_EXIT, {}, [index, *results[i :: len(outputs)]], [output], place)
+        return outputs
 
     def scan(self, eqn: Any, inputs: list[Value], place: _Place) -> list[Value]:
         body = eqn.params["jaxpr"].jaxpr

@@ -4,10 +4,13 @@ A structure is found by :func:`gmn_lopt.analyze`; this file only says what it co
 """
 
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.factors.kinds import LayerKind
@@ -22,12 +25,13 @@ class Layer:
 
     Attributes:
         kind: what kind of layer it is (:mod:`gmn_lopt.factors.kinds`).
-        kernel: index into ``GradientStructure.parameters``.
+        kernel: index into ``GradientStructure.parameters``; None if no parameter is the kernel, entry by entry, as of a
+            product of two.
         bias: index into ``GradientStructure.parameters``, or None.
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
-        gradients: ``(activation, tangent) -> (the kernel's dense gradient, the bias's or None)``; not part of the
-            comparison of structures.
+        leaves: indices of all parameters that its kernel is computed from.
+        gradients: ``(activation, tangent) -> parts of the gradient``; not part of the comparison of structures.
 
     Example:
         >>> import gmn_lopt, jax.numpy as jnp
@@ -38,13 +42,51 @@ class Layer:
     """
 
     kind: LayerKind
-    kernel: int
+    kernel: int | None
     bias: int | None
     activation: int
     tangent: int
-    gradients: Callable[[Array, Array], tuple[Array, Array | None]] | None = field(
-        default=None, compare=False, repr=False
-    )
+    leaves: tuple[int, ...] = ()
+    gradients: Callable[[Array, Array], Any] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True)
+class Derived:
+    """How kernels and biases are computed from parameters where they are not simply parameters.
+
+    Attributes:
+        compute: ``(leaves, other arrays that the loss was given) -> {place: kernel or bias}``.
+        constant: whether that is linear in the parameters and depends on nothing else but constants.
+        leaves: shapes and dtypes of the parameters.
+        others: those of the other arrays.
+    """
+
+    compute: Callable[[list[Array], list[Array]], dict[Hashable, Array]]
+    constant: bool
+    leaves: tuple[jax.ShapeDtypeStruct, ...]
+    others: tuple[jax.ShapeDtypeStruct, ...]
+
+    def pull_back(
+        self, gradients: dict[Hashable, Array], leaves: Sequence[Array] | None, others: Sequence[Array]
+    ) -> list[Array]:
+        """The gradient of the parameters, given those of the kernels and biases."""
+        if leaves is None:
+            if not self.constant:
+                raise StructureError(
+                    "some kernels are computed from parameters: call reconstruct(factors, params, *args) with the "
+                    "arguments of the loss"
+                )
+            leaves, others = ([jnp.zeros(x.shape, x.dtype) for x in of] for of in (self.leaves, self.others))
+        for given, expected in ((leaves, self.leaves), (others, self.others)):
+            if [jnp.shape(x) for x in given] != [x.shape for x in expected]:
+                raise StructureError("the arguments are not of the shapes that the loss was analysed with")
+
+        def derive(leaves: list[Array]) -> dict[Hashable, Array]:
+            computed = self.compute(leaves, list(others))
+            return {place: computed[place] for place in gradients}
+
+        found: list[Array] = jax.vjp(derive, list(leaves))[1](gradients)[0]
+        return found
 
 
 @jax.tree_util.register_dataclass
@@ -89,6 +131,7 @@ class GradientStructure:
         treedef: the tree structure of the parameters.
         activation_shapes: shapes ``[S, d]`` of ``Factors.activations``.
         tangent_shapes: shapes ``[S, d]`` of ``Factors.tangents``.
+        derived: how kernels are computed that are not simply parameters; not part of the comparison of structures.
 
     Example:
         >>> import gmn_lopt, jax.numpy as jnp
@@ -109,6 +152,7 @@ class GradientStructure:
     treedef: jax.tree_util.PyTreeDef
     activation_shapes: tuple[tuple[int, int], ...]
     tangent_shapes: tuple[tuple[int, int], ...]
+    derived: Derived | None = field(default=None, compare=False, repr=False)
 
     @property
     def token_ids(self) -> frozenset[int]:
@@ -119,37 +163,46 @@ class GradientStructure:
         """Whether any neurons of a site may be permuted; otherwise it is fixed throughout, like the logits."""
         return any(self.spaces[space].permutable for space in site.spaces)
 
-    def reconstruct(self, factors: Factors) -> PyTree:
+    def reconstruct(self, factors: Factors, params: PyTree | None = None, *args: Any, **kwargs: Any) -> PyTree:
         """Dense gradients from factors: the sum of the outer products of each parameter's layers.
 
         Args:
             factors: what :func:`gmn_lopt.value_grad_and_factors` returned for this structure.
+            params, *args, **kwargs: what the loss was given. Needed only where a kernel is computed from parameters,
+                as by weight normalisation: its gradient is pulled back to them.
 
         Returns:
-            A tree like the parameters: the gradient of each factored parameter, None for all others.
+            A tree like the parameters: what the factors give of each gradient. That is the whole gradient of a factored
+            parameter, a part of that of a partial one, and zeros for all others.
 
         Raises:
-            StructureError: the factors have other shapes than the structure.
+            StructureError: factors or arguments have other shapes than the structure, or arguments are missing.
 
         Example:
-            >>> import gmn_lopt, jax.numpy as jnp
+            >>> import gmn_lopt, jax, jax.numpy as jnp
             >>> def loss(params, x):
             ...     return jnp.mean((x @ params["w"] * params["scale"]) ** 2)
             >>> params, x = {"scale": jnp.ones(3), "w": jnp.ones((2, 3))}, jnp.ones((5, 2))
             >>> _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, x)
             >>> rebuilt = gmn_lopt.analyze(loss, params, x).reconstruct(factors)
-            >>> rebuilt["scale"] is None, bool(jnp.allclose(rebuilt["w"], grads["w"]))
-            (True, True)
+            >>> jax.tree.map(lambda a, b: bool(jnp.allclose(a, b)), rebuilt, grads)
+            {'scale': False, 'w': True}
         """
         self.check_factors(factors)
-        parts: dict[int, list[Array]] = {}
+        gradients = [jnp.zeros(p.shape, p.dtype) for p in self.parameters]
+        derived: dict[Hashable, Array] = {}
         for layer in self.layers:
             assert layer.gradients is not None
-            found = layer.gradients(factors.activations[layer.activation], factors.tangents[layer.tangent])
-            for leaf, gradient in zip((layer.kernel, layer.bias), found):
-                if leaf is not None and gradient is not None and self.parameters[leaf].status == "factored":
-                    parts.setdefault(leaf, []).append(gradient)
-        gradients = [sum(parts[i][1:], parts[i][0]) if i in parts else None for i in range(len(self.parameters))]
+            parts = layer.gradients(factors.activations[layer.activation], factors.tangents[layer.tangent])
+            for leaf, gradient in parts.leaves:
+                gradients[leaf] = gradients[leaf] + gradient
+            for place, gradient in parts.derived:
+                derived[place] = derived[place] + gradient if place in derived else gradient
+        if derived:
+            assert self.derived is not None
+            leaves = None if params is None else jax.tree.leaves(params)
+            through = self.derived.pull_back(derived, leaves, split_arguments((args, kwargs))[0])
+            gradients = [a + b for a, b in zip(gradients, through)]
         return jax.tree.unflatten(self.treedef, gradients)
 
     def check_factors(self, factors: Factors, any_set_size: bool = False) -> None:
@@ -214,13 +267,30 @@ class GradientStructure:
         return "\n".join(lines)
 
 
+def split_arguments(args: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+    """Arrays among the leaves of the arguments; how to put arrays back among the rest."""
+    leaves, treedef = jax.tree.flatten(args)
+    arrays = jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct
+    static = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, arrays)}
+
+    def merge(values: Sequence[Any]) -> Any:
+        rest = iter(values)
+        return jax.tree.unflatten(treedef, [static[i] if i in static else next(rest) for i in range(len(leaves))])
+
+    return [leaf for i, leaf in enumerate(leaves) if i not in static], merge
+
+
 def _describe_layer(structure: GradientStructure, layer: Layer) -> str:
-    kernel = structure.parameters[layer.kernel]
     bias = "" if layer.bias is None else f" + {structure.parameters[layer.bias].name}"
     sites = (f"site {i}" for i, site in enumerate(structure.sites) if site.activation == layer.activation)
     reads = next(sites, "token ids")
     writes = next(i for i, site in enumerate(structure.sites) if site.tangent == layer.tangent)
-    return f"{kernel.name} [{'x'.join(map(str, kernel.shape))}]{bias}: {reads} -> site {writes}"
+    if layer.kernel is None:
+        kernel = f"a function of {_shorten([structure.parameters[leaf].name for leaf in layer.leaves])}"
+    else:
+        kernel = structure.parameters[layer.kernel].name
+        kernel += f" [{'x'.join(map(str, structure.parameters[layer.kernel].shape))}]"
+    return f"{kernel}{bias}: {reads} -> site {writes}"
 
 
 def _shorten(names: list[str], most: int = 2) -> str:

@@ -5,14 +5,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array, PyTree
 
 from gmn_lopt.factors.jaxpr.assemble import Traced, assemble
 from gmn_lopt.factors.jaxpr.replay import Replay
+from gmn_lopt.factors.jaxpr.status import PENALTY
+from gmn_lopt.factors.program import Path
 from gmn_lopt.factors.spaces import StructureError
-from gmn_lopt.factors.structure import Factors, GradientStructure
+from gmn_lopt.factors.structure import Factors, GradientStructure, split_arguments
 
 LossFunction = Callable[..., Any]
 
@@ -29,7 +30,8 @@ def analyze(
         params: the parameters, a pytree of floating-point arrays or of :class:`jax.ShapeDtypeStruct`.
         *args, **kwargs: the other arguments, of the shapes that training will use.
         has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-        strict: whether a parameter whose factors do not give its whole gradient is an error.
+        strict: whether a parameter whose factors do not give its whole gradient is an error; a penalty in the loss is
+            none.
 
     Returns:
         The structure; ``print`` it to see layers, neuron spaces, sites and unfactored parameters.
@@ -58,7 +60,11 @@ def analyze(
         3 of 3 parameters factored
     """
     structure = _trace(loss_fn, params, args, kwargs, has_aux)[0].structure
-    odd = [f"{p.name} is {p.status}: {p.reason}" for p in structure.parameters if p.status != "factored"]
+    odd = [
+        f"{p.name} is {p.status}: {p.reason}"
+        for p in structure.parameters
+        if p.status != "factored" and not (p.status == "partial" and p.reason == f"also {PENALTY}")
+    ]
     if strict and odd:
         raise StructureError(f"{len(odd)} parameters have no complete factors: {'; '.join(odd)}")
     return structure
@@ -101,20 +107,20 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
         # Traced at each call, as jax.value_and_grad is: the loss may read what has changed outside of it.
         traced, out_tree = _trace(loss_fn, params, args, kwargs, has_aux)
         leaves, treedef = jax.tree.flatten(params)
-        dynamic, _ = _split((args, kwargs))
+        dynamic, _ = split_arguments((args, kwargs))
 
-        def tapped(leaves: list[Array], perturbations: list[Array]) -> tuple[Array, Any]:
-            run = Replay(traced.taps, dict(enumerate(perturbations)))
+        def tapped(leaves: list[Array], perturbations: dict[Path, Array]) -> tuple[Array, Any]:
+            run = Replay(traced.taps, perturbations)
             outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*leaves, *dynamic], ())
             loss, aux = jax.tree.unflatten(out_tree, outputs)
             return loss, (aux, run.recorded)
 
-        zeros = [jnp.zeros(write.layout.shape, write.layers[0].output.dtype) for write in traced.writes]
+        zeros = {path: jnp.zeros(of.shape, of.dtype) for path, of in traced.perturbed.items()}
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
         (loss, (aux, recorded)), (grads, tangents) = differentiate([jnp.asarray(leaf) for leaf in leaves], zeros)
         factors = Factors(
-            tuple(read.layout.canonical(recorded[i]) for i, read in enumerate(traced.reads)),
-            tuple(write.layout.canonical(tangent) for write, tangent in zip(traced.writes, tangents)),
+            tuple(read.canonical(recorded) for read in traced.reads),
+            tuple(write.canonical(tangents) for write in traced.writes),
         )
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 
@@ -136,19 +142,6 @@ def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Ca
     return compute
 
 
-def _split(args: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-    """Arrays among the leaves of the arguments; how to put arrays back among the rest."""
-    leaves, treedef = jax.tree.flatten(args)
-    arrays = jax.Array | np.ndarray | np.generic | float | complex | jax.ShapeDtypeStruct
-    static = {i: leaf for i, leaf in enumerate(leaves) if not isinstance(leaf, arrays)}
-
-    def merge(values: Sequence[Any]) -> Any:
-        rest = iter(values)
-        return jax.tree.unflatten(treedef, [static[i] if i in static else next(rest) for i in range(len(leaves))])
-
-    return [leaf for i, leaf in enumerate(leaves) if i not in static], merge
-
-
 def _trace(
     loss_fn: LossFunction, params: PyTree, args: Sequence[Any], kwargs: Mapping[str, Any], has_aux: bool
 ) -> tuple[Traced, Any]:
@@ -162,7 +155,7 @@ def _trace(
                 f"parameter {name} is {kind}, not a floating-point array; keep only trainable arrays in params "
                 "(for Equinox: eqx.partition(model, eqx.is_inexact_array))"
             )
-    dynamic, merge = _split((args, dict(kwargs)))
+    dynamic, merge = split_arguments((args, dict(kwargs)))
     out_tree = None
 
     def flat(leaves: list[Array], dynamic: list[Array]) -> list[Array]:

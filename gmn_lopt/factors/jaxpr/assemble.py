@@ -1,20 +1,24 @@
 """From a program to its :class:`gmn_lopt.GradientStructure`, and to the taps that yield its factors."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 from jax.extend.core import ClosedJaxpr
+from jaxtyping import Array
 
-from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve
+from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, fix_sum, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, trace_view
-from gmn_lopt.factors.jaxpr.reconstruct import layer_gradients
-from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair
+from gmn_lopt.factors.jaxpr.reconstruct import kernel_gradients
+from gmn_lopt.factors.jaxpr.replay import Replay, Tap
+from gmn_lopt.factors.jaxpr.sites import Factor, FoundSite, Kernel, Layouts, find_reads, find_writes, join, pair
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
+from gmn_lopt.factors.jaxpr.status import statuses
 from gmn_lopt.factors.program import Path, Program, Value, flatten
 from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space
-from gmn_lopt.factors.structure import GradientStructure, Layer
+from gmn_lopt.factors.structure import Derived, GradientStructure, Layer
 
 
 @dataclass(frozen=True)
@@ -23,20 +27,24 @@ class Traced:
 
     structure: GradientStructure
     closed: ClosedJaxpr
-    taps: dict[Path, LayerUse]
-    reads: list[Read]
-    writes: list[Write]
+    taps: dict[Path, Tap]
+    perturbed: dict[Path, jax.ShapeDtypeStruct]
+    reads: list[Factor]
+    writes: list[Factor]
 
 
-def walk(program: Program) -> dict[Value, Axes]:
+def walk(program: Program, atoms: Atoms) -> dict[Value, Axes]:
     """The axes of every value of a program."""
-    atoms = Atoms()
     axes: dict[Value, Axes] = {value: atoms.new_axes(value.shape) for value in program.parameters}
     for value in [*program.data, *program.constants]:
         axes[value] = atoms.new_axes(value.shape, fixed=True)
     for equation in program.equations:
         inputs = [axes.setdefault(value, ()) for value in equation.inputs]
         axes.update(zip(equation.outputs, apply_rule(atoms, equation, inputs)))
+    for value in program.parameters:
+        # Of a direct sum only products can be said to lie in a parameter: its parts stay where they are.
+        for atom in _cut(axes[value]):
+            fix_sum(atom)
     return axes
 
 
@@ -45,31 +53,36 @@ def assemble(
 ) -> Traced:
     """Analyse a loss given as a jaxpr: parameters first among its inputs, the loss first among its outputs."""
     program = flatten(closed, len(names))
-    axes = walk(program)
+    atoms = Atoms()
+    axes = walk(program, atoms)
     uses = find_layers(program)
-    layers = label(program, uses, axes)
-    reads = find_reads(layers, axes)
-    writes = find_writes(program, layers, axes)
+    layouts = Layouts(axes, atoms)
+    layers = label(program, uses, axes, atoms)
+    kernels = join(layers, layouts)
+    reads = find_reads(kernels, layouts)
+    writes = find_writes(program, kernels, layouts)
+    for factor in (*reads, *writes):
+        for atom in factor.neuron_atoms:
+            fix_sum(atom)
     found = pair(reads, writes, uses)
-    references = _references(program, axes, layers, found, reads, writes)
+    references = _references(program, axes, kernels, found, reads, writes)
     stacks = independent_stacks(program, axes)
     space, set_axis = _Numbering(), _Numbering()
     sites = tuple(
         Site(
-            spaces=tuple(map(space, site.layout.neuron_atoms)),
-            size=site.layout.canonical_shape[1],
-            set_size=site.layout.canonical_shape[0],
-            set_axes=tuple(map(set_axis, site.layout.set_atoms)),
+            spaces=tuple(map(space, site.factor.neuron_atoms)),
+            size=site.factor.shape[1],
+            set_size=site.factor.shape[0],
+            set_axes=tuple(map(set_axis, site.factor.set_atoms)),
             activation=None if site.read is None else reads.index(site.read),
             tangent=None if site.write is None else writes.index(site.write),
-            copies=copies(site.layout.neuron_atoms, program, axes, stacks),
+            copies=copies(site.factor.neuron_atoms, program, axes, stacks),
         )
         for site in found
     )
     parameters = []
-    for leaf, value in enumerate(program.parameters):
+    for leaf, (value, (status, reason)) in enumerate(zip(program.parameters, statuses(program, uses, layers))):
         cut = _cut(axes[value])
-        status, reason = _status(leaf, layers, uses)
         parameters.append(
             Parameter(
                 name=names[leaf],
@@ -89,22 +102,65 @@ def assemble(
         ),
         sites=sites,
         parameters=tuple(parameters),
-        layers=tuple(
-            Layer(
-                kind=layer.kind,
-                kernel=layer.view.leaf,
-                bias=None if layer.bias is None else layer.bias.view.leaf,
-                activation=layer.read,
-                tangent=layer.write,
-                gradients=layer_gradients(program, layer, reads[layer.read].layout, arrange_output(layer, axes)),
-            )
-            for layer in layers
-        ),
+        layers=tuple(_layer(program, kernel, uses, reads, writes) for kernel in kernels),
         treedef=treedef,
-        activation_shapes=tuple(read.layout.canonical_shape for read in reads),
-        tangent_shapes=tuple(write.layout.canonical_shape for write in writes),
+        activation_shapes=tuple(read.shape for read in reads),
+        tangent_shapes=tuple(write.shape for write in writes),
+        derived=_derived(closed, layers, uses, len(names)),
     )
-    return Traced(structure, closed, {layer.equation.path: layer for layer in layers}, reads, writes)
+    records = {path for read in reads for path, _ in read.parts}
+    perturbs = {path for write in writes for path, _ in write.parts}
+    taps, perturbed = {}, {}
+    for layer in layers:
+        path = layer.equation.path
+        record = (path, 1 - layer.operand, partial(layer.kind.record, layer.equation))
+        taps[path] = Tap((record,) if path in records else (), path in perturbs)
+        if path in perturbs:
+            shape = (*(scan.length for scan in layer.scans), *layer.output.shape)
+            perturbed[path] = jax.ShapeDtypeStruct(shape, layer.output.dtype)
+    return Traced(structure, closed, taps, perturbed, reads, writes)
+
+
+def _layer(program: Program, kernel: Kernel, uses: Uses, reads: list[Factor], writes: list[Factor]) -> Layer:
+    layer = kernel.layers[0]
+    leaves = 0
+    for use in kernel.layers:
+        leaves |= uses.dependence[use.equation.inputs[use.operand]].leaves
+    return Layer(
+        kind=layer.kind,
+        kernel=None if layer.view is None else layer.view.leaf,
+        bias=None if layer.bias is None or layer.bias.view is None else layer.bias.view.leaf,
+        activation=kernel.read,
+        tangent=kernel.write,
+        leaves=tuple(leaf for leaf in range(len(program.parameters)) if leaves >> leaf & 1),
+        gradients=kernel_gradients(program, kernel, reads[kernel.read], writes[kernel.write]),
+    )
+
+
+def _derived(closed: ClosedJaxpr, layers: Sequence[LayerUse], uses: Uses, num_parameters: int) -> Derived | None:
+    """How kernels and biases are computed that are not simply parameters; None if there are none."""
+    records: dict[Path, dict[Hashable, int]] = {}
+    constant = True
+    for layer in layers:
+        used = [(layer.equation.path, layer.operand, layer.weight, layer.view)]
+        if layer.bias is not None:
+            used.append((layer.bias.add.path, layer.bias.operand, layer.bias.weight, layer.bias.view))
+        for path, operand, weight, view in used:
+            if not weight.raw or view is None:
+                records.setdefault(path, {})[path, operand] = operand
+                constant &= weight.constant
+    if not records:
+        return None
+    same = lambda x: x  # noqa: E731
+    taps = {path: Tap(tuple((key, operand, same) for key, operand in of.items())) for path, of in records.items()}
+
+    def compute(leaves: list[Array], others: list[Array]) -> dict[Hashable, Array]:
+        run = Replay(taps, {})
+        run.jaxpr(closed.jaxpr, closed.consts, [*leaves, *others], ())
+        return run.recorded
+
+    avals = [jax.ShapeDtypeStruct(aval.shape, aval.dtype) for aval in closed.in_avals]
+    return Derived(compute, constant, tuple(avals[:num_parameters]), tuple(avals[num_parameters:]))
 
 
 class _Numbering:
@@ -126,31 +182,35 @@ def _cut(axes: Axes) -> Axis:
 def _references(
     program: Program,
     axes: dict[Value, Axes],
-    layers: list[LayerUse],
+    kernels: list[Kernel],
     found: list[FoundSite],
-    reads: list[Read],
-    writes: list[Write],
+    reads: list[Factor],
+    writes: list[Factor],
 ) -> dict[int, tuple[SiteRef, ...]]:
     """The sites of kernels and biases, by their first use. Biases whose view does not fit their layer are given up."""
-    site_of: dict[Read | Write, int] = {}
+    site_of: dict[Factor, int] = {}
     for i, site in enumerate(found):
         site_of |= {part: i for part in (site.read, site.write) if part is not None}
     references: dict[int, tuple[SiteRef, ...]] = {}
     # A table that is an output layer too is described by that: lookups know nothing of its rows.
-    for layer in sorted(layers, key=lambda layer: not layer.kind.reads_neurons):
-        writes_to = site_of[writes[layer.write]]
-        refs: tuple[SiteRef, ...] = (SiteRef(writes_to, _dims(layer.batch + layer.outputs)),)
-        if layer.kind.reads_neurons:
-            refs = (SiteRef(site_of[reads[layer.read]], _dims(layer.batch + layer.inputs)), *refs)
-        references.setdefault(layer.view.leaf, refs)
-        if layer.bias is not None:
-            leaf = layer.bias.view.leaf
+    for kernel in sorted(kernels, key=lambda kernel: not kernel.layers[0].kind.reads_neurons):
+        layer, write = kernel.layers[0], writes[kernel.write]
+        writes_to = site_of[write]
+        if layer.view is not None:
+            refs: tuple[SiteRef, ...] = (SiteRef(writes_to, _dims(layer.batch + layer.outputs)),)
+            if layer.kind.reads_neurons:
+                refs = (SiteRef(site_of[reads[kernel.read]], _dims(layer.batch + layer.inputs)), *refs)
+            references.setdefault(layer.view.leaf, refs)
+        for use in kernel.layers:
+            if use.bias is None or use.bias.view is None:
+                continue
+            leaf = use.bias.view.leaf
             cut = _cut(axes[program.parameters[leaf]])
-            neurons = writes[layer.write].layout.neuron_atoms
-            traced = trace_view(program.parameters[leaf], layer.bias.view, axes)
+            neurons = write.neuron_atoms
+            traced = trace_view(program.parameters[leaf], use.bias.view, axes)
             # A view that spans set axes, such as a positional table, is added per element: no bias.
             if traced is None or len(set(cut)) != len(cut) or set(cut) != set(neurons):
-                layer.bias = None
+                use.bias = None
             else:
                 references.setdefault(leaf, (SiteRef(writes_to, tuple(map(cut.index, neurons))),))
     return references
@@ -166,24 +226,9 @@ def _following_read(leaf: int, cut: Axis, found: list[FoundSite], uses: Uses) ->
     if len(set(cut)) != len(cut):
         return ()
     for i, site in enumerate(found):
-        neurons = site.layout.neuron_atoms
+        neurons = site.factor.neuron_atoms
         if site.read is None or not neurons or not set(neurons) <= set(cut):
             continue
-        if uses.dependence[site.read.value].leaves >> leaf & 1:
+        if any(uses.dependence[layer.activation].leaves >> leaf & 1 for layer in site.read.layers):
             return (SiteRef(i, tuple(map(cut.index, neurons))),)
     return ()
-
-
-def _status(leaf: int, layers: list[LayerUse], uses: Uses) -> tuple[str, str]:
-    claimed_adds = {layer.bias.add for layer in layers if layer.bias is not None and layer.bias.view.leaf == leaf}
-    products = {layer.equation for layer in layers if layer.view.leaf == leaf}
-    refused = [layer.equation for layer in uses.layers if layer.view.leaf == leaf and layer not in layers]
-    others = [equation for equation in uses.others.get(leaf, []) if equation not in claimed_adds] + refused
-    names = ", ".join(sorted({equation.name for equation in others}))
-    if others and (claimed_adds or products):
-        return "partial", f"also used by {names} outside its layers"
-    if others:
-        return "unfactored", f"used by {names}, not by a linear layer"
-    if not (claimed_adds or products):
-        return "unused", "the loss does not depend on it"
-    return "factored", ""

@@ -3,6 +3,9 @@
 An *axis* is a tuple of atoms, row-major: an axis of 12 that is heads times dimensions is ``(heads 3, dimensions 4)``.
 An axis of size 1 is the empty product. Two axes that must be permuted together are unified atom by atom; where one is
 cut finer than the other, the coarser is cut too. An atom is *fixed* once anything treats its positions as different.
+
+The atom of a concatenation is a *direct sum* of axes, its ``summands``, from which slices take them again. Whatever
+else is done to it fixes them: no permutation of a sum as a whole is a permutation of each of its parts.
 """
 
 import math
@@ -19,6 +22,7 @@ class Atom:
     fixed: bool
     parent: "Atom | None" = None
     parts: "tuple[Atom, ...] | None" = None
+    summands: "tuple[tuple[int, tuple[Atom, ...]], ...]" = ()
 
 
 Axis = tuple[Atom, ...]
@@ -29,6 +33,7 @@ class Atoms:
 
     def __init__(self) -> None:
         self._count = 0
+        self._blocks: dict[tuple[Axis, int, int], Axis] = {}
 
     def new(self, size: int, fixed: bool = False) -> Axis:
         """A new axis: one atom, or the empty product for size 1."""
@@ -43,6 +48,7 @@ class Atoms:
 
     def cut(self, atom: Atom, sizes: Sequence[int]) -> None:
         """Cut a root atom into a row-major product of the given sizes, everywhere it stands."""
+        fix_sum(atom)
         atom.parts = tuple(part for size in sizes for part in self.new(size, atom.fixed))
 
     def unify(self, first: Axis, second: Axis) -> Axis:
@@ -51,7 +57,7 @@ class Atoms:
         while a and b:
             x, y = a[0], b[0]
             if x.size == y.size:
-                _union(x, y)
+                self._union(x, y)
                 a, b = a[1:], b[1:]
             elif x.size % y.size == 0 and y.size > 0:
                 self.cut(x, (y.size, x.size // y.size))
@@ -64,6 +70,37 @@ class Atoms:
                 a, b = a[i:], b[j:]
             a, b = resolve(a), resolve(b)
         return resolve(first)
+
+    def join(self, parts: Sequence[tuple[int, Axis]]) -> Axis:
+        """The axis of a concatenation, given the sizes and axes of its parts."""
+        parts = [part for part in parts if part[0] > 0]
+        if len(parts) == 1:
+            return resolve(parts[0][1])
+        axis = self.new(sum(size for size, _ in parts))
+        for atom in axis:
+            atom.summands = tuple(parts)
+        return axis
+
+    def _union(self, x: Atom, y: Atom) -> None:
+        if x is y:
+            return
+        first, second = (x, y) if x.order < y.order else (y, x)
+        if first.summands and second.summands:
+            if [size for size, _ in first.summands] == [size for size, _ in second.summands]:
+                for (_, a), (_, b) in zip(first.summands, second.summands):
+                    self.unify(a, b)
+            else:
+                fix_sum(first)
+                fix_sum(second)
+        # What was united above may have cut either of them: then they are united part by part.
+        if first.parent or second.parent or first.parts or second.parts:
+            self.unify((first,), (second,))
+            return
+        second.parent = first
+        first.summands = first.summands or second.summands
+        first.fixed |= second.fixed
+        if first.fixed:
+            fix((first,))
 
     def reshape(self, axes: Iterable[Axis], shape: Sequence[int]) -> tuple[Axis, ...]:
         """The axes of a row-major reshape, cutting and joining as needed."""
@@ -100,16 +137,20 @@ class Atoms:
         return tuple(result)
 
     def block(self, axis: Axis, size: int, start: int, stop: int) -> Axis:
-        """The axis of a contiguous slice: a position within one of several equal blocks where it is one, else fixed."""
+        """The axis of a contiguous slice: summands, or a position within one of several equal blocks, or else fixed."""
         length = stop - start
         if length == size:
             return resolve(axis)
+        if (parts := _between(axis, start, stop)) is not None:
+            return self.join(parts)
         if length > 0 and size % length == 0 and start % length == 0:
             block, position = self.reshape((axis,), (size // length, length))
             fix(block)
             return resolve(position)
         fix(axis)
-        return self.new(length, fixed=True)
+        # Equal slices are the same neurons, whatever is done with them.
+        key = (resolve(axis), start, stop)
+        return resolve(self._blocks.setdefault(key, self.new(length, fixed=True)))
 
 
 def root(atom: Atom) -> Atom:
@@ -133,20 +174,37 @@ def resolve(axis: Iterable[Atom]) -> Axis:
 def fix(axis: Iterable[Atom]) -> None:
     """Mark the neurons of an axis as used by position. Always safe: it only gives up a symmetry."""
     for atom in resolve(axis):
-        atom.fixed = True
+        if not (atom.fixed and not atom.summands):
+            atom.fixed = True
+            fix_sum(atom)
+
+
+def fix_sum(atom: Atom) -> None:
+    """Give up the symmetry of a direct sum's parts; of any other atom nothing happens."""
+    summands, atom.summands = atom.summands, ()
+    atom.fixed |= bool(summands)
+    for _, axis in summands:
+        fix(axis)
+
+
+def _between(axis: Iterable[Atom], start: int, stop: int) -> list[tuple[int, Axis]] | None:
+    """The summands of an axis that fill a slice of it; None where none do."""
+    atoms = resolve(axis)
+    if len(atoms) != 1 or not atoms[0].summands:
+        return None
+    begin, found = 0, []
+    for part in atoms[0].summands:
+        if start <= begin < stop:
+            found.append((begin, part))
+        begin += part[0]
+    if not found or found[0][0] != start or found[-1][0] + found[-1][1][0] != stop:
+        return None
+    return [part for _, part in found]
 
 
 def sizes(axis: Iterable[Atom]) -> tuple[int, ...]:
     """Sizes of the atoms of a resolved axis."""
     return tuple(atom.size for atom in axis)
-
-
-def _union(x: Atom, y: Atom) -> None:
-    if x is y:
-        return
-    first, second = (x, y) if x.order < y.order else (y, x)
-    second.parent = first
-    first.fixed |= second.fixed
 
 
 def _equal_prefixes(a: Sequence[int], b: Sequence[int]) -> tuple[int, int]:

@@ -129,33 +129,15 @@ def slice_(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     return [tuple(result)]
 
 
-def split(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
-    """Several slices along one dimension."""
-    d, start, results = equation.params["axis"], 0, []
-    lengths = [int(length) for length in equation.params["sizes"]]
-    for length in lengths:
-        axes = list(inputs[0])
-        if len(set(lengths)) == 1:
-            axes[d] = atoms.block(axes[d], sum(lengths), start, start + length)
-        else:
-            fix(axes[d])
-            axes[d] = atoms.new(length, fixed=True)
-        results.append(tuple(axes))
-        start += length
-    return results
-
-
 def concatenate(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
-    """The parts of the concatenated axis stand at known positions."""
+    """The concatenated axis is the direct sum of its parts; all others are the same."""
     d = equation.params["dimension"]
     result = list(inputs[0])
-    for axes in inputs:
+    for axes in inputs[1:]:
         for e, axis in enumerate(axes):
-            if e == d:
-                fix(axis)
-            else:
+            if e != d:
                 result[e] = atoms.unify(result[e], axis)
-    result[d] = atoms.new(equation.outputs[0].shape[d], fixed=True)
+    result[d] = atoms.join([(value.shape[d], axes[d]) for value, axes in zip(equation.inputs, inputs)])
     return [tuple(result)]
 
 
@@ -189,6 +171,14 @@ def gather(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     remaining, carried = iter(offset), iter(index_axes)
     rank = len(equation.outputs[0].shape)
     return [tuple(next(remaining) if d in numbers.offset_dims else next(carried) for d in range(rank))]
+
+
+def cond_exit(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """The results of all branches are alike."""
+    first, *others = inputs[1:]
+    for axes in others:
+        first = tuple(map(atoms.unify, first, axes))
+    return [first]
 
 
 def scan_index(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
@@ -238,17 +228,18 @@ def bitcast(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
 
 def _table() -> dict[str, Rule]:
     names = """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
-    clz conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge gt
-    igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
-    polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
-    shift_left shift_right_arithmetic shift_right_logical sharding_constraint reshard sign sin sinh sqrt square
-    stop_gradient sub tan tanh xor zeta"""
+    clz conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge
+    gt igamma igammac imag integer_pow is_finite layout_constraint le lgamma log log1p logistic lt max mesh_cast
+    min mul name ne neg nextafter not optimization_barrier or pcast polygamma population_count pow pvary real
+    reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
+    shift_right_logical sharding_constraint reshard sign sin sinh sqrt square stop_gradient sub tan tanh xor
+    zeta"""
     table: dict[str, Rule] = {name: elementwise for name in names.split()}
     table |= {f"reduce_{name}": reduce for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
     table |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}
     table |= {name: arg_reduce for name in ("argmax", "argmin")}
     table |= {"bitcast_convert_type": bitcast, "rev": along("dimensions"), "slice": slice_}
-    named = [broadcast_in_dim, concatenate, dot_general, gather, iota, pad, random_bits, reshape, split, squeeze]
+    named = [broadcast_in_dim, concatenate, cond_exit, dot_general, gather, iota, pad, random_bits, reshape, squeeze]
     named += [transpose, scan_enter, scan_exit, scan_index, scan_slice]
     return table | {rule.__name__: rule for rule in named}
 

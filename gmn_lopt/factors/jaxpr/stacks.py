@@ -2,7 +2,7 @@
 
 from gmn_lopt.factors.jaxpr.axes import Atom, Axis, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
-from gmn_lopt.factors.jaxpr.layers import VIEWS
+from gmn_lopt.factors.jaxpr.weights import VIEWS
 from gmn_lopt.factors.program import Equation, Program, Scan, Value
 
 

@@ -75,6 +75,15 @@ class LayerKind(abc.ABC):
         ``shared`` are positions in ``KernelDims.batch`` along which the kernel is only repeated; they are of the set.
         """
 
+    def regions(
+        self, equation: Equation, operand: int, kernel: tuple[slice, ...]
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+        """What a block of the kernel reads of the activation and writes of the output; None: blocks are not told apart.
+
+        A kernel may be a concatenation of parameters, each of which is then a layer by itself.
+        """
+        return None
+
     def product(self, equation: Equation, operand: int, kernel: Array, recorded: Array) -> Array:
         """The layer's output, linear in the kernel; its transpose makes the kernel's gradient of a tangent."""
         return equation.bind(*((kernel, recorded) if operand == 0 else (recorded, kernel)))

@@ -38,6 +38,20 @@ class Dense(LayerKind):
         read = {*contract[other], *(batch[other][i] for i in apart)}
         return read, apart | set(range(start, start + free[operand]))
 
+    def regions(
+        self, equation: Equation, operand: int, kernel: tuple[slice, ...]
+    ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
+        """A block of the inputs, and one of the outputs."""
+        (contract, batch), other = equation.params["dimension_numbers"], 1 - operand
+        activation = [slice(0, size) for size in equation.inputs[other].shape]
+        for mine, theirs in zip((*contract[operand], *batch[operand]), (*contract[other], *batch[other])):
+            activation[theirs] = kernel[mine]
+        free = [
+            [part for d, part in enumerate(parts) if d not in (*contract[i], *batch[i])]
+            for i, parts in sorted([(operand, kernel), (other, activation)])
+        ]
+        return tuple(activation), (*(kernel[d] for d in batch[operand]), *free[0], *free[1])
+
     def matrices(self, kernel: Parameter) -> Matrices | None:
         """A stack, if every dimension of the kernel runs over neurons, once on each side."""
         if not is_kernel(kernel):

@@ -93,6 +93,8 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
     position = {index: i for i, index in enumerate(indices)}
     groups: dict[tuple[int, int, LayerKind, bool, Hashable], list[DenoisedLayer]] = {}
     for layer in structure.layers:
+        if layer.kernel is None:
+            continue
         kernel = structure.parameters[layer.kernel]
         matrices = layer.kind.matrices(kernel)
         bias = _own_bias(structure, layer)
@@ -109,7 +111,7 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
 
 def _own_bias(structure: GradientStructure, layer: Layer) -> int | None:
     """The bias, if it is for all outputs, no other layer uses it, and it may be a row of the kernel."""
-    if not layer.kind.reads_neurons or layer.bias is None:
+    if not layer.kind.reads_neurons or layer.bias is None or layer.kernel is None:
         return None
     bias, write = structure.parameters[layer.bias], structure.parameters[layer.kernel].sites[-1].site
     alone = [other.bias for other in structure.layers].count(layer.bias) == 1
