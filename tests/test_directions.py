@@ -164,22 +164,23 @@ def test_a_table_of_embeddings_is_denoised_by_how_often_each_token_occurs():
     assert max(x.size for x in jax.tree.leaves(state)) == params["table"].size
 
 
-def test_a_kernel_that_two_layers_use_is_left_to_muon():
-    params = {"w": jnp.eye(5) + 0.1, "out": jnp.ones((5, 2))}
-    x = jax.random.normal(jax.random.key(0), (12, 5))
+def test_a_table_that_is_an_output_layer_too_is_left_to_muon():
+    params = {"table": jax.random.normal(jax.random.key(1), (7, 5)), "w": jnp.eye(5) + 0.1}
+    ids = jax.random.randint(jax.random.key(0), (12,), 0, 7)
 
-    def loss(params, x):
-        return jnp.mean((jnp.tanh(jnp.tanh(x @ params["w"]) @ params["w"]) @ params["out"]) ** 2)
+    def loss(params, x, ids):
+        logits = jnp.tanh((params["table"][ids] + x) @ params["w"]) @ params["table"].T
+        return -jnp.mean(jax.nn.log_softmax(logits)[:, 0])
 
-    model = (loss, params, (x,))
+    model = (loss, params, (jnp.zeros((12, 5)), ids))
     structure = analyzed(model)
     (group,) = layer_groups(structure, range(2))
-    assert [structure.parameters[layer.kernel].name for layer in group.layers] == ["['out']"]
+    assert [structure.parameters[layer.kernel].name for layer in group.layers] == ["['w']"]
     recorded = record(model)
     denoised, muon = (LearnedOptimizer(structure, direction) for direction in (Denoised(), Muon()))
     phi = muon.init(jax.random.key(0))
     updates = play(denoised, phi, recorded[:1])[0], play(muon, phi, recorded[:1])[0]
-    np.testing.assert_allclose(updates[0]["w"], updates[1]["w"], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(updates[0]["table"], updates[1]["table"], rtol=1e-3, atol=1e-6)
 
 
 def test_a_layer_of_which_a_part_is_masked_is_left_to_muon():

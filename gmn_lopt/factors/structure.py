@@ -3,7 +3,9 @@
 A structure is found by :func:`gmn_lopt.analyze`; this file only says what it consists of and how it prints.
 """
 
+import re
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,8 +142,8 @@ class GradientStructure:
         >>> len(structure.layers), len(structure.spaces), len(structure.sites)
         (1, 2, 2)
         >>> print(structure)  # doctest: +ELLIPSIS
+        1 of 1 parameters factored, 6 of 6 entries
         1 layers
-           [2x3]: site 0 -> site 1
         ...
     """
 
@@ -237,34 +239,26 @@ class GradientStructure:
                     )
 
     def __str__(self) -> str:
-        """Layers, spaces, sites, and every parameter whose factors do not give its whole gradient, with the reason."""
-        lines = [f"{len(self.layers)} layers"]
-        lines += [f"  {_describe_layer(self, layer)}" for layer in self.layers]
+        """A summary, with every parameter whose factors do not give its whole gradient; then layers, spaces, sites.
 
-        lines.append(f"{len(self.spaces)} neuron spaces")
-        for i, space in enumerate(self.spaces):
-            users = [parameter.name for parameter in self.parameters if i in parameter.spaces]
-            kind = "permutable" if space.permutable else "fixed"
-            each = f" in each of space {' x '.join(map(str, space.stack))} by itself" if space.stack else ""
-            lines.append(f"  {i}: {space.size} neurons, {kind}{each}, in {_shorten(users)}")
-
-        lines.append(f"{len(self.sites)} sites")
-        for i, site in enumerate(self.sites):
-            has = {"input": "activation", "output": "tangent", "inner": "activation and tangent"}[site.kind]
-            spaces = " x ".join(map(str, site.spaces)) or "(one neuron)"
-            copies = "".join(f", copies along space {site.spaces[d]}" for d in site.copies)
-            lines.append(f"  {i}: {site.size} neurons of space {spaces}, set of {site.set_size}, {has}{copies}")
-
-        odd: dict[tuple[str, str], list[str]] = {}
-        for parameter in self.parameters:
-            if parameter.status != "factored":
-                odd.setdefault((parameter.status, parameter.reason), []).append(parameter.name)
-        count = len(self.parameters)
-        lines.append(f"{count - sum(map(len, odd.values()))} of {count} parameters factored")
-        for (status, reason), names in odd.items():
-            text = f"{', '.join(names)} {'is' if len(names) == 1 else 'are'} {status}: {reason}"
-            lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
-        return "\n".join(lines)
+        Of layers that differ in the numbers in their names only, the first is shown.
+        """
+        names = [parameter.name for parameter in self.parameters]
+        used = [[names[p] for p, of in enumerate(self.parameters) if i in of.spaces] for i in range(len(self.spaces))]
+        layers = [_describe_layer(self, layer) for layer in self.layers]
+        spaces = [_describe_space(i, space, used[i]) for i, space in enumerate(self.spaces)]
+        sites = [_describe_site(self, i, site) for i, site in enumerate(self.sites)]
+        return "\n".join(
+            [
+                *_describe_factored(self.parameters),
+                f"{len(layers)} layers",
+                *_collapse(layers),
+                f"{len(spaces)} neuron spaces",
+                *_collapse(spaces),
+                f"{len(sites)} sites",
+                *_collapse(sites),
+            ]
+        )
 
 
 def split_arguments(args: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
@@ -280,18 +274,78 @@ def split_arguments(args: PyTree) -> tuple[list[Any], Callable[[Sequence[Any]], 
     return [leaf for i, leaf in enumerate(leaves) if i not in static], merge
 
 
-def _describe_layer(structure: GradientStructure, layer: Layer) -> str:
-    bias = "" if layer.bias is None else f" + {structure.parameters[layer.bias].name}"
+def _describe_factored(parameters: Sequence[Parameter]) -> list[str]:
+    """How much of the parameters is factored, and what is not, with the reasons."""
+    factored = [p for p in parameters if p.status == "factored"]
+    entries, total = sum(p.size for p in factored), sum(p.size for p in parameters)
+    lines = [f"{len(factored)} of {len(parameters)} parameters factored, {entries:,} of {total:,} entries"]
+    odd: dict[tuple[str, str], list[str]] = {}
+    for parameter in parameters:
+        if parameter.status != "factored":
+            odd.setdefault((parameter.status, parameter.reason), []).append(parameter.name)
+    for (status, reason), names in odd.items():
+        shown = [first if count == 1 else f"{first} and {count - 1} like it" for first, count in _alike(names)]
+        text = f"{', '.join(shown)} {'is' if len(names) == 1 else 'are'} {status}: {reason}"
+        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+    return lines
+
+
+def _describe_layer(structure: GradientStructure, layer: Layer) -> tuple[str, Hashable]:
+    """A line, and what it has in common with the lines of layers like it."""
+    names = [parameter.name for parameter in structure.parameters]
+    bias = "" if layer.bias is None else f" + {names[layer.bias]}"
     sites = (f"site {i}" for i, site in enumerate(structure.sites) if site.activation == layer.activation)
     reads = next(sites, "token ids")
     writes = next(i for i, site in enumerate(structure.sites) if site.tangent == layer.tangent)
     if layer.kernel is None:
-        kernel = f"a function of {_shorten([structure.parameters[leaf].name for leaf in layer.leaves])}"
+        kernel = f"a function of {_shorten([names[leaf] for leaf in layer.leaves])}"
     else:
-        kernel = structure.parameters[layer.kernel].name
-        kernel += f" [{'x'.join(map(str, structure.parameters[layer.kernel].shape))}]"
-    return f"{kernel}{bias}: {reads} -> site {writes}"
+        kernel = f"{names[layer.kernel]} [{'x'.join(map(str, structure.parameters[layer.kernel].shape))}]"
+    return f"{kernel}{bias}: {reads} -> site {writes}", _pattern(kernel + bias)
 
 
-def _shorten(names: list[str], most: int = 2) -> str:
+def _describe_space(index: int, space: Space, users: Sequence[str]) -> tuple[str, Hashable]:
+    kind = "permutable" if space.permutable else "fixed"
+    each = f" in each of space {' x '.join(map(str, space.stack))} by itself" if space.stack else ""
+    line = f"{index}: {space.size} neurons, {kind}{each}, in {_shorten(users)}"
+    return line, (space.size, kind, space.stack, frozenset(map(_pattern, users)))
+
+
+def _describe_site(structure: GradientStructure, index: int, site: Site) -> tuple[str, Hashable]:
+    has = {"input": "activation", "output": "tangent", "inner": "activation and tangent"}[site.kind]
+    spaces = " x ".join(map(str, site.spaces)) or "(one neuron)"
+    copies = "".join(f", copies along space {site.spaces[d]}" for d in site.copies)
+    line = f"{index}: {site.size} neurons of space {spaces}, set of {site.set_size}, {has}{copies}"
+    kinds = tuple((structure.spaces[s].size, structure.spaces[s].permutable) for s in site.spaces)
+    return line, (kinds, site.set_size, site.set_axes, has, copies)
+
+
+def _collapse(lines: Sequence[tuple[str, Hashable]], most: int = 3) -> list[str]:
+    """Of lines that are alike, if they are many, the first with their number."""
+    count = Counter(key for _, key in lines)
+    seen: set[Hashable] = set()
+    shown = []
+    for line, key in lines:
+        if count[key] <= most:
+            shown.append(f"  {line}")
+        elif key not in seen:
+            shown.append(f"  {line}; and {count[key] - 1} like it")
+            seen.add(key)
+    return shown
+
+
+def _alike(names: Sequence[str]) -> list[tuple[str, int]]:
+    """Of names that differ in numbers only the first, and how many they are."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(_pattern(name), name)
+    count = Counter(map(_pattern, names))
+    return [(name, count[pattern]) for pattern, name in first.items()]
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\d+", "#", name)
+
+
+def _shorten(names: Sequence[str], most: int = 2) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -46,6 +46,7 @@ def analyze(
         ...     return jnp.mean((jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]) ** 2)
         >>> params = {"b": jnp.ones(4), "v": jnp.ones((4, 2)), "w": jnp.ones((3, 4))}
         >>> print(gmn_lopt.analyze(loss, params, jnp.ones((8, 3))))
+        3 of 3 parameters factored, 24 of 24 entries
         2 layers
           ['w'] [3x4] + ['b']: site 0 -> site 1
           ['v'] [4x2]: site 1 -> site 2
@@ -57,7 +58,6 @@ def analyze(
           0: 3 neurons of space 0, set of 8, activation
           1: 4 neurons of space 1, set of 8, activation and tangent
           2: 2 neurons of space 2, set of 8, tangent
-        3 of 3 parameters factored
     """
     structure = _trace(loss_fn, params, args, kwargs, has_aux)[0].structure
     odd = [
