@@ -5,6 +5,7 @@ import permute
 import pytest
 from models import BATCH, MODELS, cross_entropy, data, jnp_mlp, linen_mlp, sequence_model
 
+import gmn_lopt
 from gmn_lopt import StructureError, analyze, value_grad_and_factors
 
 
@@ -216,3 +217,24 @@ def test_labels_are_by_position_for_every_form_of_cross_entropy():
     x, labels, _ = data()
     for loss in (one_hot, indexed, lambda p, x, y: cross_entropy(x @ p, y)):
         assert not any(space.permutable for space in analyze(loss, jnp.ones((7, 5)), x, labels).spaces)
+
+
+def test_repeated_layers_are_collapsed_and_optimizers_explain_themselves():
+    def loss(params, x):
+        h = x
+        for block in params["blocks"]:
+            h = h + jnp.tanh(h * block["scale"] @ block["w"]) @ block["v"]
+        return jnp.mean(jnp.tanh(h @ params["out"] @ params["out"].T) ** 2)
+
+    block = {"scale": jnp.ones(6), "w": jnp.ones((6, 8)), "v": jnp.ones((8, 6))}
+    params = {"blocks": [block] * 9, "out": jnp.ones((6, 6))}
+    structure = analyze(loss, params, jnp.ones((5, 6)))
+    lines = str(structure).splitlines()
+    assert lines[0] == "19 of 28 parameters factored, 900 of 954 entries" and len(lines) < 25
+    assert "['blocks'][0]['scale'] and 8 like it are unfactored: a scale: multiplied with activations" in lines[1]
+    assert "['blocks'][0]['v'] [8x6]: site 1 -> site 2; and 8 like it" in str(structure).replace("site 3", "site 2")
+    text = gmn_lopt.explain(structure, "default+gmn")
+    assert "864 of 954 entries: the denoised step, by their factors" in text
+    assert "36 of 954 entries: Muon's direction: used by several layers between other neurons" in text
+    assert "54 of 954 entries: Adam's direction: a scale: multiplied with activations" in text
+    assert "a network adds its part, which reads factors and gradients" in text and "times the parameters" in text

@@ -284,10 +284,19 @@ def _describe_factored(parameters: Sequence[Parameter]) -> list[str]:
         if parameter.status != "factored":
             odd.setdefault((parameter.status, parameter.reason), []).append(parameter.name)
     for (status, reason), names in odd.items():
-        shown = [first if count == 1 else f"{first} and {count - 1} like it" for first, count in _alike(names)]
-        text = f"{', '.join(shown)} {'is' if len(names) == 1 else 'are'} {status}: {reason}"
-        lines += textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
+        lines += list_alike(names, f" {'is' if len(names) == 1 else 'are'} {status}: {reason}")
     return lines
+
+
+def list_alike(names: Sequence[str], after: str = "") -> list[str]:
+    """Names and what is to be said of them as lines to print; those that differ in numbers only are counted."""
+    first: dict[str, str] = {}
+    for name in names:
+        first.setdefault(_pattern(name), name)
+    count = Counter(map(_pattern, names))
+    shown = [n if count[pattern] == 1 else f"{n} and {count[pattern] - 1} like it" for pattern, n in first.items()]
+    text = ", ".join(shown) + after
+    return textwrap.wrap(text, WIDTH, initial_indent="  ", subsequent_indent="    ", break_long_words=False)
 
 
 def _describe_layer(structure: GradientStructure, layer: Layer) -> tuple[str, Hashable]:
@@ -332,15 +341,6 @@ def _collapse(lines: Sequence[tuple[str, Hashable]], most: int = 3) -> list[str]
             shown.append(f"  {line}; and {count[key] - 1} like it")
             seen.add(key)
     return shown
-
-
-def _alike(names: Sequence[str]) -> list[tuple[str, int]]:
-    """Of names that differ in numbers only the first, and how many they are."""
-    first: dict[str, str] = {}
-    for name in names:
-        first.setdefault(_pattern(name), name)
-    count = Counter(map(_pattern, names))
-    return [(name, count[pattern]) for pattern, name in first.items()]
 
 
 def _pattern(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from gmn_lopt.optimizers.alias import denoised
 from gmn_lopt.optimizers.directions import Denoised, Direction, Momentum, Muon
+from gmn_lopt.optimizers.explain import explain
 from gmn_lopt.optimizers.features import Features, PaperFeatures, ScaleFree
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
 from gmn_lopt.optimizers.leaves import Gradient
@@ -38,6 +39,7 @@ __all__ = [
     "StepSize",
     "card",
     "denoised",
+    "explain",
     "list_pretrained",
     "load",
     "recipe",

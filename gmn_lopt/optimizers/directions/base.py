@@ -35,6 +35,10 @@ class Direction(abc.ABC):
         """The positions in ``indices`` of parameters whose steps know the scale of the factors, not of the gradient."""
         return frozenset()
 
+    def treatment(self, structure: GradientStructure) -> list[str]:
+        """What is done with each of the parameters, in a few words: equal words for equal treatment."""
+        return [f"the direction {type(self).__name__}"] * len(structure.parameters)
+
     @abc.abstractmethod
     def init(self, structure: GradientStructure, indices: Sequence[int], zeros: PyTree) -> PyTree:
         """The state before the first step.

@@ -15,6 +15,7 @@ from gmn_lopt.optimizers.directions.denoised_layers import (
     as_matrices,
     from_matrices,
     layer_groups,
+    why_not_denoised,
 )
 from gmn_lopt.optimizers.directions.denoising import (
     MOMENTUM_DECAY,
@@ -60,6 +61,15 @@ class Denoised(OrthogonalDirection):
     def rescaled(self, structure: GradientStructure, indices: Sequence[int]) -> frozenset[int]:
         """The parameters of the layers that take this step."""
         return frozenset(place for group in layer_groups(structure, indices) for place in group.places)
+
+    def treatment(self, structure: GradientStructure) -> list[str]:
+        """The denoised step, from the factors, of kernels that are matrices; Muon's or Adam's, and why, of the rest."""
+        places = self.rescaled(structure, range(len(structure.parameters)))
+        others = super().treatment(structure)
+        return [
+            "the denoised step, by their factors" if i in places else f"{other}: {why_not_denoised(structure, i)}"
+            for i, other in enumerate(others)
+        ]
 
     def init(self, structure: GradientStructure, indices: Sequence[int], zeros: PyTree) -> DenoisedState:
         """Zeros."""

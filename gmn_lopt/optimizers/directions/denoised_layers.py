@@ -109,6 +109,23 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
     return tuple(LayerGroup(tuple(layers), *alike[:3]) for alike, layers in groups.items())
 
 
+def why_not_denoised(structure: GradientStructure, index: int) -> str:
+    """Why a parameter is in none of the groups."""
+    parameter = structure.parameters[index]
+    layers = [layer for layer in structure.layers if layer.kernel == index]
+    if len({layer.kind for layer in layers}) > 1:
+        return "used by layers of two kinds"
+    if len(layers) > 1:
+        return "used by several layers between other neurons"
+    if layers:
+        return "not a matrix from neurons to neurons"
+    if any(layer.bias == index for layer in structure.layers):
+        return "a bias that is no row of a kernel"
+    if any(index in layer.leaves for layer in structure.layers):
+        return "a kernel is computed from it, but it is not that kernel, entry by entry"
+    return parameter.reason
+
+
 def _own_bias(structure: GradientStructure, layer: Layer) -> int | None:
     """The bias, if it is for all outputs, no other layer uses it, and it may be a row of the kernel."""
     if not layer.kind.reads_neurons or layer.bias is None or layer.kernel is None:

@@ -53,6 +53,10 @@ class OrthogonalDirection(Direction):
         """``gamma``."""
         return {"gamma": self.gamma}
 
+    def treatment(self, structure: GradientStructure) -> list[str]:
+        """Muon's or Adam's."""
+        return ["Muon's direction" if is_kernel(p) else "Adam's direction" for p in structure.parameters]
+
 
 @dataclass(frozen=True)
 class Muon(OrthogonalDirection):
