@@ -136,3 +136,20 @@ def test_what_cannot_be_tapped_is_said():
     structure, _ = check(loss, PARAMS, X, Y)
     odd = {p.name: p.reason for p in structure.parameters if p.status != "factored"}
     assert list(odd) == ["['d']"] and "inside a function with a derivative of its own" in odd["['d']"]
+
+
+def test_derivatives_in_the_input_are_uses_of_the_same_kernels():
+    """A loss of the second derivative, by forward mode: products of tangents have no bias."""
+
+    def residual(p, x):
+        u = lambda x: network(p, x)[0]  # noqa: E731
+        direction = jnp.ones_like(x)
+        return jax.jvp(lambda x: jax.jvp(u, (x,), (direction,))[1], (x,), (direction,))[1]
+
+    def loss(p, x, y):
+        return jnp.mean((jax.vmap(residual, (None, 0))(p, x) - y[:, 0]) ** 2)
+
+    structure, _ = check(loss, PARAMS, X, Y)
+    assert {p.status for p in structure.parameters} == {"factored"}, str(structure)
+    kernels = [structure.parameters[layer.kernel].name for layer in structure.layers]
+    assert sorted(kernels) == ["['a']", "['c']", "['d']"], str(structure)

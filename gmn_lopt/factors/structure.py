@@ -29,7 +29,7 @@ class Layer:
         kind: what kind of layer it is (:mod:`gmn_lopt.factors.kinds`).
         kernel: index into ``GradientStructure.parameters``; None if no parameter is the kernel, entry by entry, as of a
             product of two.
-        bias: index into ``GradientStructure.parameters``, or None.
+        bias: index into ``GradientStructure.parameters``, or None; also None where some uses have another.
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
         leaves: indices of all parameters that its kernel is computed from.

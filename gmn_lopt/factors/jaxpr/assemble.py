@@ -122,14 +122,14 @@ def assemble(
 
 
 def _layer(program: Program, kernel: Kernel, uses: Uses, reads: list[Factor], writes: list[Factor]) -> Layer:
-    layer = kernel.layers[0]
-    leaves = 0
+    layer, leaves = kernel.layers[0], 0
     for use in kernel.layers:
         leaves |= uses.dependence[use.equation.inputs[use.operand]].leaves
+    biases = {None if use.bias is None or use.bias.view is None else use.bias.view.leaf for use in kernel.layers}
     return Layer(
         kind=layer.kind,
         kernel=None if layer.view is None else layer.view.leaf,
-        bias=None if layer.bias is None or layer.bias.view is None else layer.bias.view.leaf,
+        bias=biases.pop() if len(biases) == 1 else None,
         activation=kernel.read,
         tangent=kernel.write,
         leaves=tuple(leaf for leaf in range(len(program.parameters)) if leaves >> leaf & 1),

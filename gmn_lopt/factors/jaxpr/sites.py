@@ -159,8 +159,7 @@ def join(layers: Sequence[LayerUse], layouts: Layouts) -> list[Kernel]:
             key: tuple[Hashable, ...] = (value, layer.piece.start)
         else:
             dims = tuple(tuple(d for _, d in of) for of in (layer.inputs, layer.outputs, layer.batch))
-            bias = None if layer.bias is None or layer.bias.view is None else layer.bias.view.leaf
-            key = (layer.view.leaf, layer.view.block, bias, *dims)
+            key = (layer.view.leaf, layer.view.block, *dims)
         reads = layouts.activation(layer).neuron_atoms if layer.kind.reads_neurons else ()
         key = (*key, layer.kind, reads, layouts.output(layer).neuron_atoms)
         kernels.setdefault(key, Kernel([])).layers.append(layer)
