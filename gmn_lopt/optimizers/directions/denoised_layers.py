@@ -83,22 +83,28 @@ class LayerGroup:
 
 
 def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[LayerGroup, ...]:
-    """The layers to which this applies: kernels that one layer uses, each one matrix, or one for each stacked layer.
+    """The layers to which this applies: those whose kernel is a matrix, or one for each of a stack.
+
+    Of layers that use one kernel between different neurons (a table of embeddings that is the output layer too, the
+    products of a derivative in the input) it is the first that counts, and rather one that reads neurons.
 
     Args:
         structure: the structure of the model.
         indices: the parameters that are handled; a layer of which one is missing is left out.
     """
-    kernels = [layer.kernel for layer in structure.layers]
     position = {index: i for i, index in enumerate(indices)}
     groups: dict[tuple[int, int, LayerKind, bool, Hashable], list[DenoisedLayer]] = {}
+    first: dict[int, Layer] = {}
+    for layer in sorted(structure.layers, key=lambda layer: not layer.kind.reads_neurons):
+        if layer.kernel is not None:
+            first.setdefault(layer.kernel, layer)
     for layer in structure.layers:
-        if layer.kernel is None:
+        if layer.kernel is None or first[layer.kernel] is not layer:
             continue
         kernel = structure.parameters[layer.kernel]
         matrices = layer.kind.matrices(kernel)
         bias = _own_bias(structure, layer)
-        if kernels.count(layer.kernel) > 1 or matrices is None:
+        if matrices is None:
             continue
         if layer.kernel not in position or not (bias is None or bias in position):
             continue
@@ -113,10 +119,6 @@ def why_not_denoised(structure: GradientStructure, index: int) -> str:
     """Why a parameter is in none of the groups."""
     parameter = structure.parameters[index]
     layers = [layer for layer in structure.layers if layer.kernel == index]
-    if len({layer.kind for layer in layers}) > 1:
-        return "used by layers of two kinds"
-    if len(layers) > 1:
-        return "used by several layers between other neurons"
     if layers:
         return "not a matrix from neurons to neurons"
     if any(layer.bias == index for layer in structure.layers):
