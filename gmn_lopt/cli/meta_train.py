@@ -18,7 +18,6 @@ Several processes, on one machine or on many, compute one run together: one comm
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -79,9 +78,12 @@ def main(config: Config) -> bool:
             raise UsageError(first_line(error)) from None
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
-        with contextlib.closing(open_run(config)) as run:
+        with open_run(config) as run:
             total = sum(stage.meta_steps for stage in config.stages)
-            if run.complete:
+            if run.latest > total:
+                file = run.path / "checkpoints" / str(run.latest)
+                raise RunError(f"{file} is beyond the {total} meta-steps of the run; delete it to continue")
+            if run.complete == total:
                 if is_first():
                     print(f"{config.out} is complete: {total} meta-steps")
                 return True
