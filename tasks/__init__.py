@@ -13,6 +13,11 @@ from typing import Any
 
 # Relative: this folder is installed as gmn_lopt.tasks, and ``import tasks`` fails rather than make a second copy of it.
 from ..meta.task import Task
+from ..util.checks import plain_numbers
+from ..util.codec import from_json, to_json
+
+TASK_ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, SyntaxError)
+"""What loading a task may raise that is the fault of its name, its settings, or its data."""
 
 
 def task_names() -> list[str]:
@@ -48,12 +53,19 @@ def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
     # One hidden layer is the usual case: hidden=64 says the same as hidden=(64,).
     several = {key for key in settings if isinstance(parameters[key].default, tuple)}
     settings = {k: (v,) if k in several and not isinstance(v, list | tuple) else v for k, v in settings.items()}
-    task = make(data_dir, **settings)
+    task = make(data_dir, **_checked(make, settings))
     if not isinstance(task, Task):
         raise ValueError(f"task {spec!r} makes a {type(task).__name__}, not a gmn_lopt.meta.Task")
     if task.name != spec and ":" not in spec:
         raise ValueError(f"tasks/{spec}.py makes a task named {task.name!r}; a task is named like its file")
     return task
+
+
+def _checked(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, of the types that ``make`` says they have, where it says so."""
+    plain_numbers(settings)
+    hints = inspect.get_annotations(make, eval_str=True)
+    return {name: from_json(to_json(x), hints[name], name) if name in hints else x for name, x in settings.items()}
 
 
 def _find(spec: str) -> Any:

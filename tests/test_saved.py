@@ -218,7 +218,10 @@ DAMAGE = {
     "truncated config": (truncate("config.json", 40), "config.json is damaged"),
     "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
     "nested config": (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json is damaged"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json is damaged: it does not hold an object"),
+    "config is a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "config.json is damaged: it does not hold an object",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "other format": (edit_config("format", value="else"), "config.json does not describe"),
     "old version": (edit_config("version", value=1), "version 1, .*reads version 2: it was saved by gmn_lopt 0.1"),
@@ -232,8 +235,14 @@ DAMAGE = {
     ),
     "part of a later version": (edit_part("rule", "version", value=2), "optimizer.rule is version 2 of Additive"),
     "wrong type": (edit_part("residual", "network", "width", value=True), "width must be a whole number, not True"),
-    "a list for a number": (edit_part("step_size", "initial", value=[1]), "initial must be a finite number, not a list"),
-    "not finite": (edit_part("step_size", "initial", value=float("nan")), "config.json is damaged or not JSON: NaN is not a"),
+    "a list for a number": (
+        edit_part("step_size", "initial", value=[1]),
+        "initial must be a finite number, not a list",
+    ),
+    "not finite": (
+        edit_part("step_size", "initial", value=float("nan")),
+        "config.json is damaged or not JSON: NaN is not a",
+    ),
     "huge": (
         edit_part("residual", "network", "hidden_layers", value=100000),
         "hidden_layers must be a whole",

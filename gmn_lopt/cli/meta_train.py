@@ -32,14 +32,14 @@ import jax
 import tyro
 from jaxtyping import PyTree
 
-from gmn_lopt.cli.command_line import parse
+from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import BEST, PRESETS
 from gmn_lopt.meta.processes import check_same, connected, is_first, stop_signal
 from gmn_lopt.meta.run import train
-from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, read_settings
+from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, holds_run, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.stages import Stage, parse_stage
 from gmn_lopt.meta.task import task_structure
@@ -48,7 +48,7 @@ from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, load_recipe
-from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks import TASK_ERRORS, load_task
 from gmn_lopt.tasks.mixture import make_all
 from gmn_lopt.util import codec
 from gmn_lopt.util.errors import UsageError, first_line
@@ -121,7 +121,7 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
         return lopts[0], MixtureProblem(
             tuple(AugmentedProblem(task, lopt, **settings) for task, lopt in zip(tasks, lopts)), weights
         )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except TASK_ERRORS as error:
         raise UsageError(f"--task {config.task!r}: {first_line(error)}") from error
 
 
@@ -173,11 +173,14 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
     whole.add_argument("--stage", action="append")
     look.add_argument("--out", type=Path)
     look.add_argument("--start")
+    look.add_argument("--task")
     look.add_argument("--resume", action="store_true")
     try:
         chosen, rest = whole.parse_known_args(args)
         found, _ = look.parse_known_args(rest)
-        resuming = found.resume and found.out and (found.out / "config.json").exists() and "--help" not in args
+        resuming = found.resume and found.out and "--help" not in args and holds_run(found.out)
+        if found.resume and found.out and not found.task and not resuming and "--help" not in args:
+            raise UsageError(f"--resume: there is no run in --out {found.out} yet; give --task to begin one")
         default = PRESETS[chosen.preset or "best"]
         if resuming:
             run = from_json(read_settings(found.out))
@@ -242,7 +245,8 @@ def cli(args: Sequence[str] | None = None) -> int:
     one_blas_thread()
     try:
         description = f"{__doc__}\nOptimizers: {', '.join(RECIPES)}."
-        main(from_command_line(description, sys.argv[1:] if args is None else args))
+        with one_line_for_the_machine():
+            main(from_command_line(description, sys.argv[1:] if args is None else args))
     except (UsageError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

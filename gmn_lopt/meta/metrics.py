@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Mapping
@@ -34,8 +35,8 @@ class Metrics:
 
     def __init__(self, directory: Path, latest: int):
         file = directory / FILE
-        kept = good_rows(read_regular(file, LARGEST), latest, str(file)) if file.exists() else []
-        write_atomically(file, b"".join(kept))
+        kept = good_lines(file, latest)
+        write_atomically(file, b"".join(line + b"\n" for line in kept))
         (directory / EVENTS).mkdir(exist_ok=True)
         self._events = EventsWriter(str((directory / EVENTS / "events").absolute()))
         self._events.write_event(Event(step=latest + 1, file_version="brain.Event:2"))
@@ -67,17 +68,17 @@ class Metrics:
         self._events.write_event(Event(wall_time=time.time(), step=meta_step, **content))
 
 
-def good_rows(content: bytes, latest: int, name: str) -> list[bytes]:
+def good_lines(file: Path, latest: int) -> list[bytes]:
     """The lines up to a meta-step; lines that are no rows are left out, which stderr is told.
 
-    The last line, where it has no end, is one during which the process was killed: it goes without a word.
+    The last line, where it has no end, is one during which the process was killed: it goes without a word. A file that
+    is not there has no lines.
 
-    Example:
-        >>> good_rows(b'{"meta_step": 1}\\n{"meta_step": 2}\\n{"meta_st', 1, "metrics.jsonl")
-        [b'{"meta_step": 1}\\n']
+    Raises:
+        FileError: it cannot be read.
     """
     kept, bad, before = [], [], 0
-    *lines, _ = content.split(b"\n")
+    *lines, _ = read_regular(file, LARGEST).split(b"\n") if os.path.lexists(file) else [b""]
     for number, line in enumerate(lines, 1):
         try:
             meta_step = _meta_step(line, before)
@@ -86,11 +87,24 @@ def good_rows(content: bytes, latest: int, name: str) -> list[bytes]:
             continue
         before = meta_step
         if meta_step <= latest:
-            kept.append(line + b"\n")
+            kept.append(line)
     if bad:
         count = "a line" if len(bad) == 1 else f"{len(bad)} lines"
-        print(printable(f"{name}: left out {count} that cannot be read ({bad[0]})"), file=sys.stderr)
+        print(printable(f"{file}: left out {count} that cannot be read ({bad[0]})"), file=sys.stderr)
     return kept
+
+
+def read_rows(directory: Path, latest: int) -> list[dict[str, Any]]:
+    """The rows of a run up to a meta-step.
+
+    Raises:
+        FileError: they cannot be read.
+
+    Example:
+        >>> read_rows(Path("nowhere"), 10)
+        []
+    """
+    return [json.loads(line) for line in good_lines(directory / FILE, latest)]
 
 
 def _meta_step(line: bytes, before: int) -> int:

@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import SingleDeviceSharding
 from jaxtyping import PyTree
 
-from gmn_lopt.meta.metrics import Metrics
+from gmn_lopt.meta import metrics
 from gmn_lopt.meta.processes import from_first, is_first
 from gmn_lopt.meta.stages import MOST_META_STEPS
 from gmn_lopt.util.errors import FileError, OneLine, first_line
@@ -108,11 +108,11 @@ class RunDirectory:
                 )
         # The system lets go of the lock however the process ends.
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_CREAT | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
-        lock = files.enter_context(open(descriptor, closefd=True))
+        files.callback(os.close, descriptor)
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise FileError(f"{path / _LOCK} is not a regular file")
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
             raise RunError(f"--out {path} is in use by another process; wait for it, or choose another") from None
 
@@ -133,7 +133,7 @@ class RunDirectory:
         )
         checkpoints = path / "checkpoints"
         checkpoints.mkdir(exist_ok=True)
-        _check_regular(checkpoints)
+        _check_checkpoints(checkpoints)
         try:
             self._checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
             files.callback(self._checkpoints.close)
@@ -142,7 +142,7 @@ class RunDirectory:
             raise RunError(f"{checkpoints} cannot be used: {first_line(error)}") from None
         if not 0 <= latest <= MOST_META_STEPS:
             raise RunError(f"{checkpoints / str(latest)} is not the checkpoint of a meta-step; delete it")
-        self._metrics = files.enter_context(contextlib.closing(Metrics(path, latest)))
+        self._metrics = files.enter_context(contextlib.closing(metrics.Metrics(path, latest)))
         return latest
 
     def mark_complete(self, meta_step: int) -> None:
@@ -158,7 +158,7 @@ class RunDirectory:
         """Append a row: ``meta_step``, numbers, strings and lists of numbers; what is not finite becomes null."""
         if not is_first():
             return
-        with _writing(self.path / "metrics.jsonl"):
+        with _writing(self.path / metrics.FILE):
             self._metrics.log(row)
 
     def save(self, meta_step: int, state: PyTree) -> None:
@@ -199,7 +199,8 @@ class RunDirectory:
                 return self._checkpoints.restore(self.latest, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # as many kinds as in save
                 raise RunError(
-                    f"cannot read the checkpoint of meta-step {self.latest} in {self.path}: {first_line(error)}; "
+                    f"cannot read the checkpoint of meta-step {self.latest} in {self.path}: "
+                    f"{first_line(error).partition(' [tensorstore_spec')[0]}; "
                     f"delete {self.path / 'checkpoints' / str(self.latest)} to continue from the one before"
                 ) from None
 
@@ -231,7 +232,9 @@ class RunDirectory:
         try:
             self._files.close()
         except Exception as error:  # the disk is full, to which orbax has its own words
-            raise RunError(f"cannot close the run in {self.path}: {first_line(error)}; checkpoints are intact") from None
+            raise RunError(
+                f"cannot close the run in {self.path}: {first_line(error)}; checkpoints are intact"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -298,8 +301,11 @@ def _read_complete(file: Path) -> int:
     return int(text)
 
 
-def _check_regular(directory: Path) -> None:
+def _check_checkpoints(directory: Path) -> None:
     """Raise a FileError unless there are only files and directories in it: reading a pipe would not end."""
+    for entry in directory.iterdir():
+        if entry.name.isdecimal() and not entry.is_dir():
+            raise FileError(f"{entry} is not a directory, as a checkpoint is; delete it to continue")
     for place, folders, files in os.walk(directory):
         for entry in (Path(place) / name for name in (*folders, *files)):
             if not stat.S_ISREG(entry.lstat().st_mode) and not stat.S_ISDIR(entry.lstat().st_mode):

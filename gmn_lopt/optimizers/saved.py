@@ -22,8 +22,8 @@ from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import Recipe
-from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.checks import settings_of_steps
+from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.errors import FileError, OneLine, first_line
 from gmn_lopt.util.files import read_json, read_regular, write_directory
 
@@ -262,7 +262,9 @@ def _leaves(config: Mapping[str, Any], file: Path) -> list[tuple[str, tuple[int,
     found = config.get("leaves")
     with _refusing(f'{file}: "leaves" is missing or damaged, which UNF needs:', ValueError, KeyError, TypeError):
         named = [(leaf["name"], from_json(leaf["spaces"], tuple[int, ...], "spaces")) for leaf in found or ()]
-        if any(type(name) is not str or len(spaces) > MOST_AXES or max(spaces, default=0) > 10**6 for name, spaces in named):
+        if any(
+            type(name) is not str or len(spaces) > MOST_AXES or max(spaces, default=0) > 10**6 for name, spaces in named
+        ):
             raise ValueError("a name or a space is impossible")
     return named
 

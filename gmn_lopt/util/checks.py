@@ -1,6 +1,7 @@
 """Checks of the fields of frozen dataclasses, and of settings, with errors in one line."""
 
 import math
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -60,8 +61,17 @@ def path(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         text = "" if value is None else str(value)
-        if not text.isprintable():
+        if any(unicodedata.category(x) in ("Cc", "Cs") for x in text):  # Cs: bytes that are not UTF-8
             raise ValueError(f"{type(owner).__name__}.{name} must be a path without control characters, in UTF-8")
+
+
+def plain_numbers(settings: Mapping[str, Any], most: int = 10**7) -> None:
+    """Raise a ValueError if one of the values, or one in a list of them, is a number that nothing can be done with."""
+    for name, value in settings.items():
+        for x in value if isinstance(value, list | tuple | set) else (value,):
+            is_number = isinstance(x, int | float | complex) and not isinstance(x, bool)
+            if is_number and (not number(x) or (isinstance(x, int) and abs(x) > most)):
+                raise ValueError(f"{name} must be a finite number, if whole of at most {most}, not {shown(x)}")
 
 
 def settings_of_steps(settings: Mapping[str, Any]) -> None:
@@ -73,7 +83,7 @@ def settings_of_steps(settings: Mapping[str, Any]) -> None:
         value = settings.get(name, 0.0)
         is_scalar = value is None or isinstance(value, bool | int | float | complex | str | bytes)
         is_container = isinstance(value, list | tuple | dict | set)
-        allowed = number(value) and 0 <= value <= LARGEST or (value is None and name == "learning_rate")
+        allowed = (number(value) and 0 <= value <= LARGEST) or (value is None and name == "learning_rate")
         if (is_scalar or is_container) and not allowed:
             raise ValueError(f"{name} must be a finite number of at least 0, not {shown(value)}")
 

@@ -36,7 +36,7 @@ JSON_VALUES = {
     "1,000 brackets": "[" * 1000 + "]" * 1000,
     "300 brackets": "[" * 300 + "]" * 300,
     "100,000 brackets": "[" * 100_000,
-    "expression": '"__import__(\'os\').system(\'touch planted\')"',
+    "expression": "\"__import__('os').system('touch planted')\"",
 }
 PICKLE = b"cos\nsystem\n(S'touch planted'\ntR."
 FILES: dict[str, Callable[[Path], object]] = {

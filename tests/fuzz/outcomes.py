@@ -7,7 +7,7 @@ import shutil
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -78,20 +78,31 @@ def damaged(case: Case, pristine: Path, place: Path, read: Callable[[Path], Any]
         shutil.rmtree(copy)
 
 
+def faults(
+    cases: Iterable[Case], pristine: Path, place: Path, read: Callable[[Path], Any], refusals, expected: Any
+) -> str:
+    """All that is not fine, for people to read; empty: nothing."""
+    found = ((case, damaged(case, pristine, place, read, refusals, expected)) for case in cases)
+    wrong = [f"{case.name}: {outcome.kind}: {outcome.details}" for case, outcome in found if not outcome.fine]
+    return f"{len(wrong)} faults:\n" + "\n".join(wrong) if wrong else ""
+
+
 def command(cli: Callable[[list[str]], int], args: list[str]) -> None:
-    """Call a command's ``cli``; an exit code other than 0 is a :class:`Refusal` with what it wrote to stderr."""
+    """Call a command's ``cli``; an exit code other than 0 is a :class:`Refusal` with the last line of stderr."""
     err = io.StringIO()
     with contextlib.redirect_stderr(err), contextlib.redirect_stdout(io.StringIO()):
         try:
             code = cli(args)
         except SystemExit as exit_:
             code = exit_.code
+    written = err.getvalue()
     if code:
-        raise Refusal(err.getvalue().removesuffix("\n"))
+        # What is said before it is about the run: a line each.
+        raise Refusal("a traceback" if "Traceback" in written else written.removesuffix("\n").rpartition("\n")[2])
 
 
 def _refused(message: str) -> Outcome:
-    if not message.strip() or not message.isprintable():
+    if message == "a traceback" or not message.strip() or not message.isprintable():
         return Outcome("not one printable line", ascii(message)[:1500])
     if len(message) > 1200:
         return Outcome("a very long line", message[:1500])

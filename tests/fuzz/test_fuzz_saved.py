@@ -5,18 +5,15 @@ import random
 import pytest
 
 from . import saved
-from .outcomes import damaged
+from .outcomes import faults
 
 
 @pytest.mark.parametrize("name", saved.OPTIMIZERS)
-def test_damaged_optimizers_are_refused(tmp_path, name):
+@pytest.mark.parametrize("signed", [False, True], ids=["damaged", "signed"])
+def test_damaged_optimizers_are_refused(tmp_path, name, signed):
     pristine = tmp_path / "pristine"
     saved.make(pristine, name)
-    expected = saved.read(pristine)
-    faults = []
-    for case in saved.cases(pristine, random.Random(name), 40):
-        for read, loaded in ((saved.read, expected), (saved.read_signed, None)):
-            found = damaged(case, pristine, tmp_path, read, saved.REFUSALS, loaded)
-            if not found.fine:
-                faults.append(f"{case.name} ({read.__name__}): {found.kind}: {found.details}")
-    assert not faults, f"{len(faults)} faults:\n" + "\n".join(faults)
+    read, expected = (saved.read_signed, None) if signed else (saved.read, saved.read(pristine))
+    cases = (saved.signed_cases if signed else saved.cases)(pristine, random.Random(name), 25)
+    wrong = faults(cases, pristine, tmp_path, read, saved.REFUSALS, expected)
+    assert not wrong, wrong
