@@ -44,12 +44,20 @@ def parse(
             return tyro.cli(config, description=description, args=args, config=markers, **given)
     except SystemExit as exit_:
         if exit_.code:
-            # tyro frames its message: the lines up to the first rule are what is wrong, the rest repeats the help.
-            lines = [line.strip(" │") for line in printed.getvalue().splitlines()[1:]]
-            wrong = lines[: next((i for i, line in enumerate(lines) if line[:1] in "─╰"), len(lines))]
-            text = " ".join(" ".join(wrong).split()) or "arguments not understood"
-            print(printable(f"{text} (--help lists all flags)"), file=sys.stderr)
+            print(printable(f"{_message(printed.getvalue())} (--help lists all flags)"), file=sys.stderr)
         raise
+
+
+def _message(framed: str) -> str:
+    """What is wrong, of what tyro prints: a title, that, and after a rule the help again.
+
+    The frame and the rules are of other characters where the terminal has ASCII only.
+    """
+    lines = [line.strip(" \t│|") for line in framed.splitlines()[1:]]
+    rules = [i for i, line in enumerate(lines) if len(line) >= 10 and not line.strip("─-╭╮╰╯")]
+    begin = 1 if rules[:1] == [0] else 0
+    end = next((i for i in rules if i >= begin), len(lines))
+    return " ".join(" ".join(lines[begin:end]).split()) or "arguments not understood"
 
 
 def _problem(args: Sequence[str]) -> str | None:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 LONGEST_HORIZON = 10**7  # inner steps
-SMALLEST, LARGEST = 1e-30, 1e30  # beyond, float32 has few digits or none
+LONGEST_PATH = 1000  # characters; some are added to it
+SMALLEST, LARGEST = 1e-30, 1e12
 
 
 def number(value: Any) -> bool:
@@ -15,7 +16,7 @@ def number(value: Any) -> bool:
 
 
 def positive(owner: Any, *names: str) -> None:
-    """Raise a ValueError unless these fields are numbers above zero, of a size that float32 knows."""
+    """Raise a ValueError unless these fields are numbers above zero, and of a sane size."""
     for name in names:
         value = getattr(owner, name)
         if not number(value) or not value > 0:
@@ -61,6 +62,10 @@ def path(owner: Any, *names: str) -> None:
     for name in names:
         value = getattr(owner, name)
         text = "" if value is None else str(value)
+        if len(text) > LONGEST_PATH:
+            raise ValueError(
+                f"{type(owner).__name__}.{name} must have at most {LONGEST_PATH} characters, not {len(text)}"
+            )
         if any(unicodedata.category(x) in ("Cc", "Cs") for x in text):  # Cs: bytes that are not UTF-8
             raise ValueError(f"{type(owner).__name__}.{name} must be a path without control characters, in UTF-8")
 

@@ -66,11 +66,18 @@ EVAL_NUMBERS = (
     *("--seeds {}", "--first-seed {}", "--horizon {}", "--eval-every {}", "--smoothing {}", "--rates-at-once {}"),
     *("--timing-rounds {}", "--task linear_regression:batch_size={}", "--transfer linear_regression:horizon={}"),
     *("--optimizer optax:adam:learning_rate={}", "--optimizer default:learning_rate={}"),
-    *("--optimizer default:weight_decay={}", "--optimizer optax:adam:b1={},learning_rate=0.1"),
+    *("--optimizer default:weight_decay={}"),
 )
 EVAL_WORDS = (
     *("--task {}", "--out {}", "--optimizer {}", "--optimizer optax:{}", "--optimizer {}=default", "--transfer {}"),
-    *("--split {}", "--data-dir {}", "--{}", "{}", "--transfer linear_regression:{}"),
+    *(
+        "--optimizer optax:adam:b1={},learning_rate=0.1",
+        "--split {}",
+        "--data-dir {}",
+        "--{}",
+        "{}",
+        "--transfer linear_regression:{}",
+    ),
 )
 FLAGS = [("train", flag, True) for flag in TRAIN_NUMBERS] + [("train", flag, False) for flag in TRAIN_WORDS]
 FLAGS += [("eval", flag, True) for flag in EVAL_NUMBERS] + [("eval", flag, False) for flag in EVAL_WORDS]
@@ -89,7 +96,7 @@ def some(rng: random.Random, count: int) -> list[tuple[str, list[str], bool]]:
     """A random part of them, each flag among them."""
     everything, each = list(cases()), len(VALUES)
     few = [everything[i + rng.randrange(each)] for i in range(0, len(everything), each)]
-    return few + rng.sample(everything, max(0, count - len(few)))
+    return few + rng.sample(everything, min(len(everything), max(0, count - len(few))))
 
 
 def run(name: str, flags: list[str]) -> None:
