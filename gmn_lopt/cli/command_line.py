@@ -81,5 +81,4 @@ def one_line_for_the_machine() -> Iterator[None]:
             raise
         raise UsageError(f"not enough memory: {first_line(error)}; take smaller sizes") from None
     except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        raise UsageError(f"{where}{error.strerror or first_line(error)}") from None
+        raise UsageError(first_line(error)) from None

@@ -183,7 +183,7 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
             raise UsageError(f"--resume: there is no run in --out {found.out} yet; give --task to begin one")
         default = PRESETS[chosen.preset or "best"]
         if resuming:
-            run = from_json(read_settings(found.out))
+            run = from_json(read_settings(found.out), found.out / "config.json")
             # A preset that is given again is compared with the run's settings, like everything else.
             default = replace(run, optimizer=default.optimizer, stages=default.stages) if chosen.preset else run
         if found.start and not resuming:

@@ -88,8 +88,8 @@ def to_json(config: Config) -> dict[str, Any]:
     return {name: value for name, value in codec.to_json(config).items() if name not in SPREAD}
 
 
-def from_json(settings: Mapping[str, Any]) -> Config:
-    """The configuration that :func:`to_json` wrote.
+def from_json(settings: Mapping[str, Any], file: str | Path = "the run's config.json") -> Config:
+    """The configuration that :func:`to_json` wrote, from a file of this name.
 
     Raises:
         UsageError: it is damaged, or was written by another version, with other settings.
@@ -98,4 +98,4 @@ def from_json(settings: Mapping[str, Any]) -> Config:
         config: Config = codec.from_json({**settings, **dict.fromkeys(SPREAD)}, Config, "settings")
         return config
     except ValueError as error:
-        raise UsageError(f"the run's config.json is damaged, or of another version of this program: {error}") from None
+        raise UsageError(f"{file} is damaged, or of another version of this program: {error}") from None

@@ -24,7 +24,7 @@ from gmn_lopt.meta.stages import MOST_META_STEPS
 from gmn_lopt.util.errors import FileError, OneLine, first_line
 from gmn_lopt.util.files import is_litter, read_json, read_regular, remove_litter, write_atomically
 
-_CONFIG, _COMPLETE, _LOCK = "config.json", "COMPLETE", ".lock"
+_CONFIG, _COMPLETE, _LOCK, _CHECKSUMS = "config.json", "COMPLETE", ".lock", "checksums.json"
 
 
 class RunError(OneLine):
@@ -35,8 +35,9 @@ class RunDirectory:
     """A meta-training run on disk.
 
     ``config.json`` holds the settings, ``metrics.jsonl`` one line per logged meta-step, ``events/`` the same for
-    TensorBoard, ``checkpoints/`` the states to resume from, ``COMPLETE`` says that the run has ended. Whatever is
-    written replaces the old version at once or is appended, so that nothing saved is lost when the process is killed.
+    TensorBoard, ``checkpoints/`` the states to resume from, ``checksums.json`` their checksums, ``COMPLETE`` says that
+    the run has ended. Whatever is written replaces the old version at once or is appended, so that nothing saved is
+    lost when the process is killed.
 
     Of several processes only the first reads and writes; states are gathered in it and sent from it. A checkpoint
     does not know of devices: any number of processes and devices can resume from it. All methods but :meth:`log` must
@@ -173,6 +174,7 @@ class RunDirectory:
             try:
                 self._checkpoints.save(meta_step, args=ocp.args.StandardSave(whole), force=True)
                 self._checkpoints.wait_until_finished()
+                self._note_checksum(meta_step)
             except Exception as error:  # orbax and tensorstore raise many kinds, a full disk among them
                 raise RunError(
                     f"cannot save the checkpoint of meta-step {meta_step} in {self.path}: {first_line(error)}; earlier "
@@ -181,6 +183,20 @@ class RunDirectory:
 
         _in_first(write)
         self.latest = meta_step
+
+    def _checksums(self) -> dict[str, Any]:
+        """Those of the checkpoints by their names; earlier versions noted none."""
+        file = self.path / _CHECKSUMS
+        try:
+            return read_json(file) if os.path.lexists(file) else {}
+        except FileError as error:
+            raise RunError(f"{error}; delete it to continue without") from None
+
+    def _note_checksum(self, meta_step: int) -> None:
+        place = self.path / "checkpoints"
+        there = {name: x for name, x in self._checksums().items() if (place / name).is_dir()}
+        there[str(meta_step)] = _checksum_of_files(place / str(meta_step))
+        write_atomically(self.path / _CHECKSUMS, json.dumps(there, indent=1).encode())
 
     def restore(self, like: PyTree) -> PyTree:
         """Read the latest checkpoint.
@@ -195,13 +211,16 @@ class RunDirectory:
         abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), like)
 
         def read() -> PyTree:
+            place = self.path / "checkpoints" / str(self.latest)
+            if self._checksums().get(place.name, _checksum_of_files(place)) != _checksum_of_files(place):
+                raise RunError(f"{place} is damaged; delete it to continue from the one before")
             try:
                 return self._checkpoints.restore(self.latest, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # as many kinds as in save
                 raise RunError(
                     f"cannot read the checkpoint of meta-step {self.latest} in {self.path}: "
                     f"{first_line(error).partition(' [tensorstore_spec')[0]}; "
-                    f"delete {self.path / 'checkpoints' / str(self.latest)} to continue from the one before"
+                    f"delete {place} to continue from the one before"
                 ) from None
 
         def spread(x: jax.Array, mine: Any) -> jax.Array:
@@ -288,6 +307,16 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def _checksum(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+
+
+def _checksum_of_files(directory: Path) -> str:
+    found = hashlib.sha256()
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        found.update(f"{file.relative_to(directory)} {file.stat().st_size} ".encode())
+        with file.open("rb") as stream:
+            for part in iter(lambda: stream.read(2**20), b""):
+                found.update(part)
+    return found.hexdigest()
 
 
 def _read_complete(file: Path) -> int:

@@ -19,7 +19,9 @@ class FileError(OneLine, ValueError):
 
 
 def first_line(error: BaseException) -> str:
-    """The first non-empty line of an error's message, or its type."""
+    """The first non-empty line of an error's message, or its type; of the system's errors their words and the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 

@@ -5,9 +5,9 @@ Interrupted, it goes on where it stopped; remove ``build/fuzz`` to begin again.
 
 import argparse
 import contextlib
+import io
 import json
 import logging
-import os
 import random
 import sys
 import tempfile
@@ -66,9 +66,8 @@ def main(count: int, out: Path) -> int:
         for name, target in targets().items():
             file = out / f"{seed:04d} {name}.json"
             if not file.exists():
-                with tempfile.TemporaryDirectory() as place, open(os.devnull, "w") as nowhere:
-                    with contextlib.redirect_stderr(nowhere):
-                        found = [(case, outcome.kind, outcome.details) for case, outcome in target(Path(place), seed)]
+                with tempfile.TemporaryDirectory() as place, contextlib.redirect_stderr(io.StringIO()):
+                    found = [(case, outcome.kind, outcome.details) for case, outcome in target(Path(place), seed)]
                 faults = [row for row in found if row[1] not in FINE]
                 content = {"name": name, "counts": Counter(kind for _, kind, _ in found), "faults": faults}
                 file.with_suffix(".partial").write_text(json.dumps(content, indent=1))

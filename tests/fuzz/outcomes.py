@@ -15,7 +15,7 @@ from typing import Any
 from .mutations import Case
 
 HANG = 20.0  # seconds that a call may take on a machine that has other things to do
-SLOW = 1.0  # seconds of processor time
+SLOW = 3.0  # seconds of processor time; something may be compiled for the first time
 MEMORY = 200 * 2**20  # bytes more than ever before
 ADDRESSES = 8 * 2**30  # bytes more than before, so that a fault does not take the machine along
 REFUSED, IDENTICAL = "refused in one line", "no difference"

@@ -21,18 +21,25 @@ from .outcomes import Refusal, command
 REFUSALS = (Refusal,)
 STATE = {"phi": {"log_alpha": jnp.arange(3.0), "w": jnp.arange(300.0).reshape(20, 15)}}
 ARGUMENTS = ["--task", "linear_regression", "--optimizer", "sgdm", "--stage", "pes:meta_steps=4,truncation=5,pairs=2"]
-NAMES = ("config.json", "metrics.jsonl", "COMPLETE", "checkpoints", "events", ".lock", "checkpoints/4")
+NAMES = (
+    "checksums.json",
+    "config.json",
+    "metrics.jsonl",
+    "COMPLETE",
+    "checkpoints",
+    "events",
+    ".lock",
+    "checkpoints/4",
+)
 
 
-def make(directory: Path, complete: bool = False) -> None:
+def make(directory: Path) -> None:
     """Write the run of four meta-steps that have taken no time."""
     with meta_train.open_run(meta_train.from_command_line(None, [*ARGUMENTS, "--out", str(directory)])) as run:
         for meta_step in range(1, 5):
             run.log({"meta_step": meta_step, "loss": meta_step / 3, "truncation_loss": [0.5, None]})
             if meta_step % 2 == 0:
                 run.save(meta_step, saved_state(meta_step))
-        if complete:
-            run.mark_complete(4)
 
 
 def read(directory: Path) -> Any:
