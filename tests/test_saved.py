@@ -251,6 +251,10 @@ DAMAGE = {
         signed(edit_part("residual", "network", "width", value=5)),
         r"phi.safetensors holds residual/network/\S+ with shape \(4,.*but.*needs \(5,",
     ),
+    "very deep": (
+        signed(edit_part("residual", "network", "hidden_layers", value=64)),
+        "phi.safetensors holds 11 arrays, too few for 64 layers in config.json",
+    ),
     "other start": (edit_part("residual", "weight", value=0.5), "not what was saved"),
     "unknown top entry": (edit_config("pickle", value=""), "config.json has the unknown entry 'pickle'"),
     "version as text": (edit_config("version", value="2"), "format version '2'"),

@@ -34,6 +34,7 @@ WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
 LARGEST_CONFIG, LARGEST_WEIGHTS = 2**20, 2**30  # bytes
 ENTRIES = {"format", "version", "optimizer", "leaves", "checksum"}
+LAYERS = ("hidden_layers", "set_layers", "neuron_layers", "blocks")
 MOST_AXES = 64
 DAMAGED = (safetensors.SafetensorError, KeyError, ValueError, OverflowError)  # what reading damaged weights raises
 SAVED_BEFORE = "it was saved by gmn_lopt 0.1: load it there, or meta-train it again with this version's recipes"
@@ -143,7 +144,8 @@ def make_optimizer(
 def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
     """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`.
 
-    Nothing is built before the checksum says that both files are as they were saved.
+    Nothing is built before the checksum says that both files are as they were saved, and the weights have as many
+    arrays as the architecture has layers: what comes with a checksum of its own takes no long time either.
     """
     directory = _find(path)
     file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
@@ -154,6 +156,8 @@ def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> 
         arrays = safetensors.numpy.load(content)
     if config.pop("checksum", None) != _checksum(config, content):
         raise SerializationError(f"{directory} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not what was saved")
+    if (layers := _layers(to_json(recipe))) > len(arrays):
+        raise SerializationError(f"{weights} holds {len(arrays)} arrays, too few for {layers} layers in {CONFIG_FILE}")
     lopt = recipe.build(structure)
     if _is_tied(lopt):
         _check_leaves(_leaves(config, file), lopt, file)
@@ -205,6 +209,13 @@ def _is_tied(lopt: LearnedOptimizer) -> bool:
 
 def _checksum(config: Mapping[str, Any], weights: bytes) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()
+
+
+def _layers(recipe: Any) -> int:
+    """The number of layers that a recipe asks for, as JSON values; each has an array at least."""
+    if not isinstance(recipe, dict):
+        return 0
+    return sum(x if name in LAYERS else _layers(x) for name, x in recipe.items())
 
 
 def _named_arrays(tree: PyTree) -> dict[str, Any]:

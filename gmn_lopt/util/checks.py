@@ -95,7 +95,7 @@ def settings_of_steps(settings: Mapping[str, Any]) -> None:
 
 def shown(value: Any) -> str:
     """A value in a message: a short one as Python writes it, a container by its kind."""
-    kinds = {list: "a list", tuple: "a list", dict: "an object", set: "a set"}
+    kinds: dict[type, str] = {list: "a list", tuple: "a list", dict: "an object", set: "a set"}
     if type(value) in kinds:
         return kinds[type(value)]
     if isinstance(value, int) and abs(value) >= 10**36:  # Python refuses to write the longest
