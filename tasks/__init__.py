@@ -8,8 +8,12 @@ of their file. The files without a ``make`` hold what tasks share. A task may al
 import importlib
 import inspect
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 # Relative: this folder is installed as gmn_lopt.tasks, and ``import tasks`` fails rather than make a second copy of it.
 from ..meta.task import Task
@@ -62,10 +66,25 @@ def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
 
 
 def _checked(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
-    """The settings, of the types that ``make`` says they have, where it says so."""
+    """The settings, of the types that ``make`` says they have, where these are plain ones."""
+    settings = {name: x.item() if isinstance(x, np.generic) else x for name, x in settings.items()}
     plain_numbers(settings)
-    hints = inspect.get_annotations(make, eval_str=True)
-    return {name: from_json(to_json(x), hints[name], name) if name in hints else x for name, x in settings.items()}
+    try:
+        hints = inspect.get_annotations(make, eval_str=True)
+    except NameError:  # of a module of its own, which imports them for type checkers only
+        hints = {}
+    known = {name for name in settings if _is_plain(hints.get(name))}
+    return {name: from_json(to_json(x), hints[name], name) if name in known else x for name, x in settings.items()}
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type is that of a number, a truth value or text, or of lists of such, or one of several."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return args[1:] == (...,) and _is_plain(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return all(arg is type(None) or _is_plain(arg) for arg in args)
+    return hint in (bool, int, float, str)
 
 
 def _find(spec: str) -> Any:

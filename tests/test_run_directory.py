@@ -3,13 +3,16 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fuzz import runs
 from fuzz.outcomes import Refusal, command
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gmn_lopt.cli import eval as evaluation
 from gmn_lopt.cli import meta_train
@@ -32,7 +35,7 @@ def resume(path, *more):
 
 
 def opened(path, **settings):
-    return RunDirectory(path, settings, {}, True, (), 1, 1)
+    return RunDirectory(path, settings, {}, True, ("resume",), 1, 1)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,36 @@ def test_runs_of_earlier_versions_have_no_checksums(run):
     (run / "config.json").write_text(json.dumps(config))
     (run / "checksums.json").unlink()
     assert runs.read(run)[1] == 4
+
+
+def test_a_checkpoint_that_was_deleted_is_saved_anew(run, monkeypatch):
+    shutil.rmtree(run / "checkpoints" / "4")
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    with opened(run, **settings) as here:
+        assert here.latest == 2
+        monkeypatch.setattr(RunDirectory, "_note_checksum", lambda self, *_: None)
+        here.save(4, runs.saved_state(7))
+    monkeypatch.undo()
+    (run / "checkpoints" / "4" / "more").write_text("as the checksum of the first one is noted still")
+    with pytest.raises(Refusal, match="4 is damaged; delete it"):
+        runs.read(run)
+    shutil.rmtree(run / "checkpoints" / "4")
+    with opened(run, **settings) as here:
+        here.save(4, runs.saved_state(7))
+    assert runs.read(run)[2] == runs.digest(runs.saved_state(7))
+
+
+def test_events_are_those_that_tensorboard_reads(run):
+    content = next((run / "events").iterdir()).read_bytes()
+    events = []
+    while content:
+        size = int.from_bytes(content[:8], "little")
+        events.append(Event.FromString(content[12 : 12 + size]))
+        content = content[16 + size :]
+    assert events[0].file_version == "brain.Event:2" and events[1].session_log.status == SessionLog.START
+    values = [(event.step, value.tag, value.simple_value) for event in events for value in event.summary.value]
+    expected = [x for i in range(1, 5) for x in ((i, "loss", np.float32(i / 3)), (i, "truncation_loss/0", 0.5))]
+    assert values == expected
 
 
 def test_resuming_where_nothing_is_asks_for_a_task(tmp_path):

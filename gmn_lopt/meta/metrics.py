@@ -39,7 +39,6 @@ class Metrics:
         write_atomically(file, b"".join(line + b"\n" for line in kept))
         (directory / EVENTS).mkdir(exist_ok=True)
         self._events = EventsWriter(str((directory / EVENTS / "events").absolute()))
-        self._events.write_event(Event(step=latest + 1, file_version="brain.Event:2"))
         # TensorBoard drops what an earlier process wrote for this meta-step and later.
         self._event(latest + 1, session_log=SessionLog(status=SessionLog.START))
         self._lines = file.open("a", encoding="utf-8")

@@ -172,9 +172,10 @@ class RunDirectory:
 
         def write() -> None:
             try:
+                self._note_checksum(meta_step, None)  # of another of this name, should the process be killed below
                 self._checkpoints.save(meta_step, args=ocp.args.StandardSave(whole), force=True)
                 self._checkpoints.wait_until_finished()
-                self._note_checksum(meta_step)
+                self._note_checksum(meta_step, _checksum_of_files(self.path / "checkpoints" / str(meta_step)))
             except Exception as error:  # orbax and tensorstore raise many kinds, a full disk among them
                 raise RunError(
                     f"cannot save the checkpoint of meta-step {meta_step} in {self.path}: {first_line(error)}; earlier "
@@ -192,11 +193,13 @@ class RunDirectory:
         except FileError as error:
             raise RunError(f"{error}; delete it to continue without") from None
 
-    def _note_checksum(self, meta_step: int) -> None:
-        place = self.path / "checkpoints"
-        there = {name: x for name, x in self._checksums().items() if (place / name).is_dir()}
-        there[str(meta_step)] = _checksum_of_files(place / str(meta_step))
-        write_atomically(self.path / _CHECKSUMS, json.dumps(there, indent=1).encode())
+    def _note_checksum(self, meta_step: int, checksum: str | None) -> None:
+        """Note that of a checkpoint, or that there is none, and forget those of checkpoints that are gone."""
+        before, place = self._checksums(), self.path / "checkpoints"
+        there = {name: x for name, x in before.items() if name != str(meta_step) and (place / name).is_dir()}
+        there |= {} if checksum is None else {str(meta_step): checksum}
+        if there != before:
+            write_atomically(self.path / _CHECKSUMS, json.dumps(there, indent=1).encode())
 
     def restore(self, like: PyTree) -> PyTree:
         """Read the latest checkpoint.
