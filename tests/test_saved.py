@@ -124,6 +124,14 @@ def test_nothing_else_is_overwritten(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    lopt = LearnedOptimizer(STRUCTURE)
+    phi = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), lopt.init(jax.random.key(0)))
+    with pytest.raises(SerializationError, match=r"phi holds .* with values that are not finite"):
+        save(tmp_path / "saved", lopt, phi)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_meta_parameters_of_another_optimizer_are_not_saved(tmp_path):
     lopt = LearnedOptimizer(STRUCTURE, residual=small())
     with pytest.raises(SerializationError, match=r"phi lacks residual/log_beta"):
@@ -303,6 +311,10 @@ def test_settings_reach_the_optimizer_and_others_are_refused(saved):
     plain = first(learning_rate=optax.constant_schedule(0.5))
     decayed = jax.tree.map(lambda u, p: u - 0.5 * 0.1 * p, plain, MODEL[1])
     chex.assert_trees_all_close(first(learning_rate=0.5, weight_decay=0.1), decayed, rtol=1e-5, atol=1e-7)
+    for senseless in (float("nan"), -1, 1j, True, "fast", [0.1]):
+        for name in ("learning_rate", "weight_decay"):
+            with pytest.raises(SerializationError, match=rf"saved: {name} must be a finite number of at least 0, not "):
+                load(saved, STRUCTURE, **{name: senseless})
     with pytest.raises(SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay$"):
         load(saved, STRUCTURE, rate=1.0)
 
