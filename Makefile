@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test lint docs bench clean
+.PHONY: demo test fuzz lint docs bench clean
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
@@ -13,6 +13,10 @@ demo: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
+
+# Ten thousand damaged files and senseless flags; interrupted, it goes on where it stopped.
+fuzz: $(INSTALLED)
+	PYTHONPATH=tests:. $(BIN)/python -m fuzz
 
 # mypy is shown the checkout as it is installed, where the folder tasks/ is gmn_lopt.tasks.
 lint: $(INSTALLED)

@@ -8,11 +8,20 @@ of their file. The files without a ``make`` hold what tasks share. A task may al
 import importlib
 import inspect
 import re
+import types
+import typing
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 # Relative: this folder is installed as gmn_lopt.tasks, and ``import tasks`` fails rather than make a second copy of it.
 from ..meta.task import Task
+from ..util.checks import plain_numbers
+from ..util.codec import from_json, to_json
+
+TASK_ERRORS = (ImportError, OSError, RuntimeError, TypeError, ValueError, ArithmeticError, AttributeError, SyntaxError)
+"""What loading a task may raise that is the fault of its name, its settings, or its data."""
 
 
 def task_names() -> list[str]:
@@ -48,12 +57,34 @@ def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
     # One hidden layer is the usual case: hidden=64 says the same as hidden=(64,).
     several = {key for key in settings if isinstance(parameters[key].default, tuple)}
     settings = {k: (v,) if k in several and not isinstance(v, list | tuple) else v for k, v in settings.items()}
-    task = make(data_dir, **settings)
+    task = make(data_dir, **_checked(make, settings))
     if not isinstance(task, Task):
         raise ValueError(f"task {spec!r} makes a {type(task).__name__}, not a gmn_lopt.meta.Task")
     if task.name != spec and ":" not in spec:
         raise ValueError(f"tasks/{spec}.py makes a task named {task.name!r}; a task is named like its file")
     return task
+
+
+def _checked(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings, of the types that ``make`` says they have, where these are plain ones."""
+    settings = {name: x.item() if isinstance(x, np.generic) else x for name, x in settings.items()}
+    plain_numbers(settings)
+    try:
+        hints = inspect.get_annotations(make, eval_str=True)
+    except NameError:  # of a module of its own, which imports them for type checkers only
+        hints = {}
+    known = {name for name in settings if _is_plain(hints.get(name))}
+    return {name: from_json(to_json(x), hints[name], name) if name in known else x for name, x in settings.items()}
+
+
+def _is_plain(hint: Any) -> bool:
+    """Whether a type is that of a number, a truth value or text, or of lists of such, or one of several."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        return args[1:] == (...,) and _is_plain(args[0])
+    if origin in (typing.Union, types.UnionType):
+        return all(arg is type(None) or _is_plain(arg) for arg in args)
+    return hint in (bool, int, float, str)
 
 
 def _find(spec: str) -> Any:

@@ -1,6 +1,7 @@
 """Saved learned optimizers come back unchanged, and damaged ones are refused in one line that names the file."""
 
 import json
+import os
 
 import chex
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import safetensors.numpy
+from fuzz.saved import sign
 from optimizing import analyzed, lively, mlp, small, with_coefficients
 
 from gmn_lopt import (
@@ -79,7 +81,7 @@ def test_unf_is_not_loaded_for_another_model(tmp_path, model, message):
     ) as error:
         load(tmp_path / "saved", analyzed(model))
     assert "\n" not in str(error.value)
-    edit_config("leaves", value=3)(tmp_path / "saved")
+    signed(edit_config("leaves", value=3))(tmp_path / "saved")
     with pytest.raises(SerializationError, match=r'config.json: "leaves" is missing or damaged'):
         load(tmp_path / "saved", STRUCTURE)
 
@@ -122,6 +124,14 @@ def test_nothing_else_is_overwritten(tmp_path):
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
 
 
+def test_what_is_not_finite_is_not_saved(tmp_path):
+    lopt = LearnedOptimizer(STRUCTURE)
+    phi = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), lopt.init(jax.random.key(0)))
+    with pytest.raises(SerializationError, match=r"phi holds .* with values that are not finite"):
+        save(tmp_path / "saved", lopt, phi)
+    assert not (tmp_path / "saved").exists()
+
+
 def test_meta_parameters_of_another_optimizer_are_not_saved(tmp_path):
     lopt = LearnedOptimizer(STRUCTURE, residual=small())
     with pytest.raises(SerializationError, match=r"phi lacks residual/log_beta"):
@@ -145,6 +155,16 @@ def edit_config(*path, value):
 
 def edit_part(*path, value):
     return edit_config("optimizer", *path, value=value)
+
+
+def signed(edit):
+    """An edit after which the checksum is right again: not damage, but someone's work."""
+
+    def edit_and_sign(saved):
+        edit(saved)
+        sign(saved)
+
+    return edit_and_sign
 
 
 def drop_from_config(saved):
@@ -185,21 +205,31 @@ DAMAGE = {
     ),
     "no weights": (lambda d: (d / "phi.safetensors").unlink(), "phi.safetensors is missing"),
     "wrong shape": (
-        edit_weights(lambda a: a | {"residual/network/kernel_1": np.zeros((4, 5), np.float32)}),
+        signed(edit_weights(lambda a: a | {"residual/network/kernel_1": np.zeros((4, 5), np.float32)})),
         r"phi.safetensors holds residual/network/kernel_1 with shape \(4, 5\).*needs \(4, 4\)",
     ),
     "wrong dtype": (
-        edit_weights(lambda a: a | {ALPHA: a[ALPHA].astype(np.float16)}),
+        signed(edit_weights(lambda a: a | {ALPHA: a[ALPHA].astype(np.float16)})),
         "phi.safetensors holds step_size/log_alpha as float16, not float32",
     ),
-    "one too many": (edit_weights(lambda a: a | {"extra": a[ALPHA]}), "phi.safetensors holds extra"),
-    "one too few": (edit_weights(lambda a: {k: v for k, v in a.items() if k != ALPHA}), "lacks step_size/log_alpha"),
+    "one too many": (signed(edit_weights(lambda a: a | {"extra": a[ALPHA]})), "phi.safetensors holds extra"),
+    "one too few": (
+        signed(edit_weights(lambda a: {k: v for k, v in a.items() if k != ALPHA})),
+        "lacks step_size/log_alpha",
+    ),
+    "not a number": (
+        signed(edit_weights(lambda a: a | {ALPHA: np.full((), np.nan, np.float32)})),
+        "phi.safetensors holds step_size/log_alpha with values that are not finite",
+    ),
     "other weights": (edit_weights(lambda a: a | {ALPHA: np.asarray(a[ALPHA] + 1)}), "not what was saved"),
     "a flipped bit": (flip_a_bit("phi.safetensors", -2), "not what was saved"),
     "truncated config": (truncate("config.json", 40), "config.json is damaged"),
     "binary config": (lambda d: (d / "config.json").write_bytes(b"\xff\xfe\x00"), "config.json is damaged"),
     "nested config": (lambda d: (d / "config.json").write_text("[" * 10**5), "config.json is damaged"),
-    "config is a list": (lambda d: (d / "config.json").write_text("[]"), "config.json does not describe"),
+    "config is a list": (
+        lambda d: (d / "config.json").write_text("[]"),
+        "config.json is damaged: it does not hold an object",
+    ),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json is missing"),
     "other format": (edit_config("format", value="else"), "config.json does not describe"),
     "old version": (edit_config("version", value=1), "version 1, .*reads version 2: it was saved by gmn_lopt 0.1"),
@@ -213,17 +243,32 @@ DAMAGE = {
     ),
     "part of a later version": (edit_part("rule", "version", value=2), "optimizer.rule is version 2 of Additive"),
     "wrong type": (edit_part("residual", "network", "width", value=True), "width must be a whole number, not True"),
-    "a list for a number": (edit_part("step_size", "initial", value=[1]), "initial must be a finite number, not .1."),
-    "not finite": (edit_part("step_size", "initial", value=float("nan")), "initial must be a finite number, not nan"),
+    "a list for a number": (
+        edit_part("step_size", "initial", value=[1]),
+        "initial must be a finite number, not a list",
+    ),
+    "not finite": (
+        edit_part("step_size", "initial", value=float("nan")),
+        "config.json is damaged or not JSON: NaN is not a",
+    ),
     "huge": (
         edit_part("residual", "network", "hidden_layers", value=100000),
         "hidden_layers must be a whole",
     ),
     "other width": (
-        edit_part("residual", "network", "width", value=5),
+        signed(edit_part("residual", "network", "width", value=5)),
         r"phi.safetensors holds residual/network/\S+ with shape \(4,.*but.*needs \(5,",
     ),
+    "very deep": (
+        signed(edit_part("residual", "network", "hidden_layers", value=64)),
+        "phi.safetensors holds 11 arrays, too few for 64 layers in config.json",
+    ),
     "other start": (edit_part("residual", "weight", value=0.5), "not what was saved"),
+    "unknown top entry": (edit_config("pickle", value=""), "config.json has the unknown entry 'pickle'"),
+    "version as text": (edit_config("version", value="2"), "format version '2'"),
+    "version as a fraction": (edit_config("version", value=2.0), "format version 2.0"),
+    "a pipe": (lambda d: [(d / "config.json").unlink(), os.mkfifo(d / "config.json")], "config.json is not a regular"),
+    "enormous": (lambda d: os.truncate(d / "phi.safetensors", 2**40), "has 1099511627776 bytes, more than the"),
     "GradMetaNet claimed": (edit_part("residual", "gradmetanet", value={"width": 3}), "one of SetReader, not None"),
 }
 
@@ -266,6 +311,10 @@ def test_settings_reach_the_optimizer_and_others_are_refused(saved):
     plain = first(learning_rate=optax.constant_schedule(0.5))
     decayed = jax.tree.map(lambda u, p: u - 0.5 * 0.1 * p, plain, MODEL[1])
     chex.assert_trees_all_close(first(learning_rate=0.5, weight_decay=0.1), decayed, rtol=1e-5, atol=1e-7)
+    for senseless in (float("nan"), -1, 1j, True, "fast", [0.1]):
+        for name in ("learning_rate", "weight_decay"):
+            with pytest.raises(SerializationError, match=rf"saved: {name} must be a finite number of at least 0, not "):
+                load(saved, STRUCTURE, **{name: senseless})
     with pytest.raises(SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay$"):
         load(saved, STRUCTURE, rate=1.0)
 

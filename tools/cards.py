@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 
 import gmn_lopt
-from gmn_lopt.optimizers.saved import CONFIG_FILE, digest, load_learned
+from gmn_lopt.optimizers.saved import digest, load_learned, load_spaces
 from gmn_lopt.optimizers.shipped import CARD_FILE
+from gmn_lopt.util.files import read_json
 
 FORMAT = "gmn_lopt model card"
 VERSION = 1
@@ -91,7 +92,7 @@ def directory_problems(directory: Path) -> list[str]:
             what = CARD_FILE if limit == LARGEST_CARD else "all of it"
             problems.append(f"{what} has {sum(sizes)} bytes, more than {limit}")
     try:
-        card = json.loads((directory / CARD_FILE).read_text())
+        card = read_json(directory / CARD_FILE)
         _, phi = load_learned(directory, some_structure(directory))
     except ValueError as error:
         return [f"{directory.name}: {error}"]
@@ -103,9 +104,8 @@ def directory_problems(directory: Path) -> list[str]:
 
 def some_structure(directory: Path) -> gmn_lopt.GradientStructure:
     """A structure to load a saved optimizer with: any will do, but for an ``unf``, which says what leaves it is for."""
-    try:
-        leaves = [tuple(leaf["spaces"]) for leaf in json.loads((directory / CONFIG_FILE).read_text())["leaves"]]
-    except (OSError, ValueError, KeyError, TypeError):  # none, or damaged, which loading reports
+    leaves = load_spaces(directory)
+    if leaves is None:
         return gmn_lopt.analyze(lambda p, x: jnp.mean((x @ p) ** 2), jnp.ones((3, 2)), jnp.ones((4, 3)))
     shapes = [(2,) * len(spaces) for spaces in leaves]
     return gmn_lopt.GradientStructure(

@@ -1,6 +1,5 @@
 """What a card says about a training run and about evaluations, read from a run directory and from reports."""
 
-import json
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
@@ -11,10 +10,14 @@ from typing import Any
 from gmn_lopt.cli.meta_train import make_problem
 from gmn_lopt.evaluation.sources import parse_source
 from gmn_lopt.meta.config import from_json, to_json
+from gmn_lopt.meta.metrics import read_rows
 from gmn_lopt.meta.run_directory import RunError, read_settings
-from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.errors import FileError, first_line
+from gmn_lopt.util.files import read_json
 from gmn_lopt.util.hardware import describe_hardware
 from tools.commands import OF_THE_MACHINE, continue_command, eval_command, train_command
+
+LARGEST_REPORT = 2**28  # bytes; it has curves
 
 
 class ShipError(ValueError):
@@ -37,7 +40,7 @@ def measured(file: Path, name: str, digest: str) -> dict[str, Any]:
         ShipError: in one line, if the report is not readable, or did not measure these meta-parameters.
     """
     try:
-        report = json.loads(file.read_text())
+        report = read_json(file, most=LARGEST_REPORT)
         settings, baseline, (adam, *others) = report["settings"], report["baseline"], report["optimizers"]
         rows = [row for row in others if row.get("digest") == digest]
         rounds = len(adam["seconds_per_step"]["rounds"])
@@ -72,15 +75,17 @@ def training_facts(run: Path, name: str, hardware: str | None = None) -> dict[st
     """
     config = replace(from_json(read_settings(run)), out=Path(f"runs/{name}"))
     try:
-        versions = dict(json.loads((run / "config.json").read_text())["versions"])
-        rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        versions = dict(read_json(run / "config.json")["versions"])
         checkpoints = [int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit()]
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(f"--run {run} is not a run of gmn-meta-train that can be read: {first_line(error)}") from None
     if not checkpoints:
         raise RunError(f"--run {run} has no checkpoint yet: let it run longer")
     done = max(checkpoints)
-    rows = [row for row in rows if row["meta_step"] <= done]
+    try:
+        rows = read_rows(run, done)
+    except FileError as error:
+        raise RunError(f"--run {run}: {error}") from None
     recorded = versions.pop("hardware", None)
 
     _, problem = make_problem(config)

@@ -7,7 +7,6 @@ The reports must have measured the meta-parameters that the run has now. Shippin
 what was there, so give all reports each time. The tables of docs/pretrained.md are written anew.
 """
 
-import json
 import re
 import shutil
 import sys
@@ -23,7 +22,8 @@ from gmn_lopt.cli.command_line import parse
 from gmn_lopt.meta.run_directory import RunError
 from gmn_lopt.optimizers.saved import CONFIG_FILE, SHIPPED, WEIGHTS_FILE, digest, load_learned
 from gmn_lopt.optimizers.shipped import CARD_FILE
-from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.errors import FileError, first_line
+from gmn_lopt.util.files import read_json
 from tools import tables
 from tools.cards import FORMAT, VERSION, count, directory_problems, readable, rounded, some_structure
 from tools.facts import ShipError, measured, training_facts
@@ -116,9 +116,9 @@ def _training(config: Config) -> Any:
             raise ShipError(f"--run {config.run} is no run of gmn-meta-train: say with --training how it was trained")
         return training_facts(config.run, config.name, config.hardware)
     try:
-        return json.loads(config.training.read_text())
-    except (OSError, ValueError) as error:
-        raise ShipError(f"--training {config.training} cannot be read: {first_line(error)}") from None
+        return read_json(config.training)
+    except FileError as error:
+        raise ShipError(f"--training {error}") from None
 
 
 def cli(args: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 python -m tools.tables [--check]
 """
 
-import json
 import re
 import sys
 import textwrap
@@ -16,7 +15,7 @@ from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.report import spread, task_title
 from gmn_lopt.optimizers.saved import SHIPPED
 from gmn_lopt.optimizers.shipped import CARD_FILE
-from gmn_lopt.util.files import write_atomically
+from gmn_lopt.util.files import read_json, write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- table: begin -->", "<!-- table: end -->"
@@ -51,7 +50,7 @@ class TableError(ValueError):
 def read_cards(root: Path) -> list[dict[str, Any]]:
     """The cards of all optimizers shipped in a checkout, by name."""
     files = (root / "gmn_lopt" / SHIPPED).glob(f"[!.]*/{CARD_FILE}")
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(files)]
+    return [read_json(file) for file in sorted(files)]
 
 
 def evaluations(cards: Sequence[Mapping[str, Any]]) -> str:

@@ -3,11 +3,15 @@
 import contextlib
 import io
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
+import jax
 import tyro
 
+from gmn_lopt.util.errors import UsageError, first_line, printable
+
+LONGEST_ARGUMENT, LONGEST_FLAG = 4096, 100  # characters
 Config = TypeVar("Config")
 
 
@@ -28,6 +32,9 @@ def parse(
     Raises:
         SystemExit: after ``--help``, or, with code 2 and one line on stderr, where the arguments are not understood.
     """
+    if problem := _problem(sys.argv[1:] if args is None else args):
+        print(printable(problem), file=sys.stderr)
+        raise SystemExit(2)
     printed = io.StringIO()
     try:
         with contextlib.redirect_stderr(printed):
@@ -37,8 +44,41 @@ def parse(
             return tyro.cli(config, description=description, args=args, config=markers, **given)
     except SystemExit as exit_:
         if exit_.code:
-            # tyro frames its message: the lines up to the first rule are what is wrong, the rest repeats the help.
-            lines = [line.strip(" │") for line in printed.getvalue().splitlines()[1:]]
-            wrong = lines[: next((i for i, line in enumerate(lines) if line[:1] in "─╰"), len(lines))]
-            print(f"{' '.join(wrong) or 'arguments not understood'} (--help lists all flags)", file=sys.stderr)
+            print(printable(f"{_message(printed.getvalue())} (--help lists all flags)"), file=sys.stderr)
         raise
+
+
+def _message(framed: str) -> str:
+    """What is wrong, of what tyro prints: a title, that, and after a rule the help again.
+
+    The frame and the rules are of other characters where the terminal has ASCII only.
+    """
+    lines = [line.strip(" \t│|") for line in framed.splitlines()[1:]]
+    rules = [i for i, line in enumerate(lines) if len(line) >= 10 and not line.strip("─-╭╮╰╯")]
+    begin = 1 if rules[:1] == [0] else 0
+    end = next((i for i in rules if i >= begin), len(lines))
+    return " ".join(" ".join(lines[begin:end]).split()) or "arguments not understood"
+
+
+def _problem(args: Sequence[str]) -> str | None:
+    """What is wrong with arguments that no flag takes; looking for flags with similar names would not end."""
+    for arg in args:
+        flag = arg.partition("=")[0]
+        if len(arg) > LONGEST_ARGUMENT:
+            return f"an argument has {len(arg)} characters, more than {LONGEST_ARGUMENT}: {arg[:40]}..."
+        if arg.startswith("-") and (len(flag) > LONGEST_FLAG or not flag.isprintable()):
+            return f"{arg[:40]} is not a flag (--help lists all flags)"
+    return None
+
+
+@contextlib.contextmanager
+def one_line_for_the_machine() -> Iterator[None]:
+    """Make a :class:`UsageError` of what the machine has too little of: memory, or a disk that takes a file."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UsageError(f"not enough memory: {first_line(error)}; take smaller sizes") from None
+    except OSError as error:
+        raise UsageError(first_line(error)) from None

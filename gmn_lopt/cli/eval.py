@@ -21,10 +21,11 @@ from typing import Annotated, Any
 
 import tyro
 
-from gmn_lopt.cli.command_line import parse
+from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
 from gmn_lopt.evaluation.evaluate import EvaluationConfig, Problem, evaluate, prepare
 from gmn_lopt.evaluation.report import table, transfer_table
-from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks import TASK_ERRORS, load_task
+from gmn_lopt.util.checks import path
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.spec import parse_spec
@@ -55,6 +56,14 @@ class Config(EvaluationConfig):
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     transfer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     data_dir: str | None = None
+
+    def check(self) -> None:
+        """Raise :class:`UsageError` if a number or a path is not possible."""
+        super().check()
+        try:
+            path(self, "out", "data_dir")
+        except ValueError as error:
+            raise UsageError(first_line(error)) from None
 
 
 def main(config: Config) -> dict[str, Any]:
@@ -100,7 +109,7 @@ def problem_of(config: Config, out: Path, flag: str, name: str, settings: Mappin
     """The evaluation on one task, with a directory of its own; a :class:`UsageError` says if it cannot be made."""
     try:
         task = load_task(name, config.data_dir, **settings)
-    except (ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
+    except TASK_ERRORS as error:
         raise UsageError(f"{flag} {name}: {first_line(error)}") from None
     return prepare(task, config.optimizer, out, config, settings, [task_file(name)])
 
@@ -116,7 +125,8 @@ def cli(args: Sequence[str] | None = None) -> int:
     config = parse(Config, __doc__, args)
     one_blas_thread()
     try:
-        main(config)
+        with one_line_for_the_machine():
+            main(config)
     except UsageError as error:
         print(f"gmn-eval: {error}", file=sys.stderr)
         return 2

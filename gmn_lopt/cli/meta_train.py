@@ -18,7 +18,6 @@ Several processes, on one machine or on many, compute one run together: one comm
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import importlib.metadata
@@ -33,14 +32,14 @@ import jax
 import tyro
 from jaxtyping import PyTree
 
-from gmn_lopt.cli.command_line import parse
+from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
 from gmn_lopt.meta.augmentation import AugmentedProblem
 from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import BEST, PRESETS
 from gmn_lopt.meta.processes import check_same, connected, is_first, stop_signal
 from gmn_lopt.meta.run import train
-from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, read_settings
+from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, holds_run, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.stages import Stage, parse_stage
 from gmn_lopt.meta.task import task_structure
@@ -49,7 +48,7 @@ from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe
 from gmn_lopt.optimizers.saved import SerializationError, load_learned, load_recipe
-from gmn_lopt.tasks import load_task
+from gmn_lopt.tasks import TASK_ERRORS, load_task
 from gmn_lopt.tasks.mixture import make_all
 from gmn_lopt.util import codec
 from gmn_lopt.util.errors import UsageError, first_line
@@ -79,9 +78,12 @@ def main(config: Config) -> bool:
             raise UsageError(first_line(error)) from None
         if not config.resume:
             read_start(config, lopt)  # so that a wrong one is refused before there is a run directory
-        with contextlib.closing(open_run(config)) as run:
+        with open_run(config) as run:
             total = sum(stage.meta_steps for stage in config.stages)
-            if run.complete:
+            if run.latest > total:
+                file = run.path / "checkpoints" / str(run.latest)
+                raise RunError(f"{file} is beyond the {total} meta-steps of the run; delete it to continue")
+            if run.complete == total:
                 if is_first():
                     print(f"{config.out} is complete: {total} meta-steps")
                 return True
@@ -119,7 +121,7 @@ def make_problem(config: Config) -> tuple[LearnedOptimizer, TrainingProblem | Mi
         return lopts[0], MixtureProblem(
             tuple(AugmentedProblem(task, lopt, **settings) for task, lopt in zip(tasks, lopts)), weights
         )
-    except (ValueError, OSError, RuntimeError, ImportError) as error:
+    except TASK_ERRORS as error:
         raise UsageError(f"--task {config.task!r}: {first_line(error)}") from error
 
 
@@ -171,14 +173,17 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
     whole.add_argument("--stage", action="append")
     look.add_argument("--out", type=Path)
     look.add_argument("--start")
+    look.add_argument("--task")
     look.add_argument("--resume", action="store_true")
     try:
         chosen, rest = whole.parse_known_args(args)
         found, _ = look.parse_known_args(rest)
-        resuming = found.resume and found.out and (found.out / "config.json").exists() and "--help" not in args
+        resuming = found.resume and found.out and "--help" not in args and holds_run(found.out)
+        if found.resume and found.out and not found.task and not resuming and "--help" not in args:
+            raise UsageError(f"--resume: there is no run in --out {found.out} yet; give --task to begin one")
         default = PRESETS[chosen.preset or "best"]
         if resuming:
-            run = from_json(read_settings(found.out))
+            run = from_json(read_settings(found.out), found.out / "config.json")
             # A preset that is given again is compared with the run's settings, like everything else.
             default = replace(run, optimizer=default.optimizer, stages=default.stages) if chosen.preset else run
         if found.start and not resuming:
@@ -240,7 +245,8 @@ def cli(args: Sequence[str] | None = None) -> int:
     one_blas_thread()
     try:
         description = f"{__doc__}\nOptimizers: {', '.join(RECIPES)}."
-        main(from_command_line(description, sys.argv[1:] if args is None else args))
+        with one_line_for_the_machine():
+            main(from_command_line(description, sys.argv[1:] if args is None else args))
     except (UsageError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2

@@ -26,10 +26,18 @@ from gmn_lopt.evaluation.sources import adam, find_candidates
 from gmn_lopt.evaluation.timing import Timing, time_per_step
 from gmn_lopt.evaluation.training import Candidate, Curves, training_curves
 from gmn_lopt.meta.task import Task, measured_on
+from gmn_lopt.util.checks import LONGEST_HORIZON, shown
 from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.hardware import describe_hardware
 from gmn_lopt.util.progress import progress
+
+LIMITS = {
+    **dict.fromkeys(("horizon", "eval_every", "smoothing"), LONGEST_HORIZON),
+    **dict.fromkeys(("seeds", "rates_at_once", "timing_rounds"), 10_000),
+    "first_seed": 2**31,
+}
+"""The largest values of what is counted."""
 
 SMALL = 1_000_000
 """Models of fewer parameters are timed on one core."""
@@ -64,12 +72,11 @@ class EvaluationConfig:
 
     def check(self) -> None:
         """Raise :class:`UsageError` if a number is not possible."""
-        for field in ("seeds", "horizon", "eval_every", "smoothing", "rates_at_once", "timing_rounds"):
-            value = getattr(self, field)
-            if value is not None and value < 1:
-                raise UsageError(f"--{field.replace('_', '-')} must be at least 1, not {value}")
-        if self.first_seed < 0:
-            raise UsageError(f"--first-seed must not be negative, is {self.first_seed}")
+        for name, most in LIMITS.items():
+            value, least = getattr(self, name), 0 if name == "first_seed" else 1
+            if value is not None and not least <= value <= most:
+                flag = f"--{name.replace('_', '-')}"
+                raise UsageError(f"{flag} must be at least {least} and at most {most}, not {shown(value)}")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Results on disk: one file per finished unit of work, so that an interrupted evaluation goes on where it stopped."""
 
 import hashlib
+import io
 import json
 import re
 import tempfile
@@ -11,8 +12,21 @@ from typing import Any
 
 import numpy as np
 
-from gmn_lopt.util.errors import UsageError
-from gmn_lopt.util.files import write_atomically
+from gmn_lopt.util.errors import FileError, UsageError
+from gmn_lopt.util.files import read_json, read_regular, write_atomically
+
+LARGEST = 2**34  # bytes
+# What damaged archives raise.
+DAMAGED = (
+    ValueError,
+    LookupError,
+    ArithmeticError,
+    EOFError,
+    MemoryError,
+    RuntimeError,
+    SyntaxError,
+    zipfile.BadZipFile,
+)
 
 
 class Results:
@@ -37,11 +51,11 @@ class Results:
         file = directory / "settings.json"
         if any(directory.glob("*.npz")):
             try:
-                before = json.loads(file.read_text())
+                before = read_json(file)
                 changed = [k for k in sorted(before.keys() | settings.keys()) if before.get(k) != settings.get(k)]
                 differences = [f"{key} was {before.get(key)!r}, is {settings.get(key)!r}" for key in changed]
-            except (OSError, ValueError, AttributeError):
-                raise UsageError(f"{file} is missing or not readable: choose another --out, or delete it") from None
+            except FileError as error:
+                raise UsageError(f"{error}: choose another --out, or delete {directory}") from None
             if differences:
                 raise UsageError(
                     f"{directory} holds results of another configuration ({'; '.join(differences)}): choose another "
@@ -52,9 +66,8 @@ class Results:
     def load(self, name: str, fingerprint: str) -> dict[str, np.ndarray] | None:
         """The arrays saved under a name, or None if there are none of this fingerprint."""
         try:
-            with np.load(self._file(name), allow_pickle=False) as arrays:
-                loaded = dict(arrays)
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile):
+            loaded = _read_arrays(read_regular(self._file(name), LARGEST))
+        except (FileError, *DAMAGED):
             return None
         found = loaded.pop("fingerprint", None)
         return loaded if found is not None and str(found) == fingerprint else None
@@ -69,3 +82,15 @@ class Results:
     def _file(self, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60]
         return self.directory / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.npz"
+
+
+def _read_arrays(content: bytes) -> dict[str, np.ndarray]:
+    """The arrays of an ``.npz`` file that :meth:`Results.save` wrote, whose parts are not compressed."""
+    file = io.BytesIO(content)
+    parts = zipfile.ZipFile(file).infolist()
+    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(x.file_size for x in parts) > len(
+        content
+    ):
+        raise ValueError("it would become larger than the file")
+    with np.load(file, allow_pickle=False) as arrays:
+        return dict(arrays)

@@ -15,7 +15,8 @@ from gmn_lopt.evaluation.training import Candidate, train_step
 from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
-from gmn_lopt.optimizers.saved import digest, load_learned, make_optimizer
+from gmn_lopt.optimizers.saved import CONFIG_FILE, WEIGHTS_FILE, digest, load_learned, make_optimizer
+from gmn_lopt.util.checks import plain_numbers, settings_of_steps
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.spec import parse_spec, split_label
 
@@ -110,6 +111,8 @@ def optax_transformation(name: str, settings: Mapping[str, Any]) -> optax.Gradie
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         raise ValueError(f"optax has no optimizer {name!r} (write optax:NAME:setting=value,setting=value){hint}")
     try:
+        plain_numbers(settings)
+        settings_of_steps(settings)
         tx = factory(**settings)
     except Exception as error:  # optax checks arguments in many ways
         raise ValueError(f"optax.{name} does not take these arguments: {first_line(error)}") from None
@@ -134,8 +137,8 @@ def _learned(
     lopt, phi = load_learned(str(directory) if path.is_dir() else place, structure)
     make_optimizer(lopt, phi, settings, place)  # refuses settings that it does not take
     if path.is_dir():
-        files = sorted(file for file in directory.rglob("*") if file.is_file())
-        parts = [part for f in files for part in (str(f.relative_to(directory)).encode(), f.read_bytes())]
+        files = {name: directory / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
+        parts = [part for name, file in files.items() for part in (name.encode(), file.read_bytes())]
     else:
         parts = [place.encode(), *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(phi))]
     if settings:

@@ -7,10 +7,10 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gmn_lopt.meta.stages import Stage
+from gmn_lopt.meta.stages import MOST_META_STEPS, Stage
 from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util import codec
-from gmn_lopt.util.checks import whole
+from gmn_lopt.util.checks import LONGEST_HORIZON, path, positive, whole
 from gmn_lopt.util.errors import UsageError
 
 
@@ -62,8 +62,19 @@ class Config:
 
     def __post_init__(self) -> None:
         whole(self, "log_every", "checkpoint_every", "keep", "keep_every", most=10**9)
+        whole(self, "seed", least=0, most=2**32 - 1)
+        positive(self, "rate_range")
+        if self.horizon is not None:
+            whole(self, "horizon", most=LONGEST_HORIZON)
+        for name in ("processes", "process_id"):
+            if getattr(self, name) is not None:
+                whole(self, name, least=0, most=10**6)
+        path(self, "out", "data_dir", "start")
         if not self.stages:
             raise ValueError("a run needs at least one stage")
+        total = sum(stage.meta_steps for stage in self.stages)
+        if total > MOST_META_STEPS:
+            raise ValueError(f"the stages have {total} meta-steps together, more than {MOST_META_STEPS}")
 
 
 # How the run is spread is asked for each time; a resumed run need not be spread like before.
@@ -77,14 +88,14 @@ def to_json(config: Config) -> dict[str, Any]:
     return {name: value for name, value in codec.to_json(config).items() if name not in SPREAD}
 
 
-def from_json(settings: Mapping[str, Any]) -> Config:
-    """The configuration that :func:`to_json` wrote.
+def from_json(settings: Mapping[str, Any], file: str | Path = "the run's config.json") -> Config:
+    """The configuration that :func:`to_json` wrote, from a file of this name.
 
     Raises:
-        UsageError: it was written by another version, with other settings.
+        UsageError: it is damaged, or was written by another version, with other settings.
     """
     try:
         config: Config = codec.from_json({**settings, **dict.fromkeys(SPREAD)}, Config, "settings")
         return config
     except ValueError as error:
-        raise UsageError(f"the run's config.json is of another version of this program: {error}") from None
+        raise UsageError(f"{file} is damaged, or of another version of this program: {error}") from None

@@ -1,7 +1,6 @@
 """Stages of meta-training, one after the other: each has an estimator of its own and its own learning rate."""
 
 import dataclasses
-import math
 from dataclasses import dataclass
 
 import jax
@@ -18,12 +17,13 @@ from gmn_lopt.meta.sharding import usable_devices
 from gmn_lopt.meta.truncated import Truncated
 from gmn_lopt.meta.truncated_es import TruncatedES
 from gmn_lopt.meta.truncation import OBJECTIVES
-from gmn_lopt.util.checks import positive, whole
+from gmn_lopt.util.checks import LONGEST_HORIZON, not_negative, positive, whole
 from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.spec import parse_spec
 
 SCHEDULES = ("constant", "cosine")
-LARGEST = 10**12
+MOST_META_STEPS = 2**31 - 1  # they are counted in 32 bits
+MOST_PAIRS = 2**20
 
 
 @dataclass(frozen=True)
@@ -70,12 +70,13 @@ class Stage:
             if getattr(self, name) not in known:
                 raise ValueError(f"unknown {name} {getattr(self, name)!r}; choose one of {', '.join(known)}")
         positive(self, "learning_rate", "sigma", "clip", "meta_clip")
-        whole(self, "meta_steps", "truncation", "pairs", most=LARGEST)
-        whole(self, "turns", least=0, most=LARGEST)
+        whole(self, "meta_steps", most=MOST_META_STEPS)
+        whole(self, "truncation", most=LONGEST_HORIZON)
+        whole(self, "pairs", most=MOST_PAIRS)
+        whole(self, "turns", least=0, most=MOST_PAIRS)
         if self.coefficient_sigma is not None:
             positive(self, "coefficient_sigma")
-        if not 0 <= self.coefficient_rate < math.inf:
-            raise ValueError(f"Stage.coefficient_rate must be positive, or 0, not {self.coefficient_rate!r}")
+        not_negative(self, "coefficient_rate")
         if self.turns and self.pairs % self.turns:
             raise ValueError(f"Stage.turns must divide the {self.pairs} pairs, or be 0, not {self.turns}")
 

@@ -1,5 +1,6 @@
 """One truncation of an unrolled inner problem: what all estimators of the meta-gradient are built from."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,9 @@ def check_truncation(problem: InnerProblem, truncation: int, objective: str, **c
         if not value > 0:
             raise ValueError(f"{name} is {value}; it must be positive")
     if problem.horizon % truncation:
-        divisors = [k for k in range(1, problem.horizon + 1) if problem.horizon % k == 0]
+        horizon = problem.horizon
+        small = [k for k in range(1, math.isqrt(horizon) + 1) if horizon % k == 0]
+        divisors = {*small, *(horizon // k for k in small)}
         near = sorted(sorted(divisors, key=lambda k: abs(k - truncation))[:4])
         raise ValueError(
             f"truncation {truncation} does not divide the horizon {problem.horizon}; choose a divisor, such as "

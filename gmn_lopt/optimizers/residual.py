@@ -17,7 +17,7 @@ from gmn_lopt.networks.unf import UNF
 from gmn_lopt.optimizers.features import Features, PaperFeatures
 from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.optimizers.set_reader import SetReader
-from gmn_lopt.util.checks import positive
+from gmn_lopt.util.checks import not_negative, positive
 
 
 class ResidualState(NamedTuple):
@@ -63,8 +63,7 @@ class Residual:
 
     def __post_init__(self) -> None:
         positive(self, "weight")
-        if not 0 <= self.output_scale < float("inf"):
-            raise ValueError(f"Residual.output_scale must not be negative, but is {self.output_scale!r}")
+        not_negative(self, "output_scale")
 
     def coefficients(self) -> dict[str, float]:
         """``beta``."""

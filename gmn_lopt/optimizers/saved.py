@@ -6,9 +6,7 @@ import inspect
 import itertools
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -24,19 +22,25 @@ from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import Recipe
+from gmn_lopt.util.checks import settings_of_steps
 from gmn_lopt.util.codec import from_json, to_json
-from gmn_lopt.util.errors import first_line
-from gmn_lopt.util.files import write_atomically
+from gmn_lopt.util.errors import FileError, OneLine, first_line
+from gmn_lopt.util.files import read_json, read_regular, write_directory
 
 FORMAT = "gmn_lopt learned optimizer"
 VERSION = 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
+LARGEST_CONFIG, LARGEST_WEIGHTS = 2**20, 2**30  # bytes
+ENTRIES = {"format", "version", "optimizer", "leaves", "checksum"}
+LAYERS = ("hidden_layers", "set_layers", "neuron_layers", "blocks")
+MOST_AXES = 64
+DAMAGED = (safetensors.SafetensorError, KeyError, ValueError, OverflowError)  # what reading damaged weights raises
 SAVED_BEFORE = "it was saved by gmn_lopt 0.1: load it there, or meta-train it again with this version's recipes"
 
 
-class SerializationError(ValueError):
+class SerializationError(OneLine, ValueError):
     """A saved learned optimizer cannot be written, or cannot be read back.
 
     Example:
@@ -63,7 +67,7 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
 
     Raises:
         SerializationError: if ``path`` exists and is not a saved optimizer, cannot be written, or ``phi`` is not the
-            optimizer's.
+            optimizer's, or not finite.
 
     Example:
         >>> structure = gmn_lopt.analyze(lambda p, x: jnp.mean(x @ p), jnp.ones((2, 1)), jnp.ones((3, 2)))
@@ -81,17 +85,10 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     config["checksum"] = _checksum(config, weights)
     if path.exists() and not (path / CONFIG_FILE).is_file():
         raise SerializationError(f"cannot save {path}: it exists and is not a saved optimizer; choose another path")
-    temporary: Path | None = None
+    files = {WEIGHTS_FILE: weights, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
-        write_atomically(temporary / WEIGHTS_FILE, weights)
-        write_atomically(temporary / CONFIG_FILE, (json.dumps(config, indent=2) + "\n").encode())
-        temporary.chmod(0o755)
-        _replace_directory(temporary, path)
+        write_directory(path, files)
     except OSError as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
         raise SerializationError(f"cannot save {path}: {error.strerror or error}") from error
 
 
@@ -139,26 +136,32 @@ def make_optimizer(
     if unknown := [name for name in settings if name not in taken]:
         raise SerializationError(f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken)}")
     with _refusing(f"{what}:", TypeError, ValueError):
+        settings_of_steps(settings)
         optimizer = lopt.optimizer(phi, **settings)
     return optimizer
 
 
 def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
-    """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`."""
+    """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`.
+
+    Nothing is built before the checksum says that both files are as they were saved, and the weights have as many
+    arrays as the architecture has layers: what comes with a checksum of its own takes no long time either.
+    """
     directory = _find(path)
     file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
     config, recipe = _read_config(file)
-    lopt = recipe.build(structure)
-    if _is_tied(lopt):
-        _check_leaves(config.get("leaves"), lopt, file)
-    content = _read(weights)
-    with _refusing(
-        f"{weights} is damaged or not a safetensors file:", safetensors.SafetensorError, KeyError, ValueError
-    ):
+    with _refusing("", FileError):
+        content = read_regular(weights, LARGEST_WEIGHTS)
+    with _refusing(f"{weights} is damaged or not a safetensors file:", *DAMAGED):
         arrays = safetensors.numpy.load(content)
-    _check_arrays(arrays, lopt, str(weights))
     if config.pop("checksum", None) != _checksum(config, content):
         raise SerializationError(f"{directory} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not what was saved")
+    if (layers := _layers(to_json(recipe))) > len(arrays):
+        raise SerializationError(f"{weights} holds {len(arrays)} arrays, too few for {layers} layers in {CONFIG_FILE}")
+    lopt = recipe.build(structure)
+    if _is_tied(lopt):
+        _check_leaves(_leaves(config, file), lopt, file)
+    _check_arrays(arrays, lopt, str(weights))
     template = lopt.template()
     leaves = [jax.numpy.asarray(arrays[name]) for name in _named_arrays(template)]
     return lopt, jax.tree.unflatten(jax.tree.structure(template), leaves)
@@ -172,6 +175,13 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         True
     """
     return _read_config(_find(path) / CONFIG_FILE)[1]
+
+
+def load_spaces(path: str | os.PathLike[str]) -> list[tuple[int, ...]] | None:
+    """Of a saved optimizer that belongs to one model, the spaces of its leaves; of another None; raises like `load`."""
+    file = _find(path) / CONFIG_FILE
+    config, _ = _read_config(file)
+    return [spaces for _, spaces in _leaves(config, file)] if "leaves" in config else None
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -201,6 +211,13 @@ def _checksum(config: Mapping[str, Any], weights: bytes) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()
 
 
+def _layers(recipe: Any) -> int:
+    """The number of layers that a recipe asks for, as JSON values; each has an array at least."""
+    if not isinstance(recipe, dict):
+        return 0
+    return sum(x if name in LAYERS else _layers(x) for name, x in recipe.items())
+
+
 def _named_arrays(tree: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
 
@@ -221,6 +238,8 @@ def _check_arrays(arrays: dict[str, np.ndarray], lopt: LearnedOptimizer, what: s
             )
         if array.dtype != expected[name].dtype:
             raise SerializationError(f"{what} holds {name} as {array.dtype}, not {expected[name].dtype}")
+        if not np.isfinite(array).all():
+            raise SerializationError(f"{what} holds {name} with values that are not finite")
 
 
 @contextlib.contextmanager
@@ -229,30 +248,40 @@ def _refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
     try:
         yield
     except errors as error:
-        raise SerializationError(f"{what} {first_line(error)}") from error
+        raise SerializationError(f"{what} {first_line(error)}".strip()) from error
 
 
 def _read_config(file: Path) -> tuple[dict[str, Any], Recipe]:
-    content = _read(file)
-    with _refusing(f"{file} is damaged or not JSON:", ValueError, RecursionError):
-        config = json.loads(content)
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
+    with _refusing("", FileError):
+        config = read_json(file, LARGEST_CONFIG)
+    if config.get("format") != FORMAT:
         raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
-    if config.get("version") != VERSION:
-        hint = SAVED_BEFORE if config.get("version") == 1 else "install the gmn_lopt that wrote it"
-        found = str(config.get("version"))[:20]
+    version = config.get("version")
+    if type(version) is not int or version != VERSION:
+        hint = SAVED_BEFORE if version == 1 else "install the gmn_lopt that wrote it"
+        found = ascii(version)[:20]
         raise SerializationError(f"{file} has format version {found}, this gmn_lopt reads version {VERSION}: {hint}")
+    if unknown := sorted(config.keys() - ENTRIES):
+        raise SerializationError(f"{file} has the unknown entry {unknown[0]!r}")
     with _refusing(f"{file}:", ValueError):
         recipe = from_json(config.get("optimizer"), Recipe, "optimizer")
     return config, recipe
 
 
-def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
+def _leaves(config: Mapping[str, Any], file: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """The names and the spaces of the leaves that a tied optimizer was saved with."""
+    found = config.get("leaves")
+    with _refusing(f'{file}: "leaves" is missing or damaged, which UNF needs:', ValueError, KeyError, TypeError):
+        named = [(leaf["name"], from_json(leaf["spaces"], tuple[int, ...], "spaces")) for leaf in found or ()]
+        if any(
+            type(name) is not str or len(spaces) > MOST_AXES or max(spaces, default=0) > 10**6 for name, spaces in named
+        ):
+            raise ValueError("a name or a space is impossible")
+    return named
+
+
+def _check_leaves(there: Sequence[tuple[str, tuple[int, ...]]], lopt: LearnedOptimizer, file: Path) -> None:
     """Raise an error unless the model has the leaves, over the same spaces, that the optimizer was saved with."""
-    try:
-        there = [(str(leaf["name"]), tuple(leaf["spaces"])) for leaf in saved]
-    except (TypeError, KeyError) as error:
-        raise SerializationError(f'{file}: "leaves" is missing or damaged, which UNF needs') from error
     here = [(p.name, spaces) for p, spaces in zip(lopt.structure.parameters, tied_leaves(lopt.structure))]
     if [spaces for _, spaces in there] == [spaces for _, spaces in here]:
         return
@@ -271,37 +300,12 @@ def _check_leaves(saved: Any, lopt: LearnedOptimizer, file: Path) -> None:
 
 def _find(path: str | os.PathLike[str]) -> Path:
     """The directory of a saved optimizer, or of one that ships with the package."""
-    directory = Path(path)
-    if not directory.exists():
+    if not os.path.lexists(path):  # False, too, for what no file system takes as a name
         names = shipped_names()
         if str(path) in names:
             return Path(str(resources.files("gmn_lopt") / SHIPPED / str(path)))
         ships = f"are {', '.join(names)}" if names else "do not exist in this version"
         raise SerializationError(f"{path} is neither a directory nor a shipped optimizer (those {ships})")
-    if not directory.is_dir():
+    if not os.path.isdir(path):
         raise SerializationError(f"{path} is not a directory: give the one that gmn_lopt.save wrote")
-    return directory
-
-
-def _read(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except FileNotFoundError as error:
-        raise SerializationError(f"{file} is missing: {file.parent} is not a saved optimizer") from error
-    except OSError as error:
-        raise SerializationError(f"{file} cannot be read: {error.strerror or error}") from error
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; a directory cannot be renamed onto a full one, so the old one steps aside first."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
+    return Path(path)

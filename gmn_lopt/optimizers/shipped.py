@@ -1,11 +1,12 @@
 """The pretrained optimizers that ship with the package, and their model cards."""
 
-import json
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from gmn_lopt.optimizers.saved import SHIPPED, SerializationError, shipped_names
-from gmn_lopt.util.errors import first_line
+from gmn_lopt.util.errors import FileError
+from gmn_lopt.util.files import read_json
 
 CARD_FILE = "card.json"
 
@@ -23,7 +24,7 @@ def list_pretrained() -> dict[str, str]:
         >>> "default" in list_pretrained()
         True
     """
-    return {name: str(card(name).get("description", "")) for name in shipped_names()}
+    return {name: card(name)["description"] for name in shipped_names()}
 
 
 def card(name: str) -> dict[str, Any]:
@@ -46,11 +47,11 @@ def card(name: str) -> dict[str, Any]:
     names = shipped_names()
     if name not in names:
         raise SerializationError(f"{name} is not a shipped optimizer; there are: {', '.join(names) or 'none yet'}")
-    file = resources.files("gmn_lopt") / SHIPPED / name / CARD_FILE
+    file = Path(str(resources.files("gmn_lopt") / SHIPPED / name / CARD_FILE))
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise SerializationError(f"{file} is missing or damaged: {first_line(error)}; reinstall gmn_lopt") from error
-    if not isinstance(content, dict):
-        raise SerializationError(f"{file} is damaged: not an object; reinstall gmn_lopt")
+        content = read_json(file)
+    except FileError as error:
+        raise SerializationError(f"{error}; reinstall gmn_lopt") from error
+    if not isinstance(content.get("description"), str):
+        raise SerializationError(f"{file} is damaged: it has no description; reinstall gmn_lopt")
     return content

@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gmn_lopt.util.checks import shown
+
 DEEPEST = 16
 
 
@@ -49,10 +51,10 @@ def from_json(value: Any, expected: Any, what: str) -> Any:
     if origin is typing.Literal:
         if isinstance(value, str) and value in args:
             return value
-        raise ValueError(f"{what} must be one of {', '.join(map(str, args))}, not {_short(value)}")
+        raise ValueError(f"{what} must be one of {', '.join(map(str, args))}, not {shown(value)}")
     if origin is tuple:
         if not isinstance(value, list):
-            raise ValueError(f"{what} must be a list, not {_short(value)}")
+            raise ValueError(f"{what} must be a list, not {shown(value)}")
         return tuple(from_json(x, args[0], f"{what}[{i}]") for i, x in enumerate(value))
     if expected is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**53:
         return float(value)
@@ -62,7 +64,7 @@ def from_json(value: Any, expected: Any, what: str) -> Any:
     good = isinstance(of_type, expected) and (expected is bool or not isinstance(of_type, bool))
     if not good or (isinstance(value, float) and not math.isfinite(value)):
         kind = {float: "a finite number", int: "a whole number", bool: "true or false", str: "text", Path: "a path"}
-        raise ValueError(f"{what} must be {kind.get(expected, expected.__name__)}, not {_short(value)}")
+        raise ValueError(f"{what} must be {kind.get(expected, expected.__name__)}, not {shown(value)}")
     return of_type
 
 
@@ -91,28 +93,23 @@ def _concrete(cls: Any) -> Iterator[Any]:
 
 def _build(value: Any, classes: list[Any], what: str) -> Any:
     if not isinstance(value, dict):
-        raise ValueError(f"{what} must be an object, not {_short(value)}")
+        raise ValueError(f"{what} must be an object, not {shown(value)}")
     by_name = {c.__name__: c for c in classes}
     name = value.get("name")
     if not isinstance(name, str) or name not in by_name:
-        raise ValueError(f"{what} must be one of {', '.join(by_name)}, not {_short(name)}")
+        raise ValueError(f"{what} must be one of {', '.join(by_name)}, not {shown(name)}")
     cls = by_name[name]
     version = getattr(cls, "version", 1)
     if type(value.get("version")) is not int or value["version"] != version:
-        raise ValueError(f"{what} is version {_short(value.get('version'))} of {name}; this gmn_lopt reads {version}")
+        raise ValueError(f"{what} is version {shown(value.get('version'))} of {name}; this gmn_lopt reads {version}")
     given = {key: x for key, x in value.items() if key not in ("name", "version")}
     known = {f.name for f in dataclasses.fields(cls)}
     for problem, names in (("lacks", known - set(given)), ("has the unknown entry", set(given) - known)):
         if names:
-            raise ValueError(f"{what} {problem} {', '.join(_short(n) for n in sorted(names))}")
+            raise ValueError(f"{what} {problem} {', '.join(shown(n) for n in sorted(names))}")
     hints = typing.get_type_hints(cls)
     built = {key: from_json(x, hints[key], f"{what}.{key}") for key, x in given.items()}
     try:
         return cls(**built)
     except ValueError as error:
         raise ValueError(f"{what}: {error}") from None
-
-
-def _short(value: Any) -> str:
-    text = repr(value) if not isinstance(value, str) else ascii(value)
-    return text if len(text) <= 40 else text[:37] + "..."

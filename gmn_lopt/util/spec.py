@@ -6,9 +6,11 @@ tasks (``cifar10_mlp:hidden=64``) are written in it.
 
 import ast
 import re
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+LONGEST = 4096  # characters
 # The name ends where the first setting begins: it may hold colons itself, as in optax:adam or package.module:make.
 _SPEC = re.compile(r"(?P<name>.*?)(?::(?P<settings>\s*[^\W\d]\w*\s*=.*))?", re.DOTALL)
 
@@ -34,6 +36,8 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
         >>> parse_spec("digits_mlp")
         ('digits_mlp', {})
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"{text[:40]!r}... has {len(text)} characters, more than {LONGEST}")
     found = _SPEC.fullmatch(text)
     assert found is not None, "the pattern matches everything"
     name = found["name"].strip()
@@ -83,7 +87,9 @@ def split_label(name: str) -> tuple[str | None, str]:
 
 
 def _settings(text: str) -> dict[str, Any]:
-    call = ast.parse(f"f({text})", mode="eval").body
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is no number, or no escape sequence
+        call = ast.parse(f"f({text})", mode="eval").body
     if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
         raise ValueError
     values = {keyword.arg: _value(keyword.value) for keyword in call.keywords}
