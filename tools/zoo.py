@@ -21,7 +21,7 @@ START, END = "<!-- table: python -m tools.zoo -->", "<!-- end -->"
 def main(names: list[str]) -> None:
     """Measure in the environment of the packages, then write the page."""
     place = ROOT / "build" / "zoo"
-    python = place / "bin" / "python"
+    python = str(place / "bin" / "python")
     if not (place / "ready").exists():
         venv.create(place, with_pip=True, clear=True)
         for package in [str(ROOT), *PACKAGES]:
@@ -57,7 +57,7 @@ def measure(names: list[str]) -> None:
         print(json.dumps(row), flush=True)
 
 
-def _row(loss, params, args) -> dict[str, str]:  # type: ignore[no-untyped-def]
+def _row(loss, params, args) -> dict[str, str]:
     import jax
     import jax.numpy as jnp
 

@@ -3,6 +3,7 @@
 A loss is some scalar of the outputs; what counts is which products the model is made of. Run by ``tools/zoo.py``.
 """
 
+# mypy: ignore-errors
 from collections.abc import Callable
 from typing import Any
 
@@ -129,11 +130,11 @@ def neural_ode() -> Any:
 
     def loss(params: Any, x: jax.Array) -> jax.Array:
         field = diffrax.ODETerm(lambda t, y, args: eqx.combine(params, static)(y))
-        solve = lambda y: (
-            diffrax.diffeqsolve(  # noqa: E731
-                field, diffrax.Tsit5(), 0.0, 1.0, 0.1, y, adjoint=diffrax.DirectAdjoint(), max_steps=16
-            ).ys
-        )
+        settings = {"adjoint": diffrax.DirectAdjoint(), "max_steps": 16}
+
+        def solve(y: jax.Array) -> Any:
+            return diffrax.diffeqsolve(field, diffrax.Tsit5(), 0.0, 1.0, 0.1, y, **settings).ys
+
         return scalar(jax.vmap(solve)(x))
 
     return loss, params, (X,)
