@@ -25,8 +25,7 @@ def main(names: list[str]) -> None:
     if not (place / "ready").exists():
         venv.create(place, with_pip=True, clear=True)
         for package in [str(ROOT), *PACKAGES]:
-            done = subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=False)
-            if done.returncode:
+            if subprocess.run([python, "-m", "pip", "install", "--quiet", package], check=False).returncode:
                 print(f"{package} cannot be installed", file=sys.stderr)
         (place / "ready").touch()
     command = [python, "-c", "from tools.zoo import measure; import sys; measure(sys.argv[1:])", *names]
