@@ -12,6 +12,7 @@ from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, tr
 from gmn_lopt.factors.jaxpr.reconstruct import layer_gradients
 from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
+from gmn_lopt.factors.kinds import LayerKind
 from gmn_lopt.factors.program import Path, Program, Value, flatten
 from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space
 from gmn_lopt.factors.structure import GradientStructure, Layer
@@ -80,6 +81,7 @@ def assemble(
                 sites=references[leaf] if leaf in references else _following_read(leaf, cut, found, uses),
                 status=status,
                 reason=reason,
+                positions=next((layer.positions for layer in layers if layer.view.leaf == leaf), ()),
             )
         )
     structure = GradientStructure(
@@ -91,7 +93,7 @@ def assemble(
         parameters=tuple(parameters),
         layers=tuple(
             Layer(
-                kind=layer.kind,
+                kind=_arranged(layer, reads, axes),
                 kernel=layer.view.leaf,
                 bias=None if layer.bias is None else layer.bias.view.leaf,
                 activation=layer.read,
@@ -149,11 +151,16 @@ def _references(
             neurons = writes[layer.write].layout.neuron_atoms
             traced = trace_view(program.parameters[leaf], layer.bias.view, axes)
             # A view that spans set axes, such as a positional table, is added per element: no bias.
-            if traced is None or len(set(cut)) != len(cut) or set(cut) != set(neurons):
+            if traced is None or traced.reversed or len(set(cut)) != len(cut) or set(cut) != set(neurons):
                 layer.bias = None
             else:
                 references.setdefault(leaf, (SiteRef(writes_to, tuple(map(cut.index, neurons))),))
     return references
+
+
+def _arranged(layer: LayerUse, reads: list[Read], axes: dict[Value, Axes]) -> LayerKind:
+    layouts = reads[layer.read].layout, arrange_output(layer, axes)
+    return layer.kind.arranged(layer.equation, *(layout.arrangement for layout in layouts), layer.backwards)
 
 
 def _dims(pairs: list[tuple[Atom, int]]) -> tuple[int, ...]:

@@ -1,6 +1,7 @@
 """Linear layers of a program: equations that some kind of layer matches, their biases, and all other uses."""
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -12,7 +13,7 @@ from gmn_lopt.factors.program import Equation, Program, Scan, Value
 # Rearrangements that leave every entry in place exactly once: a tangent is the same before and after them.
 REARRANGEMENTS = {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
 # Rearrangements of one array: a parameter seen through them is still that parameter.
-VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "scan_slice", "slice"}
+VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "rev", "scan_slice", "slice"}
 
 
 @dataclass(eq=False)
@@ -37,8 +38,9 @@ class LayerUse:
     """One equation that is a layer: ``operand`` of it is a view of a parameter, the kernel.
 
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
-    which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
-    ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
+    which dimension of its cut shape runs over it; ``positions`` are the dimensions that run over a window, along each
+    axis of which the layer may see them ``backwards``. ``set_batch`` names the batch axes that are elements of the set,
+    and ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
     elements of the set). ``read`` and ``write`` (from :mod:`.sites`) are the indices of its activation and tangent;
     of the layers that share one, the first ``records`` the activation, or has its output ``perturbed`` for the tangent.
     """
@@ -52,6 +54,8 @@ class LayerUse:
     inputs: list[tuple[Atom, int]] = field(default_factory=list)
     outputs: list[tuple[Atom, int]] = field(default_factory=list)
     batch: list[tuple[Atom, int]] = field(default_factory=list)
+    positions: tuple[int, ...] = ()
+    backwards: tuple[bool, ...] = ()
     set_batch: tuple[int, ...] = ()
     stacked: tuple[Scan, ...] = ()
     read: int = -1
@@ -204,17 +208,25 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUs
         layer.stacked = tuple(traced.sliced)
         for d, (axis, behind) in enumerate(zip(kernel_axes, traced.axes)):
             atoms = resolve(axis)
-            if len(atoms) != len(behind):
+            if d not in (*dims.inputs, *dims.outputs, *dims.batch):
+                continue  # positions belong to no neurons
+            if len(atoms) != len(behind) or not traced.reversed.isdisjoint(behind):
                 ok = False
             elif None not in behind:
-                for name in ("inputs", "outputs", "batch"):
+                pairs = [*zip(atoms, behind)]
+                groups = _leading(atoms, dims.groups) if d in dims.outputs else 0
+                ok &= groups is not None
+                layer.batch.extend(pairs if d in dims.batch else pairs[: groups or 0])
+                for name in ("inputs", "outputs"):
                     if d in getattr(dims, name):
-                        getattr(layer, name).extend(zip(atoms, behind))
+                        getattr(layer, name).extend(pairs[groups:])
             elif d in dims.batch and {*behind} == {None}:
                 set_batch.append(dims.batch.index(d))  # the view broadcast it: elements of the set
             else:
                 ok = False
         layer.set_batch = tuple(set_batch)
+        layer.positions = tuple(d for at in dims.positions for d in traced.axes[at] if d is not None)
+        layer.backwards = tuple(not traced.reversed.isdisjoint(traced.axes[at]) for at in dims.positions)
         if ok:
             kept.append(layer)
     return kept
@@ -227,10 +239,18 @@ class TracedView:
     Attributes:
         axes: for each axis of the view, the dimension behind each of its atoms (None: broadcast).
         sliced: the same for the axis that each loop slices.
+        reversed: the dimensions that are seen backwards.
     """
 
     axes: list[list[int | None]]
     sliced: dict[Scan, list[int]]
+    reversed: frozenset[int] = frozenset()
+
+
+def _leading(atoms: Axis, groups: int) -> int | None:
+    """How many of the first atoms make up the groups; None where they are cut otherwise."""
+    counts = [math.prod(sizes(atoms[:i])) for i in range(len(atoms) + 1)]
+    return counts.index(groups) if groups in counts else None
 
 
 def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView | None:
@@ -241,7 +261,10 @@ def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView |
     )
     dims = {atom: i for i, atom in enumerate(itertools.chain(*current))}
     slices: dict[Scan, Axis] = {}
+    backwards: set[Atom] = set()
     for equation in view.chain:
+        if equation.name == "rev":
+            backwards ^= {atom for d in equation.params["dimensions"] for atom in resolve(current[d])}
         if equation.name == "scan_slice":
             slices[equation.params["scan"]] = current[0]
         (current,) = apply_rule(atoms, equation, [current])
@@ -249,4 +272,5 @@ def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView |
     if any(atom.parts is not None for atom in dims) or any(None in found for found in sliced.values()):
         return None
     found = [[dims.get(atom) for atom in resolve(axis)] for axis in current]
-    return TracedView(found, {scan: [d for d in part if d is not None] for scan, part in sliced.items()})
+    turned = frozenset(dims[atom] for atom in backwards if atom in dims)
+    return TracedView(found, {scan: [d for d in part if d is not None] for scan, part in sliced.items()}, turned)

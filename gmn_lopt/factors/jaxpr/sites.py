@@ -11,6 +11,7 @@ from jaxtyping import Array, Shaped
 from gmn_lopt.factors.jaxpr.axes import Axis, resolve, sizes
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow
+from gmn_lopt.factors.kinds.base import Arrangement
 from gmn_lopt.factors.program import Program, Value
 
 
@@ -36,6 +37,11 @@ class Layout:
     def canonical_shape(self) -> tuple[int, int]:
         """``[S, d]``."""
         return math.prod(sizes(self.set_atoms)), math.prod(sizes(self.neuron_atoms))
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """The same in numbers."""
+        return Arrangement(self.shape, self.cut, self.order, len(self.set_atoms))
 
     def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
         """Bring an array of the program to its canonical form."""

@@ -12,17 +12,46 @@ from gmn_lopt.factors.spaces import Parameter
 
 
 class KernelDims(NamedTuple):
-    """The dimensions of an equation's kernel operand; those in none of the three are positions of the kernel.
+    """The dimensions of an equation's kernel operand; others are positions of the kernel, too, but without an order.
 
     Attributes:
         inputs: they run over the neurons that the layer reads.
         outputs: they run over the neurons that it writes.
         batch: each of their positions is a layer by itself (heads).
+        positions: they run over the positions of a window, in the order of the window's axes.
+        groups: how many layers by themselves the outputs are cut into, and the neurons that are read.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     batch: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    groups: int = 1
+
+
+class Arrangement(NamedTuple):
+    """How an array is brought to its canonical form ``[S, d]``.
+
+    Attributes:
+        shape: the array's own shape.
+        cut: its shape with axes cut into their parts, none of size one.
+        order: the order of the parts in the canonical form.
+        set_parts: how many of them, the first, are the set.
+    """
+
+    shape: tuple[int, ...]
+    cut: tuple[int, ...]
+    order: tuple[int, ...]
+    set_parts: int
+
+    def dims(self) -> tuple[int, ...]:
+        """For each part, in the array's own order, the dimension that it is a part of."""
+        result: list[int] = []
+        for d, size in enumerate(self.shape):
+            while size > 1:
+                size //= self.cut[len(result)]
+                result.append(d)
+        return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -86,6 +115,16 @@ class LayerKind(abc.ABC):
     def recorded_dims(self, rank: int) -> tuple[int, ...]:
         """The dimensions of the activation operand whose positions are kept; of all others one."""
         return tuple(range(rank))
+
+    def arranged(
+        self, equation: Equation, activation: Arrangement, tangent: Arrangement, backwards: tuple[bool, ...]
+    ) -> "LayerKind":
+        """The kind with what it has to know of the canonical forms of its factors.
+
+        An axis in front of each array runs over the iterations of each loop around the layer. ``backwards`` says along
+        which of the kernel's positions the equation sees those of the parameter in reversed order.
+        """
+        return self
 
     @abc.abstractmethod
     def matrices(self, kernel: Parameter) -> Matrices | None:

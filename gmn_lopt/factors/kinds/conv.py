@@ -1,0 +1,186 @@
+"""Convolutions: ``u = a * W + b`` at each position (``conv_general_dilated``, of any geometry and any layout).
+
+Channels are neurons; the set is examples and positions, so factors are images, and the gradient is the convolution's
+own derivative. As matrices a kernel is ``[positions x channels in, channels out]``, one for each group, and what it
+reads are patches. Those are taken only where they are needed, of a bounded number of examples and positions.
+"""
+
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from gmn_lopt.factors.kinds.base import Arrangement, KernelDims, LayerKind, Matrices
+from gmn_lopt.factors.kinds.division import divide_neurons, join_neurons, shared_dims
+from gmn_lopt.factors.matrices import as_stack, from_stack, stack_layout
+from gmn_lopt.factors.program import Equation
+from gmn_lopt.factors.spaces import Parameter, StructureError
+
+MOST_PATCHES = 1024
+
+
+class ImageSet(NamedTuple):
+    """A set of examples and positions.
+
+    Attributes:
+        parts: sizes of the parts of its axes, in their canonical order.
+        order: their order as examples, then positions.
+        examples: how many of these are examples.
+        image: the sizes of the axes of positions.
+    """
+
+    parts: tuple[int, ...]
+    order: tuple[int, ...]
+    examples: int
+    image: tuple[int, ...]
+
+    @classmethod
+    def of(cls, arrangement: Arrangement, axes: Sequence[int]) -> "ImageSet":
+        """The set of an array whose ``axes`` are positions."""
+        dims = arrangement.dims()
+        canonical = arrangement.order[: arrangement.set_parts]
+        places = {part: i for i, part in enumerate(canonical)}
+        examples = [places[part] for part in sorted(canonical) if dims[part] not in axes]
+        positions = [places[part] for axis in axes for part in sorted(canonical) if dims[part] == axis]
+        parts = tuple(arrangement.cut[part] for part in canonical)
+        return cls(parts, (*examples, *positions), len(examples), tuple(arrangement.shape[axis] for axis in axes))
+
+    def images(self, rows: Float[Array, "S n"]) -> Float[Array, "examples positions n"]:
+        """Rows as images, of any number of examples."""
+        parts = list(self.parts)
+        if math.prod(parts) != len(rows):
+            if not self.examples or len(rows) % math.prod(self.image):
+                raise StructureError(
+                    f"a set of {len(rows)} examples x positions does not fit the {math.prod(parts)} of the model that "
+                    "was analysed: analyse the loss with a batch of this size"
+                )
+            parts[self.order[0]] = -1
+        moved = rows.reshape(*parts, rows.shape[1]).transpose(*self.order, len(parts))
+        return moved.reshape(-1, math.prod(self.image), rows.shape[1])
+
+
+@dataclass(frozen=True)
+class Conv(LayerKind):
+    """A convolution with a kernel, in the geometry of ``conv_general_dilated``; axes of images in their order there.
+
+    Attributes:
+        strides, padding, dilation: of the window's steps, and of the image.
+        window, spread: sizes of the kernel, and its dilation.
+        activation, tangent: the sets.
+        backwards: along which axes the parameter's positions run the other way.
+    """
+
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    dilation: tuple[int, ...]
+    window: tuple[int, ...]
+    spread: tuple[int, ...]
+    activation: ImageSet | None = None
+    tangent: ImageSet | None = None
+    backwards: tuple[bool, ...] = ()
+
+    @classmethod
+    def match(cls, equation: Equation, kernels: Sequence[int]) -> tuple[LayerKind, int] | None:
+        """A convolution whose second operand is a kernel."""
+        if equation.name != "conv_general_dilated" or 1 not in kernels or equation.params["batch_group_count"] != 1:
+            return None
+        names = ("window_strides", "padding", "lhs_dilation")
+        strides, padding, dilation = (tuple(equation.params[name]) for name in names)
+        window = tuple(equation.inputs[1].shape[d] for d in equation.params["dimension_numbers"].rhs_spec[2:])
+        spread = tuple(equation.params["rhs_dilation"])
+        return cls(strides, tuple(map(tuple, padding)), dilation, window, spread), 1
+
+    def kernel_dims(self, equation: Equation, operand: int) -> KernelDims:
+        """Channels read, channels written, and positions; groups are a part of the channels written."""
+        outputs, inputs, *positions = equation.params["dimension_numbers"].rhs_spec
+        return KernelDims((inputs,), (outputs,), (), tuple(positions), equation.params["feature_group_count"])
+
+    def neuron_dims(self, equation: Equation, operand: int, shared: Collection[int]) -> tuple[set[int], set[int]]:
+        """The channels of both."""
+        numbers = equation.params["dimension_numbers"]
+        return {numbers.lhs_spec[1]}, {numbers.out_spec[1]}
+
+    def arranged(
+        self, equation: Equation, activation: Arrangement, tangent: Arrangement, backwards: tuple[bool, ...]
+    ) -> LayerKind:
+        """With its sets."""
+        numbers, loops = equation.params["dimension_numbers"], len(equation.scans)
+        reads, writes = ([loops + d for d in spec[2:]] for spec in (numbers.lhs_spec, numbers.out_spec))
+        sets = ImageSet.of(activation, reads), ImageSet.of(tangent, writes)
+        return replace(self, activation=sets[0], tangent=sets[1], backwards=backwards)
+
+    def matrices(self, kernel: Parameter) -> Matrices | None:
+        """One for each group (and stacked layer), where every dimension is a position or runs over neurons."""
+        if len(kernel.sites) != 2:
+            return None
+        read, write = (ref.dims for ref in kernel.sites)
+        dims = [*kernel.positions, *{*read, *write}]
+        once = len({*read}) == len(read) and len({*write}) == len(write)
+        whole = math.prod(kernel.cut_shape[d] for d in kernel.positions) == math.prod(self.window)
+        if not (once and whole and sorted(dims) == list(range(len(kernel.cut_shape)))):
+            return None
+        return Matrices(*stack_layout(kernel)[1], tuple(map(read.index, shared_dims(kernel))))
+
+    def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
+        """As :func:`gmn_lopt.factors.matrices.as_stack`."""
+        return as_stack(kernel, value)
+
+    def from_matrices(self, kernel: Parameter, matrices: Float[Array, "count inputs outputs"]) -> Float[Array, "..."]:
+        """Undo :meth:`as_matrices`."""
+        return from_stack(kernel, matrices)
+
+    def activation_rows(self, kernel: Parameter, activation: Float[Array, "S d_in"]) -> Float[Array, "count R inputs"]:
+        """Patches, at most ``MOST_PATCHES``, the same at each step: of examples evenly spaced, at random positions."""
+        assert self.activation is not None and self.tangent is not None
+        positions = math.prod(self.tangent.image)
+        count = len(activation) // math.prod(self.activation.image) * positions
+        if count <= MOST_PATCHES:
+            chosen = np.divmod(np.arange(count), positions)
+        else:
+            rows, rng = np.arange(MOST_PATCHES), np.random.default_rng(0)
+            turns = [rng.permutation(positions) for _ in range(-(-MOST_PATCHES // positions))]
+            chosen = rows * (count // positions) // MOST_PATCHES, np.concatenate(turns)[:MOST_PATCHES]
+        return self.patches(kernel, activation, *chosen)
+
+    def patches(
+        self,
+        kernel: Parameter,
+        activation: Float[Array, "S d_in"],
+        examples: Int[np.ndarray, " R"],
+        positions: Int[np.ndarray, " R"],
+    ) -> Float[Array, "count R inputs"]:
+        """What the matrices read for some positions of the output, of an example each."""
+        assert self.activation is not None
+        taps = self.taps()[positions]
+        images = self.activation.images(activation)
+        read = jnp.where((taps >= 0)[..., None], images[examples[:, None], np.maximum(taps, 0)], 0)
+        divided = divide_neurons(kernel, 0, read.reshape(taps.size, -1))
+        return divided.reshape(len(divided), len(taps), -1)
+
+    def taps(self) -> Int[np.ndarray, "positions window"]:
+        """The position of the image that each position of the kernel reads, for each of the output; -1 is padding."""
+        assert self.activation is not None and self.tangent is not None
+        found = np.zeros((1, 1), int)
+        axes = zip(self.activation.image, self.tangent.image, self.window, self.backwards, strict=True)
+        geometry = zip(self.strides, self.padding, self.dilation, self.spread, strict=True)
+        for (size, out, window, backwards), (stride, (before, _), dilation, spread) in zip(axes, geometry):
+            tap = np.arange(window)[::-1] if backwards else np.arange(window)
+            at = np.arange(out)[:, None] * stride - before + tap * spread
+            index, between = np.divmod(at, dilation)
+            inside = (between == 0) & (index >= 0) & (index < size)
+            here, there = found[:, None, :, None], np.where(inside, index, -1)[None, :, None, :]
+            joined = np.where((here < 0) | (there < 0), -1, here * size + there)
+            found = joined.reshape(len(found) * out, -1)
+        return found
+
+    def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
+        """The channels written, divided among the matrices."""
+        return divide_neurons(kernel, 1, tangent)
+
+    def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
+        """Undo :meth:`tangent_rows`."""
+        return join_neurons(kernel, rows)
