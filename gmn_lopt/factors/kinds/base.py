@@ -150,6 +150,21 @@ class LayerKind(abc.ABC):
         """Undo :meth:`tangent_rows`."""
         return rows[0]
 
+    def noise_rows(
+        self,
+        kernel: Parameter,
+        activation: Num[Array, "S _"],
+        tangent: Float[Array, "S_out d_out"],
+        biased: bool,
+        damping: float,
+    ) -> Float[Array, "count R outputs"]:
+        """Rows ``r`` whose mean ``E_R[r r^T] / R`` stands for the noise of the gradient, tangents at per-element scale.
+
+        That of elements that differ independently is of the tangents themselves. ``biased`` says whether a bias is one
+        more row of the matrices, ``damping`` by how much of the mean of its diagonal their second moment is increased.
+        """
+        return self.tangent_rows(kernel, tangent)
+
     def second_moment(self, rows: Num[Array, "count S _"], inputs: int) -> Float[Array, "count ..."]:
         """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix, or its diagonal."""
         return rows.mT @ rows / rows.shape[1]

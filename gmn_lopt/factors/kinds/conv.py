@@ -3,6 +3,18 @@
 Channels are neurons; the set is examples and positions, so factors are images, and the gradient is the convolution's
 own derivative. As matrices a kernel is ``[positions x channels in, channels out]``, one for each group, and what it
 reads are patches. Those are taken only where they are needed, of a bounded number of examples and positions.
+
+*Noise.* Examples are drawn independently, positions are not. With ``a_np`` the patch and ``g_np`` the tangent of
+example ``n`` at position ``p``, what differs independently is ``G_n = sum_p a_np (x) g_np``, and the noise of
+``C^-1/2 M`` is ``sum_n G_n^T C^-1 G_n``. For a dense layer that is about ``d sum_n g_n (x) g_n``; positions taken for
+elements of the set, ``d sum_np g_np (x) g_np``, would leave out what neighbours have in common. It is estimated without
+``G_n``, by some patches ``a_j`` drawn at random: ``G_n^T C^-1 a_j = sum_p (a_np . C^-1 a_j) g_np`` has this second
+moment, and ``a_np . C^-1 a_j`` is a convolution with few filters.
+
+Against the exact sum over a batch of 128 digits, for three layers, before, early in and late in training, trace and
+cosine were: of positions as elements 0.2 to 1.1 and 0.8 to 1.0; of the tangents' sums over positions 0.8 to 12 and 0.6
+to 1.0; of 16 random patches, which is what is used, 0.9 to 1.6 and 0.9 to 1.0. The exact sum over 16 examples is no
+better, 0.0 to 1.6: late in training most of the noise is that of few examples. ``tests/test_conv_noise.py`` compares.
 """
 
 import math
@@ -10,6 +22,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -20,7 +33,7 @@ from gmn_lopt.factors.matrices import as_stack, from_stack, stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter, StructureError
 
-MOST_PATCHES = 1024
+MOST_PATCHES, FILTERS = 1024, 16
 
 
 class ImageSet(NamedTuple):
@@ -180,6 +193,61 @@ class Conv(LayerKind):
     def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
         """The channels written, divided among the matrices."""
         return divide_neurons(kernel, 1, tangent)
+
+    def noise_rows(
+        self,
+        kernel: Parameter,
+        activation: Float[Array, "S d_in"],
+        tangent: Float[Array, "S_out d_out"],
+        biased: bool,
+        damping: float,
+    ) -> Float[Array, "count R outputs"]:
+        """For each example, the sum of its tangents weighted by what their patches have in common with random ones."""
+        assert self.tangent is not None
+        patches = self.activation_rows(kernel, activation)
+        patches = jnp.pad(patches, ((0, 0), (0, 0), (0, int(biased))), constant_values=1.0)
+        moment = self.second_moment(patches, patches.shape[2])
+        scale = jnp.trace(moment, axis1=1, axis2=2)[:, None, None] / len(moment[0])
+        damped = moment + (damping * scale + jnp.finfo(moment.dtype).tiny) * jnp.eye(len(moment[0]))
+        drawn = patches[:, :: max(1, patches.shape[1] // FILTERS)][:, :FILTERS]
+        # One after the other, as in the denoised step.
+        filters = jax.lax.map(lambda pair: jax.scipy.linalg.solve(*pair, assume_a="pos"), (damped, drawn.mT))
+        size = jnp.einsum("cij,cik,ckj->c", filters, moment, filters)
+        weights = self._convolve(kernel, activation, filters[:, :-1] if biased else filters)
+        weights = weights + filters[:, -1] if biased else weights
+        images = self.tangent.images(tangent)
+        tangents = divide_neurons(kernel, 1, images.reshape(-1, images.shape[2]))
+        tangents = tangents.reshape(len(moment), *images.shape[:2], -1)
+        rows = jnp.einsum("npcj,cnpo->cnjo", weights, tangents).reshape(len(moment), -1, tangents.shape[-1])
+        rescaled = rows.shape[1] / len(tangent) * jnp.where(size > 0, jax.lax.rsqrt(size), 0)
+        return rows * rescaled[:, None, None]
+
+    def _convolve(
+        self, kernel: Parameter, activation: Float[Array, "S d_in"], filters: Float[Array, "count inputs j"]
+    ) -> Float[Array, "examples positions count j"]:
+        """This convolution with kernels given as matrices."""
+        assert self.activation is not None
+        images, rank = self.activation.images(activation), len(self.window)
+        divided = divide_neurons(kernel, 0, images.reshape(-1, images.shape[2]))
+        shape = len(images), *self.activation.image, images.shape[2]
+        image = jnp.moveaxis(divided, 0, 1).reshape(shape)
+        kernels = jnp.moveaxis(filters.reshape(len(filters), *self.window, -1, filters.shape[2]), 0, -2)
+        kernels = jnp.flip(kernels, [d for d in range(rank) if self.backwards[d]])
+        last = tuple(range(1, 1 + rank))
+        numbers = jax.lax.ConvDimensionNumbers(
+            (0, 1 + rank, *last), (1 + rank, rank, *range(rank)), (0, 1 + rank, *last)
+        )
+        result = jax.lax.conv_general_dilated(
+            image,
+            kernels.reshape(*kernels.shape[:-2], -1),
+            self.strides,
+            self.padding,
+            self.dilation,
+            self.spread,
+            numbers,
+            feature_group_count=len(filters),
+        )
+        return result.reshape(len(images), -1, len(filters), filters.shape[2])
 
     def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
         """Undo :meth:`tangent_rows`."""
