@@ -81,6 +81,12 @@ def reduce(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     return [tuple(axis for d, axis in enumerate(inputs[0]) if d not in dropped)]
 
 
+def collective(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """A symmetric reduction of each array: over axes that ``vmap`` has made of named ones, and over devices."""
+    dropped = {d for d in equation.params["axes"] if isinstance(d, int)}
+    return [tuple(axis for d, axis in enumerate(axes) if d not in dropped) for axes in inputs]
+
+
 def arg_reduce(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     """The position of the extreme matters."""
     for d in equation.params["axes"]:
@@ -308,6 +314,7 @@ def _table() -> dict[str, Rule]:
     table: dict[str, Rule] = {name: elementwise for name in names.split()}
     table |= {f"reduce_{name}": reduce for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
     table |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}
+    table |= {name: collective for name in ("psum", "pmax", "pmin")}
     table |= {name: arg_reduce for name in ("argmax", "argmin")}
     table |= {"bitcast_convert_type": bitcast, "rev": along("dimensions"), "slice": slice_}
     table |= {f"reduce_window{name}": reduce_window for name in ("", "_sum", "_max", "_min")}
