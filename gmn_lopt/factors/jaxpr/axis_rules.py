@@ -129,7 +129,7 @@ def conv_general_dilated(atoms: Atoms, equation: Equation, inputs: list[Axes]) -
     if equation.params["batch_group_count"] != 1:
         return unknown(atoms, equation, inputs)
     (image, kernel), shape = inputs, equation.outputs[0].shape
-    channels_in, *positions = (numbers.lhs_spec[1], *numbers.lhs_spec[2:])
+    channels_in, positions = numbers.lhs_spec[1], numbers.lhs_spec[2:]
     outputs, within, *window = numbers.rhs_spec
     for d in window:
         fix(kernel[d])

@@ -213,7 +213,7 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes]) -> list[LayerUs
             if len(atoms) != len(behind) or not traced.reversed.isdisjoint(behind):
                 ok = False
             elif None not in behind:
-                pairs = [*zip(atoms, behind)]
+                pairs = [(atom, dim) for atom, dim in zip(atoms, behind) if dim is not None]
                 groups = _leading(atoms, dims.groups) if d in dims.outputs else 0
                 ok &= groups is not None
                 layer.batch.extend(pairs if d in dims.batch else pairs[: groups or 0])

@@ -147,17 +147,14 @@ class Conv(LayerKind):
         return from_stack(kernel, matrices)
 
     def activation_rows(self, kernel: Parameter, activation: Float[Array, "S d_in"]) -> Float[Array, "count R inputs"]:
-        """Patches, at most ``MOST_PATCHES``, the same at each step: of examples evenly spaced, at random positions."""
+        """Patches of at most ``MOST_PATCHES`` examples and positions, drawn at random, the same at each step."""
         assert self.activation is not None and self.tangent is not None
         positions = math.prod(self.tangent.image)
         count = len(activation) // math.prod(self.activation.image) * positions
-        if count <= MOST_PATCHES:
-            chosen = np.divmod(np.arange(count), positions)
-        else:
-            rows, rng = np.arange(MOST_PATCHES), np.random.default_rng(0)
-            turns = [rng.permutation(positions) for _ in range(-(-MOST_PATCHES // positions))]
-            chosen = rows * (count // positions) // MOST_PATCHES, np.concatenate(turns)[:MOST_PATCHES]
-        return self.patches(kernel, activation, *chosen)
+        chosen = np.arange(count)
+        if count > MOST_PATCHES:
+            chosen = np.sort(np.random.default_rng(0).choice(count, MOST_PATCHES, replace=False, shuffle=False))
+        return self.patches(kernel, activation, *np.divmod(chosen, positions))
 
     def patches(
         self,
@@ -211,7 +208,7 @@ class Conv(LayerKind):
         damped = moment + (damping * scale + jnp.finfo(moment.dtype).tiny) * jnp.eye(len(moment[0]))
         drawn = patches[:, :: max(1, patches.shape[1] // FILTERS)][:, :FILTERS]
         # One after the other, as in the denoised step.
-        filters = jax.lax.map(lambda pair: jax.scipy.linalg.solve(*pair, assume_a="pos"), (damped, drawn.mT))
+        filters = jax.lax.map(lambda x: jax.scipy.linalg.solve(x[0], x[1], assume_a="pos"), (damped, drawn.mT))
         size = jnp.einsum("cij,cik,ckj->c", filters, moment, filters)
         weights = self._convolve(kernel, activation, filters[:, :-1] if biased else filters)
         weights = weights + filters[:, -1] if biased else weights

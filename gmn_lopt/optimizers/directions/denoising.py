@@ -127,10 +127,10 @@ def _new(
     momentum: Float[Array, "k i o"],
     step: Int[Array, ""],
 ) -> Preconditioner:
-    activations, noise = activations_and_noise(group, sets, DAMPING)
+    activations, rows = activations_and_noise(group, sets, DAMPING)
     current = (
         jnp.concatenate([_second_moment(group, activation) for activation in activations]),
-        jnp.concatenate([_noise(group, rows) for rows in noise]),
+        jnp.concatenate([_noise(group, noisy) for noisy in rows]),
     )
     times = jnp.minimum(step + 1, EARLY) + jnp.maximum(0, (step - EARLY) // EVERY + 1)
     # A moving average that is corrected for its start as it goes.
