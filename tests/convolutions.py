@@ -114,6 +114,17 @@ def two_example_axes():
     return loss, params, (images(BATCH, 2, 5, 4, 3),)
 
 
+def ensemble():
+    """Several kernels under ``vmap``, each on images of its own: one convolution in groups."""
+    params = draw(kernel=(2, 3, 3, 4, 6), first=(2, 3, 4), bias=(2, 6), out=(2, 6, 3))
+
+    def one(p, x):
+        y = lax.conv_general_dilated(jnp.tanh(x @ p["first"]), p["kernel"], (2, 1), "SAME", dimension_numbers=NHWC)
+        return jnp.sin(y + p["bias"]).mean((1, 2)) @ p["out"]
+
+    return lambda p, x: jnp.mean(jax.vmap(one)(p, x) ** 3), params, (images(2, BATCH, 5, 4, 3),)
+
+
 CONVOLUTIONS = {
     "plain": lambda: convolution(NHWC, (BATCH, 5, 4, 4), (3, 3, 4, 6), (6,)),
     "channels first": lambda: convolution(NCHW, (BATCH, 4, 5, 4), (6, 4, 3, 3), (6, 1, 1)),
@@ -137,6 +148,7 @@ CONVOLUTIONS = {
     "3-D": lambda: convolution(("NDHWC", "DHWIO", "NDHWC"), (BATCH, 3, 4, 3, 2), (2, 3, 2, 2, 5), (5,)),
     "one filter": one_filter,
     "flat kernel": flat_kernel,
+    "ensemble": ensemble,
     "scanned": scanned,
     "scanned, grouped": lambda: scanned(groups=2),
     "examples innermost": examples_innermost,

@@ -71,9 +71,9 @@ def test_channels_are_neurons_and_positions_are_fixed(name):
     at_sites = {d for ref in kernel.sites for d in ref.dims}
     assert at_sites.isdisjoint(kernel.positions)
     assert at_sites | {*kernel.positions} == set(range(len(kernel.cut_shape)))
-    loop = [0] if "scanned" in name else []
+    fixed = {*kernel.positions} | ({0} if name in ("scanned", "scanned, grouped", "ensemble") else set())
     for d, space in enumerate(kernel.spaces):
-        assert structure.spaces[space].permutable == (d not in (*loop, *kernel.positions))
+        assert structure.spaces[space].permutable == (d not in fixed)
 
 
 NETWORKS = convolutional.NETWORKS | {
