@@ -15,6 +15,8 @@ Against the exact sum over a batch of 128 digits, for three layers, before, earl
 cosine were: of positions as elements 0.2 to 1.1 and 0.8 to 1.0; of the tangents' sums over positions 0.8 to 12 and 0.6
 to 1.0; of 16 random patches, which is what is used, 0.9 to 1.6 and 0.9 to 1.0. The exact sum over 16 examples is no
 better, 0.0 to 1.6: late in training most of the noise is that of few examples. ``tests/test_conv_noise.py`` compares.
+The test loss of ``default`` does not tell them apart: ``fashion_mnist_cnn`` after 400 steps, two seeds, had 0.344 with
+the noise of examples and 0.342 with that of positions as elements.
 """
 
 import math
