@@ -241,6 +241,17 @@ def fake_tfds(prepared=True, fail=None):
     return SimpleNamespace(builder=builder, examples=examples, calls=calls)
 
 
+def test_larger_images_are_kept_beside_small_ones(monkeypatch, tmp_path):
+    tfds = fake_tfds()
+    monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)
+    for _ in range(2):
+        data = load_images("cifar10", 768, 10, str(tmp_path), size=16)
+        assert load_images("cifar10", 192, 10, str(tmp_path))["test"]["image"].shape == (10, 192)
+    blocks = np.stack([example["image"] for example in tfds.examples[20:]]).reshape(10, 16, 2, 16, 2, 3)
+    np.testing.assert_allclose(data["test"]["image"], blocks.mean((2, 4)).reshape(10, 768) / 255, atol=1e-6)
+    assert len(tfds.calls) == 4  # each split of each size once
+
+
 def test_images_are_read_resized_and_cached(monkeypatch, tmp_path):
     tfds = fake_tfds()
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", tfds)

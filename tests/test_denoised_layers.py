@@ -11,10 +11,11 @@ from optimizing import relative_difference
 import gmn_lopt
 from gmn_lopt.factors import Embedding
 from gmn_lopt.optimizers.directions.denoised_layers import (
-    activations_and_tangents,
+    activations_and_noise,
     as_matrices,
     from_matrices,
     layer_groups,
+    read_sets,
 )
 from gmn_lopt.optimizers.directions.denoising import init_preconditioner
 
@@ -48,7 +49,7 @@ def test_matrices_of_the_gradient_are_the_products_of_those_of_the_factors(name)
         assert matrices.shape == (len(group.reads), group.inputs, group.outputs)
         for position, leaf in from_matrices(group, structure.parameters, matrices).items():
             np.testing.assert_array_equal(leaf, leaves[position])
-        distinct, tangents = activations_and_tangents(group, structure.parameters, factors)
+        distinct, tangents = activations_and_noise(group, read_sets(group, factors), 0.5)
         activations = [a for stack in distinct for a in np.asarray(stack)]
         tangents = [g for stack in tangents for g in np.asarray(stack)]
         assert len(activations) <= len(tangents) == len(matrices)

@@ -21,7 +21,7 @@ def test_example(name, capsys):
 
 
 def test_there_is_one_for_each_library():
-    assert NAMES == ["equinox_digits", "linen_digits", "nnx_digits", "optax_digits"]
+    assert NAMES == ["cnn_digits", "equinox_digits", "linen_digits", "nnx_digits", "optax_digits"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -153,3 +153,25 @@ def test_derivatives_in_the_input_are_uses_of_the_same_kernels():
     assert {p.status for p in structure.parameters} == {"factored"}, str(structure)
     kernels = [structure.parameters[layer.kernel].name for layer in structure.layers]
     assert sorted(kernels) == ["['a']", "['c']", "['d']"], str(structure)
+
+
+def test_convolutions_of_two_views():
+    params = draw(k=(3, 3, 1, 4), out=(4, 2))
+    images = jax.random.normal(jax.random.key(5), (6, 8, 8, 1))
+
+    def loss(p, x):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        u = jax.lax.conv_general_dilated(x, p["k"], (2, 2), "SAME", dimension_numbers=numbers)
+        return jnp.mean((jnp.tanh(u).mean((1, 2)) @ p["out"]) ** 2)
+
+    def both(p, x):
+        return 0.5 * loss(p, x[:3]) + 0.5 * loss(p, x[3:])
+
+    structure, factors = check(both, params, images)
+    expected, same = check(loss, params, images)
+    assert str(structure) == str(expected)
+    for got, want in zip(jax.tree.leaves(factors), jax.tree.leaves(same), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    tx = [gmn_lopt.load("default", of) for of in (structure, expected)]
+    updates = [t.update(jax.grad(loss)(params, images), t.init(params), params, factors=same)[0] for t in tx]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), *updates)

@@ -1,7 +1,7 @@
 """Kernels as stacks of matrices, from the neurons that they read to those that they write; their orthogonalisation.
 
-A matrix is what lies between the neurons of a kernel's first site and those of its second. Axes that belong to neither
-site, or to both (heads, stacked layers), make the stack.
+A matrix is what lies between the neurons of a kernel's first site and those of its second; the positions of a window go
+with the first. Axes that belong to neither site, or to both (heads, groups, stacked layers), make the stack.
 """
 
 import math
@@ -35,7 +35,7 @@ def stack_layout(parameter: Parameter) -> tuple[tuple[int, ...], tuple[int, int,
     """The order of the dimensions of the cut shape in :func:`as_stack`, and the shape of the stack."""
     *reads, write = (ref.dims for ref in parameter.sites)
     shared = {d for dims in reads for d in dims if d in write}
-    read = tuple(d for dims in reads for d in dims if d not in shared)
+    read = (*parameter.positions, *(d for dims in reads for d in dims if d not in shared))
     write = tuple(d for d in write if d not in shared)
     batch = tuple(d for d in range(len(parameter.cut_shape)) if d not in (*read, *write))
     count, rows, columns = (math.prod(parameter.cut_shape[d] for d in dims) for dims in (batch, read, write))

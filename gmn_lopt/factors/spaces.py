@@ -118,6 +118,8 @@ class Parameter:
         status: ``"factored"``: its factors give its whole gradient. ``"partial"``: it has factors, which give only a
             part of its gradient. ``"unfactored"``: it has none. ``"unused"``: the loss does not depend on it.
         reason: why the status is not ``"factored"``; empty otherwise.
+        positions: the dimensions of ``cut_shape`` that run over the positions of a window, in the order in which a
+            convolution does; at no site.
 
     Example:
         >>> import gmn_lopt, jax.numpy as jnp
@@ -136,6 +138,7 @@ class Parameter:
     sites: tuple[SiteRef, ...]
     status: str
     reason: str = ""
+    positions: tuple[int, ...] = ()
 
     @property
     def size(self) -> int:

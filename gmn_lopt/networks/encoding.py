@@ -3,12 +3,13 @@
 import numpy as np
 from jaxtyping import Float
 
-from gmn_lopt.factors.structure import GradientStructure, Site
+from gmn_lopt.factors.structure import GradientStructure, Parameter, Site
 
 KINDS = ("input", "inner", "output")
 SITE_FEATURES = 8
 NEURON_FEATURES = 16
 BLOCK_FEATURES = 8
+WIDEST = 32.0  # the longest wave over a window, by two pi
 ENCODING_FEATURES = len(KINDS) + SITE_FEATURES + NEURON_FEATURES + BLOCK_FEATURES
 
 
@@ -56,6 +57,25 @@ def _encode_site(structure: GradientStructure, site: Site, index: int) -> np.nda
             block = sinusoids(blocks, BLOCK_FEATURES)
     site_index = sinusoids(np.full(site.size, index), SITE_FEATURES)
     return np.concatenate([kind, site_index, position, block], axis=1).astype(np.float32)
+
+
+def encode_window(parameter: Parameter, features: int) -> Float[np.ndarray, "... features"]:
+    """Encode the positions of a kernel's window, along the dimensions of its cut shape or 1.
+
+    Each axis has its share of the features: sinusoids of the distance from the window's middle, so that windows of two
+    sizes agree on where that is, and on left and right of it.
+    """
+    sizes = [parameter.cut_shape[d] for d in parameter.positions]
+    share = features // max(1, len(sizes)) // 2 * 2
+    shape = [1] * len(parameter.cut_shape)
+    for d, size in zip(parameter.positions, sizes):
+        shape[d] = size
+    encoding = np.zeros((*shape, features), np.float32)
+    for i, (d, size) in enumerate(zip(parameter.positions, sizes)):
+        along = [size if e == d else 1 for e in range(len(shape))]
+        encoded = sinusoids(np.arange(size) - (size - 1) / 2, share, WIDEST)
+        encoding[..., i * share : (i + 1) * share] = encoded.reshape(*along, share)
+    return encoding
 
 
 def sinusoids(positions: np.ndarray, features: int, longest: float = 10_000.0) -> Float[np.ndarray, "n features"]:

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float
 
 from gmn_lopt.factors.spaces import SiteRef
 from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.networks.encoding import encode_window
 from gmn_lopt.networks.initialization import matrix, vector
 
 # What the neurons of a parameter are to it, by the number of its axes that have a site.
@@ -19,7 +20,8 @@ class ProductLayer(nn.Module):
     """Step 5 of :mod:`gmn_lopt.networks.gradmetanet`: one perceptron for each number of axes that have a site.
 
     The first layer of a kernel's perceptron acts on ``[h_i, h_j]``; it is the outer sum ``h_i A + h_j B + c``, so that
-    the concatenation is never built.
+    the concatenation is never built. At each position of a convolution's window ``h_i`` is ``h_i + p``, with an
+    encoding ``p`` of that position (:func:`~gmn_lopt.networks.encoding.encode_window`).
 
     Attributes:
         structure: the structure of the model.
@@ -56,6 +58,8 @@ class ProductLayer(nn.Module):
         kernels, hidden, *_ = self._mlp(index)
         for kernel, ref in zip(kernels, parameter.sites):
             hidden = hidden + self._place(neurons[ref.site] @ kernel, ref, len(parameter.cut_shape))
+        if parameter.positions:
+            hidden = hidden + encode_window(parameter, self.width) @ kernels[0]
         return jax.nn.relu(hidden)
 
     def output(self, index: int, hidden: Float[Array, "... hidden"]) -> Float[Array, "... out_features"]:

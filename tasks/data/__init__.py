@@ -14,7 +14,7 @@ Split = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples for multi-layer perceptrons.
+    """Examples for classifiers and regressions.
 
     Attributes:
         load: ``load(data_dir)`` gives the splits ``"train"``, ``"valid"`` and ``"test"``: inputs, float32

@@ -1,4 +1,4 @@
-"""Images for the tasks: read from TensorFlow Datasets, resized to 8x8, scaled to [0, 1], flattened, cached."""
+"""Images for the tasks: read from TensorFlow Datasets, resized to 8x8 or 16x16, scaled to [0, 1], flattened, cached."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -12,19 +12,22 @@ from gmn_lopt.tasks.data import Dataset, Split, train_valid
 from gmn_lopt.tasks.data.cache import Arrays, cache_path, cached
 from gmn_lopt.tasks.data.tfds import read_splits, resolved
 
-SIZE = 8
+SIZE, LARGE = 8, 16
 VERSION = 1  # of the cached arrays: raise it whenever what `_build` makes changes
 
 
-def load_images(name: str, features: int, classes: int, data_dir: str | None = None) -> Mapping[str, Split]:
-    """The splits of a TensorFlow Datasets image classification data set, downsized to 8x8.
+def load_images(
+    name: str, features: int, classes: int, data_dir: str | None = None, size: int = SIZE
+) -> Mapping[str, Split]:
+    """The splits of a TensorFlow Datasets image classification data set, downsized.
 
     Args:
         name: the data set's name in TensorFlow Datasets.
-        features: number of values of a downsized image, ``8 * 8 * channels``.
+        features: number of values of a downsized image, ``size * size * channels``.
         classes: number of classes.
         data_dir: TensorFlow Datasets directory to read from; None for the cached arrays, wherever they came from, or
             else TensorFlow Datasets' default directory.
+        size: height and width of a downsized image.
 
     Returns:
         ``"train"`` and ``"valid"``, the first 80 % of the training split and the rest, and ``"test"``. Each is
@@ -33,11 +36,11 @@ def load_images(name: str, features: int, classes: int, data_dir: str | None = N
     Raises:
         DataError: the data set is neither cached nor prepared, and could not be brought.
     """
-    source, kept = resolved(data_dir), f"{name}-{SIZE}x{SIZE}"
+    source, kept = resolved(data_dir), f"{name}-{size}x{size}"
     arrays = cached(
         kept,
         VERSION,
-        build=lambda: _build(name, source, cache_path(kept)),
+        build=lambda: _build(name, source, cache_path(kept), size),
         check=lambda arrays: _check(arrays, features, classes),
         source=source,
     )
@@ -66,14 +69,15 @@ def _interpolation(length: int, size: int) -> Float[np.ndarray, "size length"]:
     return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(length))).astype(np.float32)
 
 
-def _build(name: str, data_dir: str | None, kept: Path) -> Arrays:
+def _build(name: str, data_dir: str | None, kept: Path, size: int) -> Arrays:
     """Read both splits from TensorFlow Datasets and downsize them."""
-    splits = read_splits(name, data_dir, kept, lambda source: dict(zip(("image", "label"), read(source, name))))
+    small = lambda source: dict(zip(("image", "label"), read(source, name, size=size)))  # noqa: E731
+    splits = read_splits(name, data_dir, kept, small)
     return {f"{split}_{key}": array for split, arrays in splits.items() for key, array in arrays.items()}
 
 
 def read(
-    source: Any, description: str, chunk: int = 1000
+    source: Any, description: str, chunk: int = 1000, size: int = SIZE
 ) -> tuple[Float[np.ndarray, "examples features"], Int[np.ndarray, "examples"]]:
     """Downsize and flatten the images of a ``tfds.data_source``, and read their labels.
 
@@ -81,6 +85,7 @@ def read(
         source: its ``__getitems__`` decodes several examples faster than one at a time.
         description: shown beside the progress bar, which is drawn on a terminal only.
         chunk: number of full-sized images held at once.
+        size: height and width of a downsized image.
     """
     from tqdm import tqdm  # TensorFlow Datasets brings it along
 
@@ -89,7 +94,7 @@ def read(
     with tqdm(total=len(source), desc=f"downsizing {description}", unit=" images", disable=None, leave=False) as bar:
         for start in range(0, len(source), chunk):
             examples = source.__getitems__(list(range(start, min(start + chunk, len(source)))))
-            images.append(resize(np.stack([example["image"] for example in examples]), SIZE))
+            images.append(resize(np.stack([example["image"] for example in examples]), size))
             labels.extend(example["label"] for example in examples)
             bar.update(len(examples))
     flat = np.concatenate(images).reshape(len(labels), -1) / np.float32(255)
@@ -113,10 +118,12 @@ def _check(arrays: Arrays, features: int, classes: int) -> None:
             raise ValueError(f"{split}: labels are not in 0..{classes - 1}")
 
 
-def _dataset(name: str, features: int, classes: int) -> Dataset:
-    return Dataset(partial(load_images, name, features, classes), classes)
+def _dataset(name: str, channels: int, classes: int, size: int = SIZE) -> Dataset:
+    return Dataset(partial(load_images, name, size * size * channels, classes, size=size), classes)
 
 
-FASHION_MNIST = _dataset("fashion_mnist", 64, 10)
-CIFAR10 = _dataset("cifar10", 192, 10)
-CIFAR100 = _dataset("cifar100", 192, 100)
+FASHION_MNIST = _dataset("fashion_mnist", 1, 10)
+CIFAR10 = _dataset("cifar10", 3, 10)
+CIFAR100 = _dataset("cifar100", 3, 100)
+LARGE_FASHION_MNIST = _dataset("fashion_mnist", 1, 10, LARGE)
+LARGE_CIFAR10 = _dataset("cifar10", 3, 10, LARGE)

@@ -93,6 +93,7 @@ def assemble(
                 sites=references[leaf] if leaf in references else _following_read(leaf, cut, found, uses),
                 status=status,
                 reason=reason,
+                positions=next((x.positions for x in layers if x.view is not None and x.view.leaf == leaf), ()),
             )
         )
     structure = GradientStructure(
@@ -102,7 +103,7 @@ def assemble(
         ),
         sites=sites,
         parameters=tuple(parameters),
-        layers=tuple(_layer(program, kernel, uses, reads, writes) for kernel in kernels),
+        layers=tuple(_layer(program, kernel, uses, layouts, reads, writes) for kernel in kernels),
         treedef=treedef,
         activation_shapes=tuple(read.shape for read in reads),
         tangent_shapes=tuple(write.shape for write in writes),
@@ -121,13 +122,15 @@ def assemble(
     return Traced(structure, closed, taps, perturbed, reads, writes)
 
 
-def _layer(program: Program, kernel: Kernel, uses: Uses, reads: list[Factor], writes: list[Factor]) -> Layer:
+def _layer(
+    program: Program, kernel: Kernel, uses: Uses, layouts: Layouts, reads: list[Factor], writes: list[Factor]
+) -> Layer:
     layer, leaves = kernel.layers[0], 0
     for use in kernel.layers:
         leaves |= uses.dependence[use.equation.inputs[use.operand]].leaves
     biases = {None if use.bias is None or use.bias.view is None else use.bias.view.leaf for use in kernel.layers}
     return Layer(
-        kind=layer.kind,
+        kind=layouts.kind(layer),
         kernel=None if layer.view is None else layer.view.leaf,
         bias=biases.pop() if len(biases) == 1 else None,
         activation=kernel.read,
@@ -209,7 +212,7 @@ def _references(
             neurons = write.neuron_atoms
             traced = trace_view(program.parameters[leaf], use.bias.view, axes)
             # A view that spans set axes, such as a positional table, is added per element: no bias.
-            if traced is None or len(set(cut)) != len(cut) or set(cut) != set(neurons):
+            if traced is None or traced.reversed or len(set(cut)) != len(cut) or set(cut) != set(neurons):
                 use.bias = None
             else:
                 references.setdefault(leaf, (SiteRef(writes_to, tuple(map(cut.index, neurons))),))

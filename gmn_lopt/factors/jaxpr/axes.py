@@ -18,7 +18,7 @@ class Atom:
     """A class of indivisible factors of axes; a node of the union-find."""
 
     size: int
-    order: int
+    order: tuple[int, ...]
     fixed: bool
     parent: "Atom | None" = None
     parts: "tuple[Atom, ...] | None" = None
@@ -40,7 +40,7 @@ class Atoms:
         if size == 1:
             return ()
         self._count += 1
-        return (Atom(size, self._count, fixed),)
+        return (Atom(size, (self._count,), fixed),)
 
     def new_axes(self, shape: Iterable[int], fixed: bool = False) -> tuple[Axis, ...]:
         """New axes, one for each dimension of a shape."""
@@ -49,7 +49,8 @@ class Atoms:
     def cut(self, atom: Atom, sizes: Sequence[int]) -> None:
         """Cut a root atom into a row-major product of the given sizes, everywhere it stands."""
         fix_sum(atom)
-        atom.parts = tuple(part for size in sizes for part in self.new(size, atom.fixed))
+        # The parts take the place of the whole in the order of all atoms.
+        atom.parts = tuple(Atom(size, (*atom.order, i), atom.fixed) for i, size in enumerate(sizes) if size != 1)
 
     def unify(self, first: Axis, second: Axis) -> Axis:
         """Declare two axes of equal size to be the same neurons in the same order."""

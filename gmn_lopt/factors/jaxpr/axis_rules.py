@@ -5,8 +5,9 @@ without a rule fixes everything it touches, which is always safe.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
-from gmn_lopt.factors.jaxpr.axes import Atoms, Axis, fix
+from gmn_lopt.factors.jaxpr.axes import Atoms, Axis, fix, resolve
 from gmn_lopt.factors.program import Equation
 
 Axes = tuple[Axis, ...]
@@ -80,6 +81,12 @@ def reduce(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     return [tuple(axis for d, axis in enumerate(inputs[0]) if d not in dropped)]
 
 
+def collective(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """A symmetric reduction of each array: over axes that ``vmap`` has made of named ones, and over devices."""
+    dropped = {d for d in equation.params["axes"] if isinstance(d, int)}
+    return [tuple(axis for d, axis in enumerate(axes) if d not in dropped) for axes in inputs]
+
+
 def arg_reduce(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
     """The position of the extreme matters."""
     for d in equation.params["axes"]:
@@ -110,6 +117,67 @@ def dot_general(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Ax
     left_free = tuple(axis for d, axis in enumerate(left) if d not in (*left_contract, *left_batch))
     right_free = tuple(axis for d, axis in enumerate(right) if d not in (*right_contract, *right_batch))
     return [batch + left_free + right_free]
+
+
+def conv_general_dilated(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """Channels read are the kernel's inputs, group by group; those written are its outputs. Positions are fixed.
+
+    An axis of channels in groups is a product, groups times what each of them has; a group of the channels that are
+    read belongs to one of those that are written.
+    """
+    numbers, groups = equation.params["dimension_numbers"], equation.params["feature_group_count"]
+    if equation.params["batch_group_count"] != 1:
+        return unknown(atoms, equation, inputs)
+    (image, kernel), shape = inputs, equation.outputs[0].shape
+    channels_in, positions = numbers.lhs_spec[1], numbers.lhs_spec[2:]
+    outputs, within, *window = numbers.rhs_spec
+    for d in window:
+        fix(kernel[d])
+    if groups == 1:
+        atoms.unify(image[channels_in], kernel[within])
+        written = kernel[outputs]
+    else:
+        sizes_in, sizes_out = equation.inputs[0].shape[channels_in], equation.inputs[1].shape[outputs]
+        group_in, read = atoms.reshape((image[channels_in],), (groups, sizes_in // groups))
+        group_out, rest = atoms.reshape((kernel[outputs],), (groups, sizes_out // groups))
+        atoms.unify(read, kernel[within])
+        written = (*atoms.unify(group_in, group_out), *resolve(rest))
+    axes: dict[int, Axis] = {numbers.out_spec[0]: image[numbers.lhs_spec[0]], numbers.out_spec[1]: written}
+    for i, (d, out) in enumerate(zip(positions, numbers.out_spec[2:])):
+        size = equation.inputs[1].shape[window[i]]
+        moves = _Window(size, *(equation.params[name][i] for name in ("window_strides", "padding", "lhs_dilation")))
+        axes[out] = moves.along(atoms, image[d], equation.inputs[0].shape[d], shape[out])
+    return [tuple(axes[d] for d in range(len(shape)))]
+
+
+def reduce_window(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
+    """Pooling: what is pooled over is used by position."""
+    names = ("window_dimensions", "window_strides", "padding", "base_dilation")
+    shapes = equation.inputs[0].shape, equation.outputs[0].shape
+    windows = (_Window(*window) for window in zip(*(equation.params[name] for name in names)))
+    rows = list(zip(windows, *shapes))
+    arrays = inputs[: len(equation.outputs)]
+    return [tuple(w.along(atoms, x, size, out) for x, (w, size, out) in zip(axes, rows)) for axes in arrays]
+
+
+class _Window(NamedTuple):
+    """How a window moves along one dimension."""
+
+    size: int
+    stride: int
+    padding: tuple[int, int]
+    dilation: int
+
+    def along(self, atoms: Atoms, axis: Axis, size: int, out: int) -> Axis:
+        """The axis of the results: the same where each position is by itself, and else fixed.
+
+        Windows of stride one with as many results as positions have one at each position: element by element it is
+        the same set, as it has to be where a block's output is added to its input.
+        """
+        if (self.size, self.stride, tuple(self.padding), self.dilation) == (1, 1, (0, 0), 1):
+            return axis
+        fix(axis)
+        return axis if (self.stride, self.dilation, out) == (1, 1, size) else atoms.new(out, fixed=True)
 
 
 def slice_(atoms: Atoms, equation: Equation, inputs: list[Axes]) -> list[Axes]:
@@ -237,9 +305,23 @@ def _table() -> dict[str, Rule]:
     table: dict[str, Rule] = {name: elementwise for name in names.split()}
     table |= {f"reduce_{name}": reduce for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
     table |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}
+    table |= {name: collective for name in ("psum", "pmax", "pmin")}
     table |= {name: arg_reduce for name in ("argmax", "argmin")}
     table |= {"bitcast_convert_type": bitcast, "rev": along("dimensions"), "slice": slice_}
-    named = [broadcast_in_dim, concatenate, cond_exit, dot_general, gather, iota, pad, random_bits, reshape, squeeze]
+    table |= {f"reduce_window{name}": reduce_window for name in ("", "_sum", "_max", "_min")}
+    named = [
+        broadcast_in_dim,
+        concatenate,
+        cond_exit,
+        conv_general_dilated,
+        dot_general,
+        gather,
+        iota,
+        pad,
+        random_bits,
+        reshape,
+        squeeze,
+    ]
     named += [transpose, scan_enter, scan_exit, scan_index, scan_slice]
     return table | {rule.__name__: rule for rule in named}
 

@@ -46,8 +46,9 @@ class LayerUse:
     whose sum it is, one is the ``first``.
 
     ``inputs``, ``outputs`` and ``batch`` (filled in by :func:`label`) say for each atom of these axes of the parameter
-    which dimension of its cut shape runs over it; ``set_batch`` names the batch axes that are elements of the set, and
-    ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
+    which dimension of its cut shape runs over it; ``positions`` are the dimensions that run over a window, along each
+    axis of which the layer may see them ``backwards``. ``set_batch`` names the batch axes that are elements of the set,
+    and ``stacked`` the loops around the layer that run over a stack of parameters (to all other loops, iterations are
     elements of the set).
     """
 
@@ -63,6 +64,8 @@ class LayerUse:
     inputs: list[tuple[Atom, int]] = field(default_factory=list)
     outputs: list[tuple[Atom, int]] = field(default_factory=list)
     batch: list[tuple[Atom, int]] = field(default_factory=list)
+    positions: tuple[int, ...] = ()
+    backwards: tuple[bool, ...] = ()
     set_batch: tuple[int, ...] = ()
     stacked: tuple[Scan, ...] = ()
 
@@ -256,6 +259,7 @@ def label(program: Program, uses: Uses, axes: dict[Value, Axes], atoms: Atoms) -
 def _give_up(layer: LayerUse) -> bool:
     layer.view, layer.stacked, layer.set_batch = None, (), ()
     layer.inputs, layer.outputs, layer.batch = [], [], []
+    layer.positions, layer.backwards = (), ()
     return layer.weight.whole
 
 
@@ -281,18 +285,33 @@ def _label(layer: LayerUse, program: Program, axes: dict[Value, Axes], atoms: At
     layer.stacked = tuple(traced.sliced)
     for d, (axis, behind) in enumerate(zip(kernel_axes, traced.axes)):
         found = resolve(axis)
-        if sizes(found) != behind.sizes:
+        if d not in (*dims.inputs, *dims.outputs, *dims.batch):
+            continue  # positions belong to no neurons
+        if sizes(found) != behind.sizes or not traced.reversed.isdisjoint(behind.dims):
             return False
         if None not in behind.dims:
-            for name in ("inputs", "outputs", "batch"):
+            pairs = [(atom, dim) for atom, dim in zip(found, behind.dims) if dim is not None]
+            groups = _leading(found, dims.groups) if d in dims.outputs else 0
+            if groups is None:
+                return False
+            layer.batch.extend(pairs if d in dims.batch else pairs[:groups])
+            for name in ("inputs", "outputs"):
                 if d in getattr(dims, name):
-                    getattr(layer, name).extend(zip(found, behind.dims))
+                    getattr(layer, name).extend(pairs[groups:])
         elif d in dims.batch and {*behind.dims} == {None}:
             set_batch.append(dims.batch.index(d))  # the view broadcast it: elements of the set
         else:
             return False
     layer.set_batch = tuple(set_batch)
+    layer.positions = tuple(d for at in dims.positions for d in traced.axes[at].dims if d is not None)
+    layer.backwards = tuple(not traced.reversed.isdisjoint(traced.axes[at].dims) for at in dims.positions)
     return True
+
+
+def _leading(atoms: Axis, groups: int) -> int | None:
+    """How many of the first atoms make up the groups; None where they are cut otherwise."""
+    counts = [math.prod(sizes(atoms[:i])) for i in range(len(atoms) + 1)]
+    return counts.index(groups) if groups in counts else None
 
 
 @dataclass
@@ -310,10 +329,12 @@ class TracedView:
     Attributes:
         axes: for each axis of the view.
         sliced: for the axis that each loop slices.
+        reversed: the dimensions that are seen backwards.
     """
 
     axes: list[Behind]
     sliced: dict[Scan, list[int]]
+    reversed: frozenset[int] = frozenset()
 
 
 def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView | None:
@@ -324,9 +345,12 @@ def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView |
     )
     dims = {atom: i for i, atom in enumerate(itertools.chain(*current))}
     slices: dict[Scan, Axis] = {}
+    backwards: set[Atom] = set()
     placed = False
     for equation in view.chain:
         placed |= equation.name in PLACEMENTS
+        if equation.name == "rev":
+            backwards ^= {atom for d in equation.params["dimensions"] for atom in resolve(current[d])}
         if equation.name == "scan_slice":
             slices[equation.params["scan"]] = current[0]
         if equation.name in PLACEMENTS or equation.name in ELEMENTWISE:
@@ -340,4 +364,5 @@ def trace_view(leaf: Value, view: View, axes: dict[Value, Axes]) -> TracedView |
     if any(atom.parts is not None for atom in dims) or any(None in found for found in sliced.values()):
         return None
     found = [Behind([dims.get(atom) for atom in resolve(axis)], sizes(resolve(axis))) for axis in current]
-    return TracedView(found, {scan: [d for d in part if d is not None] for scan, part in sliced.items()})
+    turned = frozenset(dims[atom] for atom in backwards if atom in dims)
+    return TracedView(found, {scan: [d for d in part if d is not None] for scan, part in sliced.items()}, turned)

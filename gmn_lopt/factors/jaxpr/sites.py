@@ -12,6 +12,8 @@ from jaxtyping import Array, Shaped
 from gmn_lopt.factors.jaxpr.axes import Atoms, Axis, resolve, sizes
 from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow, part_of
+from gmn_lopt.factors.kinds import LayerKind
+from gmn_lopt.factors.kinds.base import Arrangement
 from gmn_lopt.factors.program import Path, Program, Value
 
 
@@ -39,6 +41,11 @@ class Layout:
     def canonical_shape(self) -> tuple[int, int]:
         """``[S, d]``."""
         return math.prod(sizes(self.set_atoms)), math.prod(sizes(self.neuron_atoms))
+
+    @property
+    def arrangement(self) -> Arrangement:
+        """The same in numbers."""
+        return Arrangement(self.shape, self.cut, self.order, len(self.set_atoms))
 
     def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
         """Bring an array of the program to its canonical form."""
@@ -130,6 +137,11 @@ class Layouts:
         value, region = layer.output, layer.regions[1]
         return self._arrange(layer, region, part_of(self.axes[value], region, value.shape, self.atoms), 1)
 
+    def kind(self, layer: LayerUse) -> LayerKind:
+        """The kind of a layer, with what it has to know of its layouts."""
+        read, written = self.activation(layer).arrangement, self.output(layer).arrangement
+        return layer.kind.arranged(layer.equation, read, written, layer.backwards)
+
     def union(self, layouts: Sequence[Layout]) -> Axis:
         """The set of several uses, of equal neurons."""
         sets = tuple(layout.set_atoms for layout in layouts)
@@ -161,7 +173,8 @@ def join(layers: Sequence[LayerUse], layouts: Layouts) -> list[Kernel]:
             dims = tuple(tuple(d for _, d in of) for of in (layer.inputs, layer.outputs, layer.batch))
             key = (layer.view.leaf, layer.view.block, *dims)
         reads = layouts.activation(layer).neuron_atoms if layer.kind.reads_neurons else ()
-        key = (*key, layer.kind, reads, layouts.output(layer).neuron_atoms)
+        family = layouts.kind(layer).family
+        key = (*key, layer.index if family is None else family, reads, layouts.output(layer).neuron_atoms)
         kernels.setdefault(key, Kernel([])).layers.append(layer)
     return list(kernels.values())
 

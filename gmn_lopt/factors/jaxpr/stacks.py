@@ -38,7 +38,8 @@ def independent_stacks(program: Program, axes: dict[Value, Axes]) -> dict[Atom, 
 
 def _only_sliced(consumers: list[Equation], scan: Scan) -> bool:
     return all(
-        equation.params["scan"] is scan if equation.name == "scan_slice" else equation.name in VIEWS
+        # Layers that come in another order are not at the positions of the scanned axis.
+        equation.params["scan"] is scan if equation.name == "scan_slice" else equation.name in VIEWS - {"rev"}
         for equation in consumers
     )
 

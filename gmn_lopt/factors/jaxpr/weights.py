@@ -19,7 +19,7 @@ IDENTITIES |= {"reshard", "sharding_constraint"}
 # Rearrangements that keep every entry exactly once: a tangent is the same before and after them.
 REARRANGEMENTS = {"convert_element_type", "reshape", "squeeze", "transpose"} | IDENTITIES
 # Rearrangements of one array: a parameter seen through them is still that parameter.
-VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "scan_slice", "slice"}
+VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "rev", "scan_slice", "slice"}
 # Linear, entry by entry, in the operands that are named; in several at once where they are sums.
 SUMS = {"add", "add_any", "sub", "select_n"}
 ELEMENTWISE = SUMS | {"div", "mul", "neg"}

@@ -12,17 +12,46 @@ from gmn_lopt.factors.spaces import Parameter
 
 
 class KernelDims(NamedTuple):
-    """The dimensions of an equation's kernel operand; those in none of the three are positions of the kernel.
+    """The dimensions of an equation's kernel operand; others are positions of the kernel, too, but without an order.
 
     Attributes:
         inputs: they run over the neurons that the layer reads.
         outputs: they run over the neurons that it writes.
         batch: each of their positions is a layer by itself (heads).
+        positions: they run over the positions of a window, in the order of the window's axes.
+        groups: how many layers by themselves the outputs are cut into, and the neurons that are read.
     """
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     batch: tuple[int, ...] = ()
+    positions: tuple[int, ...] = ()
+    groups: int = 1
+
+
+class Arrangement(NamedTuple):
+    """How an array is brought to its canonical form ``[S, d]``.
+
+    Attributes:
+        shape: the array's own shape.
+        cut: its shape with axes cut into their parts, none of size one.
+        order: the order of the parts in the canonical form.
+        set_parts: how many of them, the first, are the set.
+    """
+
+    shape: tuple[int, ...]
+    cut: tuple[int, ...]
+    order: tuple[int, ...]
+    set_parts: int
+
+    def dims(self) -> tuple[int, ...]:
+        """For each part, in the array's own order, the dimension that it is a part of."""
+        result: list[int] = []
+        for d, size in enumerate(self.shape):
+            while size > 1:
+                size //= self.cut[len(result)]
+                result.append(d)
+        return tuple(result)
 
 
 @dataclass(frozen=True)
@@ -96,6 +125,21 @@ class LayerKind(abc.ABC):
         """The dimensions of the activation operand whose positions are kept; of all others one."""
         return tuple(range(rank))
 
+    def arranged(
+        self, equation: Equation, activation: Arrangement, tangent: Arrangement, backwards: tuple[bool, ...]
+    ) -> "LayerKind":
+        """The kind with what it has to know of the canonical forms of its factors.
+
+        An axis in front of each array runs over the iterations of each loop around the layer. ``backwards`` says along
+        which of the kernel's positions the equation sees those of the parameter in reversed order.
+        """
+        return self
+
+    @property
+    def family(self) -> Hashable:
+        """What layers of one kernel have to have in common for their sets to be one; None: each has its own."""
+        return self
+
     @abc.abstractmethod
     def matrices(self, kernel: Parameter) -> Matrices | None:
         """The kernel as matrices; None if it is something else."""
@@ -119,6 +163,21 @@ class LayerKind(abc.ABC):
     def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
         """Undo :meth:`tangent_rows`."""
         return rows[0]
+
+    def noise_rows(
+        self,
+        kernel: Parameter,
+        activation: Num[Array, "S _"],
+        tangent: Float[Array, "S_out d_out"],
+        biased: bool,
+        damping: float,
+    ) -> Float[Array, "count R outputs"]:
+        """Rows ``r`` whose mean ``E_R[r r^T] / R`` stands for the noise of the gradient, tangents at per-element scale.
+
+        That of elements that differ independently is of the tangents themselves. ``biased`` says whether a bias is one
+        more row of the matrices, ``damping`` by how much of the mean of its diagonal their second moment is increased.
+        """
+        return self.tangent_rows(kernel, tangent)
 
     def second_moment(self, rows: Num[Array, "count S _"], inputs: int) -> Float[Array, "count ..."]:
         """``E_S[a a^T]`` of the rows of :meth:`activation_rows`, a matrix, or its diagonal."""

@@ -1,13 +1,12 @@
 """Dense layers: products of an activation with a kernel, ``u = a W`` (``dot_general``, with any axes and any batch)."""
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.kinds.base import KernelDims, LayerKind, Matrices
+from gmn_lopt.factors.kinds.division import divide_neurons, join_neurons, shared_dims
 from gmn_lopt.factors.matrices import as_stack, from_stack, is_kernel, stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter
@@ -60,7 +59,7 @@ class Dense(LayerKind):
         once = len({*read}) == len(read) and len({*write}) == len(write)
         if not once or {*read, *write} != set(range(len(kernel.cut_shape))):
             return None
-        return Matrices(*stack_layout(kernel)[1], tuple(map(read.index, _shared(kernel))))
+        return Matrices(*stack_layout(kernel)[1], tuple(map(read.index, shared_dims(kernel))))
 
     def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
         """As :func:`gmn_lopt.factors.matrices.as_stack`."""
@@ -72,30 +71,12 @@ class Dense(LayerKind):
 
     def activation_rows(self, kernel: Parameter, activation: Float[Array, "S d_in"]) -> Float[Array, "count S inputs"]:
         """The neurons read, divided among the matrices."""
-        return _divide(kernel, 0, activation)
+        return divide_neurons(kernel, 0, activation)
 
     def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
         """The neurons written, divided among the matrices."""
-        return _divide(kernel, 1, tangent)
+        return divide_neurons(kernel, 1, tangent)
 
     def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
         """Undo :meth:`tangent_rows`."""
-        dims, shared = kernel.sites[1].dims, _shared(kernel)
-        rest = [kernel.cut_shape[d] for d in dims if d not in shared]
-        split = rows.reshape(*(kernel.cut_shape[d] for d in shared), rows.shape[1], *rest)
-        moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])
-        return moved.reshape(rows.shape[1], -1)
-
-
-def _shared(kernel: Parameter) -> list[int]:
-    """The dimensions of a kernel's cut shape that both of its sites run over."""
-    read, write = (ref.dims for ref in kernel.sites)
-    return sorted({*read} & {*write})
-
-
-def _divide(kernel: Parameter, side: int, rows: Float[Array, "S n"]) -> Float[Array, "count S m"]:
-    """Cut what runs over all neurons that a kernel reads (side 0) or writes (1) into those of each of its matrices."""
-    dims, shared = kernel.sites[side].dims, _shared(kernel)
-    split = rows.reshape(len(rows), *(kernel.cut_shape[d] for d in dims))
-    moved = jnp.moveaxis(split, [1 + dims.index(d) for d in shared], range(len(shared)))
-    return moved.reshape(math.prod(kernel.cut_shape[d] for d in shared), len(rows), -1)
+        return join_neurons(kernel, rows)

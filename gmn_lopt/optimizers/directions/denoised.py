@@ -11,10 +11,10 @@ from jaxtyping import Array, Int, PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.directions.denoised_layers import (
-    activations_and_tangents,
     as_matrices,
     from_matrices,
     layer_groups,
+    read_sets,
     why_not_denoised,
 )
 from gmn_lopt.optimizers.directions.denoising import (
@@ -89,7 +89,7 @@ class Denoised(OrthogonalDirection):
         denoised: dict[int, Array] = {}
         if groups:
             assert gradient.factors is not None
-            sets = [activations_and_tangents(group, parameters, gradient.factors) for group in groups]
+            sets = [read_sets(group, gradient.factors) for group in groups]
             matrices = [as_matrices(group, parameters, momenta) for group in groups]
             preconditioners = update_preconditioners(state.preconditioners, groups, sets, matrices, state.step)
             for group, preconditioner, stack in zip(groups, preconditioners, matrices):

@@ -16,6 +16,9 @@ from gmn_lopt.factors.kinds import LayerKind
 from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.factors.structure import Factors, GradientStructure, Layer, Parameter
 
+# Activations and tangents.
+Sets = tuple[tuple[Num[Array, "_ _"], ...], tuple[Float[Array, "_ _"], ...]]
+
 
 @dataclass(frozen=True)
 class DenoisedLayer:
@@ -27,6 +30,7 @@ class DenoisedLayer:
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
         count: number of matrices that the kernel consists of: one, or that of the layers that are stacked.
+        parameter: the kernel.
     """
 
     kernel: int
@@ -34,6 +38,7 @@ class DenoisedLayer:
     activation: int
     tangent: int
     count: int
+    parameter: Parameter
 
 
 @dataclass(frozen=True)
@@ -111,7 +116,8 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         places = position[layer.kernel], None if bias is None else position[bias]
         # Layers of a group that read the same activations have to cut them alike.
         alike = matrices.inputs + (bias is not None), matrices.outputs, layer.kind, bias is not None, matrices.cut
-        groups.setdefault(alike, []).append(DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count))
+        found = DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count, kernel)
+        groups.setdefault(alike, []).append(found)
     return tuple(LayerGroup(tuple(layers), *alike[:3]) for alike, layers in groups.items())
 
 
@@ -167,11 +173,20 @@ def from_matrices(
     return leaves
 
 
-def activations_and_tangents(
-    group: LayerGroup, parameters: Sequence[Parameter], factors: Factors
+def read_sets(group: LayerGroup, factors: Factors) -> Sets:
+    """The distinct activations that a group reads, and the tangents of its layers, as they are."""
+    return tuple(factors.activations[a] for a in group.read), tuple(factors.tangents[x.tangent] for x in group.layers)
+
+
+def activations_and_noise(
+    group: LayerGroup, sets: Sets, damping: float
 ) -> tuple[tuple[Num[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ _"], ...]]:
-    """The distinct activations that a group reads and the tangents of its layers, each ``[matrices, S, neurons]``."""
-    readers = {layer.activation: parameters[layer.kernel] for layer in group.layers}
-    activations = (group.kind.activation_rows(kernel, factors.activations[a]) for a, kernel in readers.items())
-    tangents = (group.kind.tangent_rows(parameters[x.kernel], factors.tangents[x.tangent]) for x in group.layers)
-    return tuple(activations), tuple(tangents)
+    """What the matrices of a group read, and what stands for their noise, each ``[matrices, rows, neurons]``."""
+    read = dict(zip(group.read, sets[0], strict=True))
+    readers = {layer.activation: layer.parameter for layer in group.layers}
+    activations = (group.kind.activation_rows(kernel, read[a]) for a, kernel in readers.items())
+    noise = (
+        group.kind.noise_rows(layer.parameter, read[layer.activation], tangent, group.biased, damping)
+        for layer, tangent in zip(group.layers, sets[1], strict=True)
+    )
+    return tuple(activations), tuple(noise)

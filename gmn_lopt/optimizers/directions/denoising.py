@@ -31,7 +31,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup
+from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup, Sets, activations_and_noise
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
@@ -87,7 +87,7 @@ def init_preconditioner(group: LayerGroup) -> Preconditioner:
 def update_preconditioners(
     old: Sequence[Preconditioner],
     groups: tuple[LayerGroup, ...],
-    sets: Sequence[tuple[tuple[Array, ...], tuple[Array, ...]]],
+    sets: Sequence[Sets],
     momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
 ) -> tuple[Preconditioner, ...]:
@@ -96,7 +96,7 @@ def update_preconditioners(
     Args:
         old: those of the step before.
         groups: the layers.
-        sets: activations and tangents of each group (:func:`activations_and_tangents`), float32, per element.
+        sets: activations and tangents of each group (:func:`read_sets`), float32, per element.
         momenta: the momentum of each group's layers as matrices, corrected for its start.
         step: number of steps taken before.
     """
@@ -123,13 +123,14 @@ update_preconditioners.defvjp(lambda *args: (update_preconditioners(*args), None
 def _new(
     group: LayerGroup,
     old: Preconditioner,
-    sets: tuple[tuple[Num[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ o"], ...]],
+    sets: Sets,
     momentum: Float[Array, "k i o"],
     step: Int[Array, ""],
 ) -> Preconditioner:
+    activations, rows = activations_and_noise(group, sets, DAMPING)
     current = (
-        jnp.concatenate([_second_moment(group, activation) for activation in sets[0]]),
-        jnp.concatenate([_noise(group, tangent) for tangent in sets[1]]),
+        jnp.concatenate([_second_moment(group, activation) for activation in activations]),
+        jnp.concatenate([_noise(group, noisy) for noisy in rows]),
     )
     times = jnp.minimum(step + 1, EARLY) + jnp.maximum(0, (step - EARLY) // EVERY + 1)
     # A moving average that is corrected for its start as it goes.
@@ -162,9 +163,9 @@ def _second_moment(group: LayerGroup, activation: Num[Array, "count S n"]) -> Fl
     return group.kind.second_moment(activation, group.inputs)
 
 
-def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array, "count ..."]:
+def _noise(group: LayerGroup, rows: Float[Array, "count R o"]) -> Float[Array, "count ..."]:
     # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
-    scaled = tangent / tangent.shape[1]
+    scaled = rows / rows.shape[1]
     return scaled.mT @ scaled if group.tall else jnp.sum(scaled**2, axis=(1, 2))
 
 
