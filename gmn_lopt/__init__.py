@@ -10,6 +10,7 @@ from gmn_lopt.factors import (
     Space,
     StructureError,
     analyze,
+    gather_factors,
     value_grad_and_factors,
 )
 from gmn_lopt.networks import (
@@ -83,6 +84,7 @@ __all__ = [
     "analyze",
     "card",
     "denoised",
+    "gather_factors",
     "list_pretrained",
     "load",
     "recipe",

@@ -27,11 +27,13 @@ class Value:
         origin: ``"parameter"``, ``"data"`` (arguments and captured arrays), ``"literal"`` (a scalar constant) or
             ``"equation"``.
         dtype: its dtype, None for what has none.
+        aval: JAX's type of it, which also says how it is spread over devices; None for values of our own.
     """
 
     shape: tuple[int, ...]
     origin: str
     dtype: Any
+    aval: Any = None
 
     @property
     def floating(self) -> bool:
@@ -220,7 +222,7 @@ class _Flattener:
 
 
 def _value(var: Any, origin: str) -> Value:
-    return Value(tuple(getattr(var.aval, "shape", ())), origin, getattr(var.aval, "dtype", None))
+    return Value(tuple(getattr(var.aval, "shape", ())), origin, getattr(var.aval, "dtype", None), var.aval)
 
 
 def _live(equations: list[Equation], output: Value) -> list[Equation]:

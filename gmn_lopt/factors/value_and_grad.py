@@ -11,6 +11,8 @@ from jaxtyping import Array, PyTree
 
 from gmn_lopt.factors.jaxpr.assemble import Traced, assemble
 from gmn_lopt.factors.jaxpr.replay import Replay
+from gmn_lopt.factors.jaxpr.sites import Layout
+from gmn_lopt.factors.parallel import at_scale_of_shard, leave_to_compiler, zeros_like
 from gmn_lopt.factors.spaces import StructureError
 from gmn_lopt.factors.structure import Factors, GradientStructure
 
@@ -109,16 +111,22 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
             loss, aux = jax.tree.unflatten(out_tree, outputs)
             return loss, (aux, run.recorded)
 
-        zeros = [jnp.zeros(write.layout.shape, write.layers[0].output.dtype) for write in traced.writes]
+        perturbations = [zeros_like(write.layers[0].output.aval, write.layout.shape) for write in traced.writes]
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
-        (loss, (aux, recorded)), (grads, tangents) = differentiate([jnp.asarray(leaf) for leaf in leaves], zeros)
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
+        (loss, (aux, recorded)), (grads, tangents) = differentiate(leaves, perturbations)
+        tangents = [at_scale_of_shard(tangent, loss, leaves) for tangent in tangents]
         factors = Factors(
-            tuple(read.layout.canonical(recorded[i]) for i, read in enumerate(traced.reads)),
-            tuple(write.layout.canonical(tangent) for write, tangent in zip(traced.writes, tangents)),
+            tuple(_canonical(read.layout, recorded[i]) for i, read in enumerate(traced.reads)),
+            tuple(_canonical(write.layout, tangent) for write, tangent in zip(traced.writes, tangents)),
         )
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 
     return wrapped
+
+
+def _canonical(layout: Layout, array: Array) -> Array:
+    return leave_to_compiler(layout.canonical, layout.canonical_spec(jax.typeof(array).sharding.spec), array)
 
 
 def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:

@@ -9,8 +9,10 @@ from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
 from gmn_lopt.factors.kinds import KINDS, LayerKind
 from gmn_lopt.factors.program import Equation, Program, Scan, Value
 
+# What changes nothing but how an array is spread over devices.
+PLACEMENTS = {"pvary"}
 # Rearrangements that leave every entry in place exactly once: a tangent is the same before and after them.
-REARRANGEMENTS = {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
+REARRANGEMENTS = PLACEMENTS | {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
 # Rearrangements of one array: a parameter seen through them is still that parameter.
 VIEWS = REARRANGEMENTS | {"broadcast_in_dim", "scan_slice", "slice"}
 

@@ -6,6 +6,7 @@ import operator
 from dataclasses import dataclass, field
 from typing import Any
 
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from gmn_lopt.factors.jaxpr.axes import Axis, resolve, sizes
@@ -40,6 +41,20 @@ class Layout:
     def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
         """Bring an array of the program to its canonical form."""
         return array.reshape(self.cut).transpose(self.order).reshape(self.canonical_shape)
+
+    def canonical_spec(self, spec: PartitionSpec) -> PartitionSpec:
+        """How the canonical form of an array is spread over devices, one that is spread as ``spec``."""
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        place = 0
+        for size, axes in zip(self.shape, spec):
+            start, length = place, 1
+            while length < size:
+                length *= self.cut[place]
+                place += 1
+            if axes is not None:
+                is_set = start < place and self.order.index(start) < len(self.set_atoms)
+                sides[not is_set].extend(axes if isinstance(axes, tuple) else (axes,))
+        return PartitionSpec(*(tuple(side) or None for side in sides))
 
     def original(self, array: Shaped[Array, "S d"]) -> Shaped[Array, "..."]:
         """The inverse of :meth:`canonical`."""
