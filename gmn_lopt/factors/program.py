@@ -83,8 +83,9 @@ class Equation:
         return self.primitive.name
 
     def bind(self, *inputs: Array) -> Array:
-        """Apply the primitive to arrays; of primitives with one output."""
-        result: Array = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.params))
+        """Apply the primitive to arrays; of primitives with one output. Its spread over devices is the compiler's."""
+        params = self.params | {name: None for name in ("out_sharding", "sharding") if name in self.params}
+        result: Array = self.primitive.bind(*inputs, **self.primitive.get_bind_params(params))
         return result
 
 

@@ -1,15 +1,16 @@
 """Dense gradients from factors: the outer products pulled back through the views of the parameters."""
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from gmn_lopt.factors.jaxpr.layers import PLACEMENTS, LayerUse
 from gmn_lopt.factors.jaxpr.sites import Layout
-from gmn_lopt.factors.parallel import make_varying, varying
+from gmn_lopt.factors.parallel import leave_to_compiler, make_varying, varying
 from gmn_lopt.factors.program import Equation, Program, Scan
 
 Gradients = Callable[[Array, Array], tuple[Array, Array | None]]
@@ -43,10 +44,10 @@ def layer_gradients(program: Program, layer: LayerUse, activation_layout: Layout
     """``(activation, tangent) -> (gradient of the kernel, gradient of the bias or None)`` of one layer."""
     product = _over_scans(layer.scans, layer.view.chain, partial(layer.kind.product, layer.equation, layer.operand))
 
-    def pull_back(function: Callable[[jax.Array], jax.Array], leaf: int, axes: frozenset[Hashable], tangent: jax.Array) -> jax.Array:
+    def pull_back(function: Callable[[jax.Array], jax.Array], leaf: int, tangent: jax.Array) -> jax.Array:
         value = program.parameters[leaf]
-        # Of each device its own gradient: that of a parameter that does not vary would be their sum.
-        parameter = make_varying(jnp.zeros(value.shape, value.dtype), axes)
+        # Each device's own gradient: that of a parameter which does not vary would be the sum over devices.
+        parameter = make_varying(jnp.zeros(value.shape, value.dtype), varying(tangent))
         (gradient,) = jax.linear_transpose(function, parameter)(tangent)
         return gradient
 
@@ -54,8 +55,9 @@ def layer_gradients(program: Program, layer: LayerUse, activation_layout: Layout
         activation: Shaped[Array, "R d_in"], tangent: Float[Array, "S d_out"]
     ) -> tuple[Float[Array, "..."], Float[Array, "..."] | None]:
         axes = varying(activation, tangent)
-        a, g = (make_varying(x, axes) for x in (activation_layout.original(activation), output_layout.original(tangent)))
-        kernel = pull_back(lambda w: product(w, a), layer.view.leaf, axes, g)
+        a, g = activation_layout.original(activation), output_layout.original(tangent)
+        a, g = make_varying(a, axes), make_varying(g, axes)
+        kernel = pull_back(lambda w: product(w, a), layer.view.leaf, g)
         if layer.bias is None:
             return kernel, None
         rearrange = partial(_through, layer.bias.chain)
@@ -63,6 +65,7 @@ def layer_gradients(program: Program, layer: LayerUse, activation_layout: Layout
             rearrange = jax.vmap(rearrange)
         added = _over_scans(layer.scans, layer.bias.view.chain, lambda b, u: jnp.broadcast_to(b, u.shape))
         moved = rearrange(g)
-        return kernel, pull_back(lambda b: added(b, moved), layer.bias.view.leaf, axes, moved)
+        return kernel, pull_back(lambda b: added(b, moved), layer.bias.view.leaf, moved)
 
-    return gradients
+    everywhere = PartitionSpec(), None if layer.bias is None else PartitionSpec()
+    return partial(leave_to_compiler, gradients, everywhere)
