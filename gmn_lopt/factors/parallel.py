@@ -21,7 +21,8 @@ AxisName = Hashable | tuple[Hashable, ...]
 def gather_factors(factors: Factors, axis_name: AxisName) -> Factors:
     """The factors of the mean over devices, from those of each: for factors what ``jax.lax.pmean`` is for gradients.
 
-    The sets are joined, and tangents divided by the number of devices. Call it inside ``shard_map`` or ``pmap``, where
+    The sets are joined, and tangents divided by the number of devices; of sets that do not come from the batch, which all
+    devices have alike, the tangents are averaged. Call it inside ``shard_map`` or ``pmap``, where
     each device has computed the factors of its shard of the batch, with a loss that is the mean over that shard or, by
     ``pmean`` or ``psum``, over the batch. Every device gets the same, bit for bit; ``shard_map`` knows that
     (``out_specs=P()``). Axes over which no factor varies are passed over, where ``shard_map`` says so.
@@ -58,10 +59,16 @@ def gather_factors(factors: Factors, axis_name: AxisName) -> Factors:
 
 
 def _gather(factors: Factors, axis: Hashable, to: str) -> Factors:
-    activations, tangents = jax.tree.map(
-        lambda x: jax.lax.all_gather(x, axis, tiled=True, to=to), (factors.activations, factors.tangents)
-    )
-    return Factors(activations, tuple(g / jax.lax.axis_size(axis) for g in tangents))
+    leaves, treedef = jax.tree.flatten(factors)
+    first = len(factors.activations)
+    for i, x in enumerate(leaves):
+        if i not in factors.without_batch:
+            gathered = jax.lax.all_gather(x, axis, tiled=True, to=to)
+            leaves[i] = gathered if i < first else gathered / jax.lax.axis_size(axis)
+        elif i >= first:
+            leaves[i] = jax.lax.pmean(x, axis)
+    result: Factors = jax.tree.unflatten(treedef, leaves)
+    return result
 
 
 def varying(*arrays: Any) -> frozenset[Hashable]:
@@ -83,13 +90,24 @@ def zeros_like(aval: Any, shape: Sequence[int]) -> Array:
 
 
 def at_scale_of_shard(tangent: Array, loss: Array, params: Sequence[Array]) -> Array:
-    """A tangent at the scale of the shard's loss, where ``shard_map`` differentiates a loss of the whole batch.
+    """A tangent such that the mean over devices is that of the mean loss, where ``shard_map`` sums by itself.
 
-    That is the case over axes over which neither parameters nor loss vary. The gradient is the whole batch's then, the
-    sum of what the devices contribute; their loss is as many times the batch's as there are devices.
+    Over axes over which neither parameters nor loss vary, a device contributes to the gradient of the whole batch's
+    loss, as their sum; and over those over which the loss does but the tangent does not, they have been summed.
     """
-    axes = tuple(varying(tangent) - varying(loss, *params))
-    return tangent * jax.lax.axis_size(axes) if axes else tangent
+    contributes = tuple(varying(tangent) - varying(loss, *params))
+    summed = tuple(varying(loss) - varying(tangent))
+    if not contributes and not summed:
+        return tangent
+    return tangent * (jax.lax.axis_size(contributes) / jax.lax.axis_size(summed))
+
+
+def as_in_context(x: Array) -> Array:
+    """An array from where axes of the mesh are explicit to where they are the compiler's, or back."""
+    mesh, context = jax.typeof(x).sharding.mesh, jax.sharding.get_abstract_mesh()
+    if mesh.empty or context.empty or mesh.explicit_axes == context.explicit_axes:
+        return x
+    return jax.sharding.reshard(x, PartitionSpec(*[None] * x.ndim))
 
 
 def leave_to_compiler(function: Callable[..., PyTree], like: PyTree, *args: PyTree) -> PyTree:

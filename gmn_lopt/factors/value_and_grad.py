@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from gmn_lopt.factors.jaxpr.assemble import Traced, assemble
 from gmn_lopt.factors.jaxpr.replay import Replay
 from gmn_lopt.factors.jaxpr.sites import Layout
-from gmn_lopt.factors.parallel import at_scale_of_shard, leave_to_compiler, zeros_like
+from gmn_lopt.factors.parallel import as_in_context, at_scale_of_shard, leave_to_compiler, zeros_like
 from gmn_lopt.factors.spaces import StructureError
 from gmn_lopt.factors.structure import Factors, GradientStructure
 
@@ -109,7 +109,7 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
             run = Replay(traced.taps, dict(enumerate(perturbations)))
             outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*leaves, *dynamic], ())
             loss, aux = jax.tree.unflatten(out_tree, outputs)
-            return loss, (aux, run.recorded)
+            return loss, (aux, {i: as_in_context(activation) for i, activation in run.recorded.items()})
 
         perturbations = [zeros_like(write.layers[0].output.aval, write.layout.shape) for write in traced.writes]
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
@@ -119,6 +119,7 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
         factors = Factors(
             tuple(_canonical(read.layout, recorded[i]) for i, read in enumerate(traced.reads)),
             tuple(_canonical(write.layout, tangent) for write, tangent in zip(traced.writes, tangents)),
+            traced.without_batch,
         )
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 

@@ -10,7 +10,7 @@ from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, trace_view
 from gmn_lopt.factors.jaxpr.reconstruct import layer_gradients
-from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair
+from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair, without_batch
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
 from gmn_lopt.factors.program import Path, Program, Value, flatten
 from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space
@@ -26,6 +26,7 @@ class Traced:
     taps: dict[Path, LayerUse]
     reads: list[Read]
     writes: list[Write]
+    without_batch: tuple[int, ...]
 
 
 def walk(program: Program) -> dict[Value, Axes]:
@@ -104,7 +105,8 @@ def assemble(
         activation_shapes=tuple(read.layout.canonical_shape for read in reads),
         tangent_shapes=tuple(write.layout.canonical_shape for write in writes),
     )
-    return Traced(structure, closed, {layer.equation.path: layer for layer in layers}, reads, writes)
+    taps = {layer.equation.path: layer for layer in layers}
+    return Traced(structure, closed, taps, reads, writes, without_batch(reads, writes, found, uses))
 
 
 class _Numbering:

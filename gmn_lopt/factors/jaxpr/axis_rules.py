@@ -242,7 +242,7 @@ def _table() -> dict[str, Rule]:
     igamma igammac imag integer_pow is_finite le lgamma log log1p logistic lt max min mul name ne neg nextafter not or
     polygamma population_count pow real reduce_precision regularized_incomplete_beta rem round rsqrt select_n
     shift_left shift_right_arithmetic shift_right_logical sharding_constraint reshard sign sin sinh sqrt square
-    stop_gradient sub tan tanh xor zeta pvary psum psum_invariant pmax pmin ppermute"""
+    stop_gradient sub tan tanh xor zeta pvary mesh_cast psum psum_invariant pmax pmin ppermute"""
     table: dict[str, Rule] = {name: elementwise for name in names.split()}
     table |= {f"reduce_{name}": reduce for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
     table |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}

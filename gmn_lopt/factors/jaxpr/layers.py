@@ -10,7 +10,7 @@ from gmn_lopt.factors.kinds import KINDS, LayerKind
 from gmn_lopt.factors.program import Equation, Program, Scan, Value
 
 # What changes nothing but how an array is spread over devices.
-PLACEMENTS = {"pvary"}
+PLACEMENTS = {"pvary", "reshard", "mesh_cast", "sharding_constraint"}
 # Rearrangements that leave every entry in place exactly once: a tangent is the same before and after them.
 REARRANGEMENTS = PLACEMENTS | {"convert_element_type", "copy", "copy_p", "reshape", "squeeze", "transpose"}
 # Rearrangements of one array: a parameter seen through them is still that parameter.
@@ -116,7 +116,7 @@ def find_layers(program: Program) -> Uses:
 
 
 def _visit(equation: Equation, uses: Uses) -> None:
-    dependence = Dependence()
+    dependence = Dependence(data=equation.name == "axis_index")  # which of the devices this is
     for value in equation.inputs:
         of = uses.dependence.setdefault(value, Dependence())
         dependence.data |= of.data

@@ -8,6 +8,7 @@ from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
 from gmn_lopt.factors.jaxpr.layers import LayerUse
+from gmn_lopt.factors.parallel import as_in_context
 from gmn_lopt.factors.program import Path, called, scan_parts
 
 
@@ -44,11 +45,11 @@ class Replay:
                 else:
                     result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
                     outputs = result if eqn.primitive.multiple_results else [result]
-            if (layer := self.taps.get(here)) is not None:
-                if layer.records:
-                    self.recorded[layer.read] = layer.kind.record(layer.equation, inputs[1 - layer.operand])
-                if layer.perturbed:
-                    outputs = [outputs[0] + self.perturbations[layer.write]]
+                if (layer := self.taps.get(here)) is not None:
+                    if layer.records:
+                        self.recorded[layer.read] = layer.kind.record(layer.equation, inputs[1 - layer.operand])
+                    if layer.perturbed:
+                        outputs = [outputs[0] + as_in_context(self.perturbations[layer.write])]
             environment.update(zip(eqn.outvars, outputs))
         return [read(atom) for atom in jaxpr.outvars]
 

@@ -187,3 +187,17 @@ def _ancestors(read: Read, uses: Uses, through_carries: bool) -> int:
     carried = [value for scan in read.layers[0].scans for value in scan.next_carries]
     values = carried if through_carries else [read.value]
     return functools.reduce(operator.or_, (uses.dependence[value].layers for value in values), 0)
+
+
+def without_batch(reads: list[Read], writes: list[Write], sites: list[FoundSite], uses: Uses) -> tuple[int, ...]:
+    """The places among the factors, reads first, of those whose set has nothing of the data: positions, for example.
+
+    Factors that a layer or a site joins have one set, and data in one of them is in all.
+    """
+    factors: list[Read | Write] = [*reads, *writes]
+    joined = [{reads[layer.read], writes[layer.write]} for read in reads for layer in read.layers]
+    joined += [{part for part in (site.read, site.write) if part is not None} for site in sites]
+    found = {read for read in reads if uses.dependence[read.value].data}
+    while more := [group for group in joined if group & found and not group <= found]:
+        found = found.union(*more)
+    return tuple(i for i, factor in enumerate(factors) if factor not in found)
