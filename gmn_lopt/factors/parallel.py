@@ -67,6 +67,8 @@ def _gather(factors: Factors, axis: Hashable, to: str) -> Factors:
             leaves[i] = gathered if i < first else gathered / jax.lax.axis_size(axis)
         elif i >= first:
             leaves[i] = jax.lax.pmean(x, axis)
+        elif axis in varying(x):
+            leaves[i] = jax.lax.pmax(x, axis)  # all devices have the same, which shard_map does not know
     result: Factors = jax.tree.unflatten(treedef, leaves)
     return result
 
