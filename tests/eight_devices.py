@@ -18,7 +18,9 @@ from jax.sharding import PartitionSpec as P
 import gmn_lopt
 
 STEPS, DEVICES = 20, 8
-AUTO, EXPLICIT = (jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit))
+AUTO, EXPLICIT = (
+    jax.make_mesh((DEVICES,), ("data",), axis_types=(kind,)) for kind in (AxisType.Auto, AxisType.Explicit)
+)
 
 
 def loss_fn(params, x, y):
@@ -54,7 +56,9 @@ def step_of_shard(loss, vary, tx, params, state, x, y):
 
 
 def by_jit(mesh, tx, params, x, y, steps=STEPS, jit=jax.jit):
-    params, x, y = jax.device_put((params, x, y), tuple(NamedSharding(mesh, spec) for spec in (P(), P("data"), P("data"))))
+    params, x, y = jax.device_put(
+        (params, x, y), tuple(NamedSharding(mesh, spec) for spec in (P(), P("data"), P("data")))
+    )
     return loop(jit(partial(step, tx)), params, tx.init(params), x, y, steps)
 
 
@@ -158,7 +162,12 @@ def gradients(report):
         report(mode, **found)
 
     specs = {"in_specs": (P(), P("data"), P("data")), "out_specs": (P(), P(), P("data"))}
-    for mean, vary, check_vma in [(True, False, True), (False, False, True), (False, True, True), (False, False, False)]:
+    for mean, vary, check_vma in [
+        (True, False, True),
+        (False, False, True),
+        (False, True, True),
+        (False, False, False),
+    ]:
         mapped = jax.shard_map(partial(compute, mean, vary), mesh=AUTO, check_vma=check_vma, **specs)
         results = jax.jit(mapped)(params, ids, y)
         # shard_map sums the gradients of local losses in shared parameters, and pmean leaves that as it is.

@@ -12,6 +12,7 @@ from jaxtyping import Array, PyTree
 from gmn_lopt.factors.jaxpr.assemble import Traced, assemble
 from gmn_lopt.factors.jaxpr.replay import Replay
 from gmn_lopt.factors.jaxpr.sites import Layout
+from gmn_lopt.factors.names import leaf_name
 from gmn_lopt.factors.parallel import as_in_context, at_scale_of_shard, leave_to_compiler, zeros_like
 from gmn_lopt.factors.spaces import StructureError
 from gmn_lopt.factors.structure import Factors, GradientStructure
@@ -163,7 +164,7 @@ def _trace(
 ) -> tuple[Traced, Any]:
     """Trace and analyse; also returns the tree of the outputs ``(loss, aux)``."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    names = [leaf_name(path) for path, _ in paths]
     for name, (_, leaf) in zip(names, paths):
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)

@@ -10,7 +10,16 @@ from gmn_lopt.factors.jaxpr.axes import Atom, Atoms, Axis, resolve
 from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, trace_view
 from gmn_lopt.factors.jaxpr.reconstruct import layer_gradients
-from gmn_lopt.factors.jaxpr.sites import FoundSite, Read, Write, arrange_output, find_reads, find_writes, pair, without_batch
+from gmn_lopt.factors.jaxpr.sites import (
+    FoundSite,
+    Read,
+    Write,
+    arrange_output,
+    find_reads,
+    find_writes,
+    pair,
+    without_batch,
+)
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
 from gmn_lopt.factors.program import Path, Program, Value, flatten
 from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space
