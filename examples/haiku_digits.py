@@ -12,11 +12,11 @@ def main(steps: int = 200) -> float:
     """Train; returns the loss on the last batch, before its step."""
     digits = load_task("digits_mlp")  # only its data, 1,797 images of 8x8 pixels
     batch = digits.sample(jax.random.key(0), digits.data["train"])
-    model = hk.without_apply_rng(hk.transform(lambda x: hk.nets.MLP([32, 10])(x)))
+    model = hk.transform(lambda x: hk.nets.MLP([32, 10])(x))
     params = model.init(jax.random.key(0), batch["image"])
 
     def loss_fn(params, batch):
-        logits = model.apply(params, batch["image"])
+        logits = model.apply(params, None, batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     tx = gmn_lopt.load("default", gmn_lopt.analyze(loss_fn, params, batch))

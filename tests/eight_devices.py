@@ -55,11 +55,11 @@ def step_of_shard(loss, vary, tx, params, state, x, y):
     return optax.apply_updates(params, updates), state
 
 
-def by_jit(mesh, tx, params, x, y, steps=STEPS, jit=jax.jit):
+def by_jit(mesh, tx, params, x, y):
     params, x, y = jax.device_put(
         (params, x, y), tuple(NamedSharding(mesh, spec) for spec in (P(), P("data"), P("data")))
     )
-    return loop(jit(partial(step, tx)), params, tx.init(params), x, y, steps)
+    return loop(jax.jit(partial(step, tx)), params, tx.init(params), x, y)
 
 
 def by_shard_map(loss, vary, check_vma, tx, params, x, y):
@@ -74,8 +74,8 @@ def by_pmap(loss, tx, params, x, y):
     return loop(jax.pmap(partial(step_of_shard, loss, False, tx), axis_name="data"), params, state, x, y)
 
 
-def loop(step, params, state, x, y, steps=STEPS):
-    for _ in range(steps):
+def loop(step, params, state, x, y):
+    for _ in range(STEPS):
         params, state = step(params, state, x, y)
     return params
 

@@ -1,7 +1,7 @@
 """Factors on several devices: of which device they are, and those of the whole batch from those of its shards.
 
-Under ``jit`` with shardings arrays are global, and so are factors. Inside ``shard_map`` and ``pmap`` each device has its
-own, of its shard of the batch. ``shard_map`` then knows (unless ``check_vma=False``) over which axes of the mesh an
+Under ``jit`` with shardings arrays are global, and so are factors. Inside ``shard_map`` and ``pmap`` each device has
+its own, of its shard of the batch. ``shard_map`` then knows (unless ``check_vma=False``) over which axes of the mesh an
 array *varies*, and sums cotangents of those that do not: a perturbation has to vary as what it is added to.
 """
 
@@ -21,11 +21,11 @@ AxisName = Hashable | tuple[Hashable, ...]
 def gather_factors(factors: Factors, axis_name: AxisName) -> Factors:
     """The factors of the mean over devices, from those of each: for factors what ``jax.lax.pmean`` is for gradients.
 
-    The sets are joined, and tangents divided by the number of devices; of sets that do not come from the batch, which all
-    devices have alike, the tangents are averaged. Call it inside ``shard_map`` or ``pmap``, where
-    each device has computed the factors of its shard of the batch, with a loss that is the mean over that shard or, by
-    ``pmean`` or ``psum``, over the batch. Every device gets the same, bit for bit; ``shard_map`` knows that
-    (``out_specs=P()``). Axes over which no factor varies are passed over, where ``shard_map`` says so.
+    The sets are joined, and tangents divided by the number of devices; of sets that do not come from the batch, which
+    all devices have alike, the tangents are averaged. Call it inside ``shard_map`` or ``pmap``, where each device has
+    computed the factors of its shard of the batch, with a loss that is the mean over that shard or, by ``pmean`` or
+    ``psum``, over the batch. Every device gets the same, bit for bit; ``shard_map`` knows that (``out_specs=P()``).
+    Axes over which no factor varies are passed over, where ``shard_map`` says so.
 
     Args:
         factors: of the shard, activations ``[S, d_in]`` and tangents ``[S, d_out]``.

@@ -195,9 +195,10 @@ def without_batch(reads: list[Read], writes: list[Write], sites: list[FoundSite]
     Factors that a layer or a site joins have one set, and data in one of them is in all.
     """
     factors: list[Read | Write] = [*reads, *writes]
+    joined: list[set[Read | Write]]
     joined = [{reads[layer.read], writes[layer.write]} for read in reads for layer in read.layers]
     joined += [{part for part in (site.read, site.write) if part is not None} for site in sites]
-    found = {read for read in reads if uses.dependence[read.value].data}
+    found: set[Read | Write] = {read for read in reads if uses.dependence[read.value].data}
     while more := [group for group in joined if group & found and not group <= found]:
         found = found.union(*more)
     return tuple(i for i, factor in enumerate(factors) if factor not in found)
