@@ -1,6 +1,7 @@
 """Train a flax.nnx model with a pretrained learned optimizer: ``python examples/nnx_digits.py``.
 
-nnx models carry their parameters: split them off, and the loss is a pure function of them.
+The loop is that of flax's documentation, with its Optimizer, which hands on ``factors``. A model that also has other
+state, such as batch statistics, is split: docs/use.md.
 """
 
 import jax
@@ -27,29 +28,27 @@ class Model(nnx.Module):
 def main(steps: int = 200) -> float:
     """Train; returns the loss on the last batch, before its step."""
     digits = load_task("digits_mlp")  # only its data, 1,797 images of 8x8 pixels
-    graph, params = nnx.split(Model(nnx.Rngs(0)), nnx.Param)
+    model = Model(nnx.Rngs(0))
 
-    def loss_fn(params, batch):
-        logits = nnx.merge(graph, params)(batch["image"])
+    def loss_fn(model, batch):
+        logits = model(batch["image"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     batch = digits.sample(jax.random.key(0), digits.data["train"])
-    tx = gmn_lopt.load("default", gmn_lopt.analyze(loss_fn, params, batch))
-    state = tx.init(params)
+    tx = gmn_lopt.load("default", gmn_lopt.analyze(loss_fn, model, batch))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
 
-    @jax.jit
-    def step(params, state, batch):
-        loss, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(params, batch)
-        updates, state = tx.update(grads, state, params, factors=factors)
-        return optax.apply_updates(params, updates), state, loss
+    @nnx.jit
+    def train_step(model, optimizer, batch):
+        loss, grads, factors = gmn_lopt.value_grad_and_factors(loss_fn)(model, batch)
+        optimizer.update(model, grads, factors=factors)
+        return loss
 
     losses = []
     for i in range(steps):
         batch = digits.sample(jax.random.key(i), digits.data["train"])
-        params, state, loss = step(params, state, batch)
-        losses.append(float(loss))
-    trained = nnx.merge(graph, params)  # a model again
-    print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps of {type(trained).__name__}")
+        losses.append(float(train_step(model, optimizer, batch)))
+    print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
     return losses[-1]
 
 

@@ -10,6 +10,7 @@ from gmn_lopt.factors import (
     Space,
     StructureError,
     analyze,
+    gather_factors,
     value_grad_and_factors,
 )
 from gmn_lopt.networks import (
@@ -38,6 +39,7 @@ from gmn_lopt.optimizers import (
     ScaleFree,
     SerializationError,
     SetReader,
+    apply_gradients,
     card,
     denoised,
     explain,
@@ -82,9 +84,11 @@ __all__ = [
     "Space",
     "StructureError",
     "analyze",
+    "apply_gradients",
     "card",
     "denoised",
     "explain",
+    "gather_factors",
     "list_pretrained",
     "load",
     "recipe",

@@ -31,11 +31,13 @@ class Value:
         origin: ``"parameter"``, ``"data"`` (arguments and captured arrays), ``"literal"`` (a scalar constant) or
             ``"equation"``.
         dtype: its dtype, None for what has none.
+        aval: JAX's type of it, which also says how it is spread over devices; None for values of our own.
     """
 
     shape: tuple[int, ...]
     origin: str
     dtype: Any
+    aval: Any = None
 
     @property
     def floating(self) -> bool:
@@ -85,8 +87,9 @@ class Equation:
         return self.primitive.name
 
     def bind(self, *inputs: Array) -> Array:
-        """Apply the primitive to arrays; of primitives with one output."""
-        result: Array = self.primitive.bind(*inputs, **self.primitive.get_bind_params(self.params))
+        """Apply the primitive to arrays; of primitives with one output. Its spread over devices is the compiler's."""
+        params = self.params | {name: None for name in ("out_sharding", "sharding") if name in self.params}
+        result: Array = self.primitive.bind(*inputs, **self.primitive.get_bind_params(params))
         return result
 
     def operand(self, value: Value) -> int:
@@ -257,7 +260,7 @@ class _Flattener:
 
 
 def _value(var: Any, origin: str) -> Value:
-    return Value(tuple(getattr(var.aval, "shape", ())), origin, getattr(var.aval, "dtype", None))
+    return Value(tuple(getattr(var.aval, "shape", ())), origin, getattr(var.aval, "dtype", None), var.aval)
 
 
 def _live(equations: list[Equation], output: Value) -> list[Equation]:

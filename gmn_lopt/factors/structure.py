@@ -103,6 +103,8 @@ class Factors:
         activations: one array ``[S, d_in]`` for each distinct activation that a layer reads; for an embedding, the
             token ids, integers ``[S, 1]``.
         tangents: one array ``[S, d_out]`` for each distinct tangent at the output of a layer.
+        without_batch: places among the leaves, activations first, of those whose set does not come from the batch, such
+            as the rows of a table of positions (static).
 
     Example:
         Two layers that read the same array share its activation; the set is the batch, of 5.
@@ -117,6 +119,7 @@ class Factors:
 
     activations: tuple[jax.Array, ...]
     tangents: tuple[jax.Array, ...]
+    without_batch: tuple[int, ...] = field(default=(), metadata={"static": True})
 
 
 @dataclass(frozen=True)
@@ -196,9 +199,9 @@ class GradientStructure:
         for layer in self.layers:
             assert layer.gradients is not None
             parts = layer.gradients(factors.activations[layer.activation], factors.tangents[layer.tangent])
-            for leaf, gradient in parts.leaves:
+            for leaf, gradient in parts.leaves.items():
                 gradients[leaf] = gradients[leaf] + gradient
-            for place, gradient in parts.derived:
+            for place, gradient in parts.derived.items():
                 derived[place] = derived[place] + gradient if place in derived else gradient
         if derived:
             assert self.derived is not None

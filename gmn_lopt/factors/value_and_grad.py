@@ -11,6 +11,8 @@ from jaxtyping import Array, PyTree
 from gmn_lopt.factors.jaxpr.assemble import Traced, assemble
 from gmn_lopt.factors.jaxpr.replay import Replay
 from gmn_lopt.factors.jaxpr.status import PENALTY
+from gmn_lopt.factors.names import leaf_name
+from gmn_lopt.factors.parallel import as_in_context, at_scale_of_shard, zeros_like
 from gmn_lopt.factors.program import Path
 from gmn_lopt.factors.spaces import StructureError
 from gmn_lopt.factors.structure import Factors, GradientStructure, split_arguments
@@ -113,14 +115,17 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
             run = Replay(traced.taps, perturbations)
             outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*leaves, *dynamic], ())
             loss, aux = jax.tree.unflatten(out_tree, outputs)
-            return loss, (aux, run.recorded)
+            return loss, (aux, {i: as_in_context(activation) for i, activation in run.recorded.items()})
 
-        zeros = {path: jnp.zeros(of.shape, of.dtype) for path, of in traced.perturbed.items()}
+        perturbations = {path: zeros_like(*of) for path, of in traced.perturbed.items()}
         differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
-        (loss, (aux, recorded)), (grads, tangents) = differentiate([jnp.asarray(leaf) for leaf in leaves], zeros)
+        leaves = [jnp.asarray(leaf) for leaf in leaves]
+        (loss, (aux, recorded)), (grads, tangents) = differentiate(leaves, perturbations)
+        tangents = {path: at_scale_of_shard(tangent, loss, leaves) for path, tangent in tangents.items()}
         factors = Factors(
             tuple(read.canonical(recorded) for read in traced.reads),
             tuple(write.canonical(tangents) for write in traced.writes),
+            traced.without_batch,
         )
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 
@@ -147,7 +152,7 @@ def _trace(
 ) -> tuple[Traced, Any]:
     """Trace and analyse; also returns the tree of the outputs ``(loss, aux)``."""
     paths, treedef = jax.tree_util.tree_flatten_with_path(params)
-    names = [jax.tree_util.keystr(path) for path, _ in paths]
+    names = [leaf_name(path) for path, _ in paths]
     for name, (_, leaf) in zip(names, paths):
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating):
             kind = getattr(leaf, "dtype", type(leaf).__name__)

@@ -13,6 +13,7 @@ from gmn_lopt.optimizers.saved import SerializationError, load, save
 from gmn_lopt.optimizers.set_reader import SetReader
 from gmn_lopt.optimizers.shipped import card, list_pretrained
 from gmn_lopt.optimizers.step_size import Constant, Feedback, PowerLaw, StepSize
+from gmn_lopt.optimizers.train_state import apply_gradients
 
 __all__ = [
     "RECIPES",
@@ -37,6 +38,7 @@ __all__ = [
     "SerializationError",
     "SetReader",
     "StepSize",
+    "apply_gradients",
     "card",
     "denoised",
     "explain",

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt.factors.structure import GradientStructure, StructureError
+from gmn_lopt.factors.parallel import leave_to_compiler
+from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.optimizers.directions import Direction, Momentum
 from gmn_lopt.optimizers.leaves import Gradient, check_meta_parameters, factors_per_element, match_leaves
 from gmn_lopt.optimizers.residual import Residual
@@ -157,11 +158,28 @@ class LearnedOptimizer:
             indices = match_leaves(self.structure, params, "parameter")
             if match_leaves(self.structure, updates, "gradient") != indices:
                 raise StructureError("the gradients are not those of the parameters: give both for the same leaves")
+            read = factors_per_element(self.structure, factors) if self.needs_factors else None
+            rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+            # Everything that may be a traced array is an argument.
+            arrays = (phi, rate, weight_decay, updates, state, params, read)
+            return leave_to_compiler(functools.partial(advance, indices), (updates, state), *arrays)
+
+        decays = not isinstance(weight_decay, float | int) or weight_decay != 0
+
+        def advance(
+            indices: list[int],
+            phi: PyTree,
+            rate: Any,
+            weight_decay: Any,
+            updates: PyTree,
+            state: LearnedOptimizerState,
+            params: PyTree,
+            factors: Factors | None,
+        ) -> tuple[PyTree, LearnedOptimizerState]:
             # The leaves that are handled, in the order of the gradients' tree; a masked tree lacks some.
             grads = jax.tree.map(lambda g: jnp.asarray(g, jnp.float32), updates)
             values = [jnp.asarray(p, jnp.float32) for p in jax.tree.leaves(params)]
-            read = factors_per_element(self.structure, factors) if self.needs_factors else None
-            gradient = Gradient(self.structure, indices, grads, read)
+            gradient = Gradient(self.structure, indices, grads, factors)
 
             direction, direction_state = self.direction.update(phi["direction"], gradient, state.direction)
             outputs: Sequence[Any] = [None] * len(values)
@@ -172,14 +190,13 @@ class LearnedOptimizer:
                 )
                 beta = jnp.exp(phi["residual"]["log_beta"])
             sizes: Sequence[Any]
-            if learning_rate is None:
+            if rate is None:
                 sizes, size_state = self.step_size.update(phi["step_size"], state.step_size, grads, state.step)
             else:
-                rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
                 sizes, size_state = [rate] * len(values), ()
             pairs = zip(jax.tree.leaves(direction), outputs, strict=True)
             steps = [self.rule.step(v, out, beta, self.direction.sized) for v, out in pairs]
-            if not isinstance(weight_decay, float | int) or weight_decay != 0:
+            if decays:
                 steps = [d + weight_decay * theta for d, theta in zip(steps, values)]
             steps = [-size * d for size, d in zip(sizes, steps)]
             if isinstance(size_state, StepSizeState):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import PyTree
 
+from gmn_lopt.factors.names import comparable, leaf_name
 from gmn_lopt.factors.structure import Factors, GradientStructure, Parameter, StructureError
 
 
@@ -60,26 +61,27 @@ def match_leaves(structure: GradientStructure, tree: PyTree, what: str) -> list[
         StructureError: if a leaf is not one of the structure's, has another shape, or is missing without a mask.
     """
     is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
-    index_of = {p.name: i for i, p in enumerate(structure.parameters)}
+    index_of = {comparable(p.name): i for i, p in enumerate(structure.parameters)}
     indices, masked = [], []
     for path, leaf in jax.tree.flatten_with_path(tree, is_leaf=is_masked)[0]:
-        name = jax.tree_util.keystr(path)
+        name = comparable(leaf_name(path))
         if is_masked(leaf):
             masked.append(name)
             continue
         if name not in index_of:
             raise StructureError(
-                f"{what} {name or '(the root)'} is not in the analysed model, which has "
-                f"{', '.join(index_of)}: analyse the model that is being trained"
+                f"{what} {leaf_name(path) or '(the root)'} is not in the analysed model, which has "
+                f"{', '.join(p.name for p in structure.parameters)}: analyse the model that is being trained"
             )
         expected = structure.parameters[index_of[name]].shape
         if jnp.shape(leaf) != expected:
             raise StructureError(
-                f"{what} {name} has shape {jnp.shape(leaf)}, but {expected} in the analysed model: "
+                f"{what} {leaf_name(path)} has shape {jnp.shape(leaf)}, but {expected} in the analysed model: "
                 "analyse the model that is being trained"
             )
         indices.append(index_of[name])
-    missing = [n for n in index_of if index_of[n] not in set(indices) and not any(n.startswith(m) for m in masked)]
+    found = [i for n, i in index_of.items() if i in set(indices) or any(n.startswith(m) for m in masked)]
+    missing = [p.name for i, p in enumerate(structure.parameters) if i not in found]
     # A tree without any leaf is optax's placeholder in tree_map_params, or everything is masked.
     if missing and (indices or masked):
         raise StructureError(f"{what} {missing[0]} of the analysed model is missing: analyse the model being trained")

@@ -113,11 +113,11 @@ class SetReader:
             tuple(None if a is None else update_averages(a, x, self.decays) for a, x in zip(*pair, strict=True))
             for pair in zip(averages, current, strict=True)
         )
-        channels = (
+        activations, tangents = (
             tuple(x if a is None else jnp.concatenate([x[None], a]) for a, x in zip(*pair, strict=True))
             for pair in zip(new, current, strict=True)
         )
-        return Factors(*channels), (new[0], new[1])
+        return Factors(activations, tangents), (new[0], new[1])
 
     def _count(self, set_size: int) -> int:
         """How many elements of a set are read."""

@@ -3,6 +3,7 @@
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 from jax.extend.core import ClosedJaxpr
@@ -13,7 +14,17 @@ from gmn_lopt.factors.jaxpr.axis_rules import Axes, apply_rule
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, find_layers, label, trace_view
 from gmn_lopt.factors.jaxpr.reconstruct import kernel_gradients
 from gmn_lopt.factors.jaxpr.replay import Replay, Tap
-from gmn_lopt.factors.jaxpr.sites import Factor, FoundSite, Kernel, Layouts, find_reads, find_writes, join, pair
+from gmn_lopt.factors.jaxpr.sites import (
+    Factor,
+    FoundSite,
+    Kernel,
+    Layouts,
+    find_reads,
+    find_writes,
+    join,
+    pair,
+    without_batch,
+)
 from gmn_lopt.factors.jaxpr.stacks import copies, independent_stacks
 from gmn_lopt.factors.jaxpr.status import statuses
 from gmn_lopt.factors.program import Path, Program, Value, flatten
@@ -28,9 +39,10 @@ class Traced:
     structure: GradientStructure
     closed: ClosedJaxpr
     taps: dict[Path, Tap]
-    perturbed: dict[Path, jax.ShapeDtypeStruct]
+    perturbed: dict[Path, tuple[Any, tuple[int, ...]]]  # JAX's type of an output, and its shape with the loops around
     reads: list[Factor]
     writes: list[Factor]
+    without_batch: tuple[int, ...]
 
 
 def walk(program: Program, atoms: Atoms) -> dict[Value, Axes]:
@@ -118,8 +130,8 @@ def assemble(
         taps[path] = Tap((record,) if path in records else (), path in perturbs)
         if path in perturbs:
             shape = (*(scan.length for scan in layer.scans), *layer.output.shape)
-            perturbed[path] = jax.ShapeDtypeStruct(shape, layer.output.dtype)
-    return Traced(structure, closed, taps, perturbed, reads, writes)
+            perturbed[path] = layer.output.aval, shape
+    return Traced(structure, closed, taps, perturbed, reads, writes, without_batch(kernels, reads, writes, found, uses))
 
 
 def _layer(

@@ -298,10 +298,10 @@ def _table() -> dict[str, Rule]:
     names = """abs acos acosh add add_any and asin asinh atan atan2 atanh bessel_i0e bessel_i1e cbrt ceil clamp
     clz conj convert_element_type copy copy_p cos cosh digamma div eq erf erf_inv erfc exp exp2 expm1 floor ge
     gt igamma igammac imag integer_pow is_finite layout_constraint le lgamma log log1p logistic lt max mesh_cast
-    min mul name ne neg nextafter not optimization_barrier or pcast polygamma population_count pow pvary real
-    reduce_precision regularized_incomplete_beta rem round rsqrt select_n shift_left shift_right_arithmetic
-    shift_right_logical sharding_constraint reshard sign sin sinh sqrt square stop_gradient sub tan tanh xor
-    zeta"""
+    min mul name ne neg nextafter not optimization_barrier or pcast polygamma population_count pow ppermute
+    psum_invariant pvary real reduce_precision regularized_incomplete_beta rem reshard round rsqrt select_n
+    sharding_constraint shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt square
+    stop_gradient sub tan tanh xor zeta"""
     table: dict[str, Rule] = {name: elementwise for name in names.split()}
     table |= {f"reduce_{name}": reduce for name in ("sum", "max", "min", "prod", "and", "or", "xor")}
     table |= {name: along("axis") for name in ("cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp")}

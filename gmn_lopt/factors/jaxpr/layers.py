@@ -135,7 +135,7 @@ def find_layers(program: Program) -> Uses:
 
 
 def _visit(equation: Equation, uses: Uses) -> None:
-    dependence = Dependence()
+    dependence = Dependence(data=equation.name == "axis_index")  # which of the devices this is
     operands = uses.operands(equation)
     for _, of in operands:
         dependence.include(of)

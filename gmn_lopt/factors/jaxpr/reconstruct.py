@@ -2,23 +2,31 @@
 
 from collections.abc import Callable, Hashable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Shaped
 
 from gmn_lopt.factors.jaxpr.layers import BiasUse, LayerUse
 from gmn_lopt.factors.jaxpr.sites import Factor, Kernel
 from gmn_lopt.factors.jaxpr.weights import IDENTITIES
+from gmn_lopt.factors.parallel import leave_to_compiler, make_varying, varying
 from gmn_lopt.factors.program import Equation, Program, Scan, Value
 
 
 class Parts(NamedTuple):
-    """Parts of the gradient: of parameters, and of what is computed from parameters, by where it is used."""
+    """Parts of the gradient: of parameters by index, and of what is computed from them by where it is used."""
 
-    leaves: list[tuple[int, Array]]
-    derived: list[tuple[Hashable, Array]]
+    leaves: dict[int, Any]
+    derived: dict[Hashable, Any]
+
+    def add(self, leaf: int | None, place: Hashable, gradient: Any) -> None:
+        """Add to the gradient of a parameter; of what is used at a place if it is not simply one."""
+        part: dict[Any, Any] = self.derived if leaf is None else self.leaves
+        key = place if leaf is None else leaf
+        part[key] = part[key] + gradient if key in part else gradient
 
 
 Gradients = Callable[[Array, Array], Parts]
@@ -28,53 +36,68 @@ def kernel_gradients(program: Program, kernel: Kernel, read: Factor, write: Fact
     """``(activation, tangent) -> parts of the gradient`` of the layers of one kernel."""
 
     def gradients(activation: Shaped[Array, "R d_in"], tangent: Float[Array, "S d_out"]) -> Parts:
-        parts = Parts([], [])
+        parts = Parts({}, {})
+        axes = varying(activation, tangent)
         for layer, a, g in zip(kernel.layers, read.split(activation), write.split(tangent)):
+            a, g = make_varying(a, axes), make_varying(g, axes)
             if layer.first:
-                _add_kernel(program, layer, a, g, parts)
+                parts.add(*_kernel_place(layer), _of_kernel(program, layer, a, g))
             if layer.bias is not None:
-                _add_bias(program, layer, layer.bias, g, parts)
+                parts.add(*_bias_place(layer.bias), _of_bias(program, layer, layer.bias, g))
         return parts
 
-    return gradients
+    everywhere = Parts({}, {})
+    for layer in kernel.layers:
+        places = [_kernel_place(layer)] if layer.first else []
+        for leaf, place in places + ([] if layer.bias is None else [_bias_place(layer.bias)]):
+            (everywhere.derived if leaf is None else everywhere.leaves)[place if leaf is None else leaf] = (
+                PartitionSpec()
+            )
+    return partial(leave_to_compiler, gradients, everywhere)
 
 
-def _add_kernel(program: Program, layer: LayerUse, activation: Array, tangent: Array, parts: Parts) -> None:
+def _kernel_place(layer: LayerUse) -> tuple[int | None, Hashable]:
+    leaf = layer.view.leaf if layer.weight.raw and layer.view is not None else None
+    return leaf, (layer.equation.path, layer.operand)
+
+
+def _bias_place(bias: BiasUse) -> tuple[int | None, Hashable]:
+    leaf = bias.view.leaf if bias.weight.raw and bias.view is not None else None
+    return leaf, (bias.add.path, bias.operand)
+
+
+def _of_kernel(program: Program, layer: LayerUse, activation: Array, tangent: Array) -> Array:
     product = partial(layer.kind.product, layer.equation, layer.operand)
     if layer.weight.raw and layer.view is not None:
         whole = _over_scans(layer.scans, layer.view.chain, product)
-        value = program.parameters[layer.view.leaf]
-        parts.leaves.append((layer.view.leaf, _pull_back(lambda w: whole(w, activation), value, tangent)))
-        return
+        return _pull_back(lambda w: whole(w, activation), program.parameters[layer.view.leaf], tangent)
     block = _over_all(layer.scans, lambda w, a: product(w[layer.piece.slices], a))
     value = layer.equation.inputs[layer.operand]
-    gradient = _pull_back(lambda w: block(w, activation), value, tangent, layer.scans)
-    parts.derived.append(((layer.equation.path, layer.operand), gradient))
+    return _pull_back(lambda w: block(w, activation), value, tangent, layer.scans)
 
 
-def _add_bias(program: Program, layer: LayerUse, bias: BiasUse, tangent: Array, parts: Parts) -> None:
+def _of_bias(program: Program, layer: LayerUse, bias: BiasUse, tangent: Array) -> Array:
     rearrange = partial(_through, bias.chain)
     for _ in layer.scans:
         rearrange = jax.vmap(rearrange)
     moved = rearrange(tangent)
     if bias.weight.raw and bias.view is not None:
         added = _over_scans(layer.scans, bias.view.chain, lambda b, u: jnp.broadcast_to(b, u.shape))
-        value = program.parameters[bias.view.leaf]
-        parts.leaves.append((bias.view.leaf, _pull_back(lambda b: added(b, moved), value, moved)))
-        return
+        return _pull_back(lambda b: added(b, moved), program.parameters[bias.view.leaf], moved)
     value = bias.add.inputs[bias.operand]
-    region: tuple[slice, ...] = (...,)  # type: ignore[assignment]
+    region = [slice(None)] * len(value.shape)
     if layer.is_part:
-        region = tuple(part if size != 1 else slice(0, 1) for part, size in zip(layer.regions[1], value.shape))
-    added = _over_all(layer.scans, lambda b, u: jnp.broadcast_to(b[region], u.shape))
-    gradient = _pull_back(lambda b: added(b, moved), value, moved, layer.scans)
-    parts.derived.append(((bias.add.path, bias.operand), gradient))
+        region = [part if size != 1 else slice(0, 1) for part, size in zip(layer.regions[1], value.shape)]
+    added = _over_all(layer.scans, lambda b, u: jnp.broadcast_to(b[tuple(region)], u.shape))
+    return _pull_back(lambda b: added(b, moved), value, moved, layer.scans)
 
 
 def _pull_back(function: Callable[[Array], Array], value: Value, tangent: Array, scans: tuple[Scan, ...] = ()) -> Array:
     shape = (*(scan.length for scan in scans), *value.shape)
     gradient: Array
-    (gradient,) = jax.linear_transpose(function, jax.ShapeDtypeStruct(shape, value.dtype))(tangent)
+    # Each device's own gradient: that of a parameter which does not vary would be the sum over devices.
+    kernel = make_varying(jnp.zeros(shape, value.dtype), varying(tangent))
+    (gradient,) = jax.linear_transpose(function, kernel)(tangent)
     return gradient
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
+from gmn_lopt.factors.parallel import as_in_context
 from gmn_lopt.factors.program import Path, called, scan_parts
 
 
@@ -54,15 +55,15 @@ class Replay:
             inputs = [read(atom) for atom in eqn.invars]
             here = (*path, index)
             tap = self.taps.get(here, Tap())
-            self.recorded.update((key, of(inputs[operand])) for key, operand, of in tap.records)
             with eqn.ctx.manager:
+                self.recorded.update((key, of(inputs[operand])) for key, operand, of in tap.records)
                 if here in self.inside:
                     outputs = self._enter(eqn, inputs, here)
                 else:
                     result = eqn.primitive.bind(*inputs, **eqn.primitive.get_bind_params(eqn.params))
                     outputs = result if eqn.primitive.multiple_results else [result]
                 if tap.perturbed:
-                    outputs = [outputs[0] + self.perturbations[here]]
+                    outputs = [outputs[0] + as_in_context(self.perturbations[here])]
             environment.update(zip(eqn.outvars, outputs))
         return [read(atom) for atom in jaxpr.outvars]
 

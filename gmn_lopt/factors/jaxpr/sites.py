@@ -5,8 +5,11 @@ import math
 import operator
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Shaped
 
 from gmn_lopt.factors.jaxpr.axes import Atoms, Axis, resolve, sizes
@@ -14,6 +17,7 @@ from gmn_lopt.factors.jaxpr.axis_rules import Axes
 from gmn_lopt.factors.jaxpr.layers import LayerUse, Uses, follow, part_of
 from gmn_lopt.factors.kinds import LayerKind
 from gmn_lopt.factors.kinds.base import Arrangement
+from gmn_lopt.factors.parallel import leave_to_compiler
 from gmn_lopt.factors.program import Path, Program, Value
 
 
@@ -50,6 +54,20 @@ class Layout:
     def canonical(self, array: Shaped[Array, "..."]) -> Shaped[Array, "S d"]:
         """Bring an array of the program to its canonical form."""
         return array[self.region].reshape(self.cut).transpose(self.order).reshape(self.canonical_shape)
+
+    def canonical_spec(self, spec: PartitionSpec) -> PartitionSpec:
+        """How the canonical form of an array is spread over devices, one that is spread as ``spec``."""
+        sides: tuple[list[Any], list[Any]] = ([], [])
+        place = 0
+        for size, axes in zip(self.shape, spec):
+            start, length = place, 1
+            while length < size:
+                length *= self.cut[place]
+                place += 1
+            if axes is not None:
+                is_set = start < place and self.order.index(start) < len(self.set_atoms)
+                sides[not is_set].extend(axes if isinstance(axes, tuple) else (axes,))
+        return PartitionSpec(*(tuple(side) or None for side in sides))
 
     def original(self, array: Shaped[Array, "S d"]) -> Shaped[Array, "..."]:
         """The inverse of :meth:`canonical`, but for what is outside of the block."""
@@ -100,8 +118,13 @@ class Factor:
 
     def canonical(self, arrays: dict[Path, Array]) -> Shaped[Array, "S d"]:
         """The factor, given the arrays of the program."""
-        parts = [layout.canonical(arrays[path]) for path, layout in self.parts]
-        return parts[0] if len(parts) == 1 else jnp.concatenate(parts)
+        parts = [
+            leave_to_compiler(
+                layout.canonical, layout.canonical_spec(jax.typeof(arrays[path]).sharding.spec), arrays[path]
+            )
+            for path, layout in self.parts
+        ]
+        return parts[0] if len(parts) == 1 else leave_to_compiler(lambda *x: jnp.concatenate(x), parts[0], *parts)
 
     def split(self, array: Shaped[Array, "S d"]) -> list[Shaped[Array, "..."]]:
         """Undo :meth:`canonical`: the blocks of the arrays."""
@@ -281,3 +304,19 @@ def _ancestors(read: Factor, uses: Uses, through_carries: bool) -> int:
     carried = [value for scan in read.layers[0].scans for value in scan.next_carries]
     values = carried if through_carries else [layer.activation for layer in read.layers]
     return functools.reduce(operator.or_, (uses.dependence[value].layers for value in values), 0)
+
+
+def without_batch(
+    kernels: Sequence[Kernel], reads: list[Factor], writes: list[Factor], sites: list[FoundSite], uses: Uses
+) -> tuple[int, ...]:
+    """The places among the factors, reads first, of those whose set has nothing of the data: positions, for example.
+
+    Factors that a layer or a site joins have one set, and data in one of them is in all.
+    """
+    factors = [*reads, *writes]
+    joined = [{reads[kernel.read], writes[kernel.write]} for kernel in kernels]
+    joined += [{part for part in (site.read, site.write) if part is not None} for site in sites]
+    found = {read for read in reads if any(uses.dependence[layer.activation].data for layer in read.layers)}
+    while more := [group for group in joined if group & found and not group <= found]:
+        found = found.union(*more)
+    return tuple(i for i, factor in enumerate(factors) if factor not in found)
