@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.optimizers.directions.common_factor import comparison
 from gmn_lopt.optimizers.directions.denoised_layers import (
     activations_and_tangents,
     as_matrices,
@@ -81,7 +82,9 @@ class Denoised(OrthogonalDirection):
             assert gradient.factors is not None
             sets = [activations_and_tangents(group, parameters, gradient.factors) for group in groups]
             matrices = [as_matrices(group, parameters, momenta) for group in groups]
-            preconditioners = update_preconditioners(state.preconditioners, groups, sets, matrices, state.step)
+            preconditioners = update_preconditioners(
+                state.preconditioners, groups, sets, matrices, state.step, comparison(gradient)
+            )
             for group, preconditioner, stack in zip(groups, preconditioners, matrices):
                 denoised |= from_matrices(group, parameters, denoised_steps(group, preconditioner, stack))
         direction, squares = muon_steps(phi, gradient, momenta, state.squares, count, denoised)

@@ -6,7 +6,7 @@ begin with.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Num
 from gmn_lopt.factors.kinds import LayerKind
 from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.factors.structure import Factors, GradientStructure, Layer, Parameter
+from gmn_lopt.optimizers.directions.blocks import MatrixSizes, block_rows
 
 
 @dataclass(frozen=True)
@@ -45,12 +46,24 @@ class LayerGroup:
         inputs: number of inputs, the bias's included.
         outputs: number of outputs.
         kind: the kind of the layers.
+        rows: rows of the blocks on the diagonal that the activations' matrix is cut into; 1: a diagonal.
     """
 
     layers: tuple[DenoisedLayer, ...]
     inputs: int
     outputs: int
     kind: LayerKind
+    rows: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; the last may be padded with zeros."""
+        return -(-self.inputs // self.rows)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the diagonal of the activations' matrix is kept."""
+        return self.rows == 1
 
     @property
     def tall(self) -> bool:
@@ -104,7 +117,14 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         # Layers of a group that read the same activations have to cut them alike.
         alike = matrices.inputs + (bias is not None), matrices.outputs, layer.kind, bias is not None, matrices.cut
         groups.setdefault(alike, []).append(DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count))
-    return tuple(LayerGroup(tuple(layers), *alike[:3]) for alike, layers in groups.items())
+    made = [LayerGroup(tuple(layers), *alike[:3], rows=alike[0]) for alike, layers in groups.items()]
+    rows = block_rows([_sizes(group) for group in made], sum(structure.parameters[i].size for i in indices))
+    return tuple(replace(group, rows=r) for group, r in zip(made, rows))
+
+
+def _sizes(group: LayerGroup) -> MatrixSizes:
+    kernels, activations = len(group.reads), sum(group.read.values())
+    return MatrixSizes(group.inputs, group.outputs, kernels, activations, group.kind.has_diagonal_moment)
 
 
 def _own_bias(structure: GradientStructure, layer: Layer) -> int | None:
