@@ -85,7 +85,7 @@ class Denoised(OrthogonalDirection):
             preconditioners = update_preconditioners(
                 state.preconditioners, groups, sets, matrices, state.step, comparison(gradient)
             )
-            for group, preconditioner, stack in zip(groups, preconditioners, matrices):
-                denoised |= from_matrices(group, parameters, denoised_steps(group, preconditioner, stack))
+            for group, steps in zip(groups, denoised_steps(groups, preconditioners, matrices)):
+                denoised |= from_matrices(group, parameters, steps)
         direction, squares = muon_steps(phi, gradient, momenta, state.squares, count, denoised)
         return direction, DenoisedState(count, momentum, squares, preconditioners)

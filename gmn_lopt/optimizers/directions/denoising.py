@@ -30,11 +30,13 @@ from typing import Any, NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
 from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup
 from gmn_lopt.optimizers.directions.inverses import in_stacks, inverse, inverse_root
+from gmn_lopt.optimizers.sums import inner_products
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
@@ -59,7 +61,7 @@ class Preconditioner(NamedTuple):
             inputs of its trace, ``[k]``.
         unit: 1, or more where activations are so large that their squares would not be finite.
         scale: the root of the mean of ``C``'s diagonal.
-        inverse: the inverse of ``C / scale^2``, damped; likewise.
+        inverse: the inverse of ``C / scale^2``, damped, divided by ``unit^2``; likewise.
         root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``.
     """
 
@@ -130,35 +132,52 @@ def _new(
     times = jnp.minimum(step + 1, EARLY) + jnp.maximum(0, (step - EARLY) // EVERY + 1)
     # A moving average that is corrected for its start as it goes.
     weight = (1 - MOMENTS_DECAY) / (1 - MOMENTS_DECAY ** times.astype(jnp.float32))
-    neurons = [a.ravel() for g, s in zip(groups, sets) if g.kind.reads_neurons for a in s[0]]
-    largest = jnp.abs(jnp.concatenate(neurons)).max(initial=0.0) if neurons else jnp.zeros(())
-    units = [_unit(g, p.unit, largest, weight) for g, p in zip(groups, old)]
+    units = _units(groups, old, sets, weight)
     moments = [_moments(*of_group, weight, factor) for of_group in zip(groups, old, sets, units)]
-    inverses = _inverses(groups, [covariance for covariance, _ in moments])
-    grams = []
-    for group, (_, noise), (inverted, scale), unit, momentum in zip(groups, moments, inverses, units, momenta):
-        momentum = momentum / unit
-        natural = _times(group, _read(group, inverted), momentum)
-        noise = noise_left(step + 1) * noise * _column(_read(group, scale) ** 2, noise)
-        if group.tall:
-            grams.append(jnp.einsum("kio,kip->kop", momentum, natural) + group.inputs * noise)
-        else:
-            identity = jnp.eye(group.inputs, dtype=noise.dtype)
-            grams.append(jnp.einsum("kio,kjo->kij", natural, momentum) + _column(noise, natural) * identity)
-    roots = in_stacks(lambda stack, _: inverse_root(stack), grams)
-    new = []
-    for start, moment, unit, (inverted, scale), root in zip(old, moments, units, inverses, roots):
-        whole = Preconditioner(*moment, unit, unit * scale, inverted, root / unit)
-        # A set that is not finite, or whose squares are not, is left out.
-        finite = jnp.isfinite(jnp.sum(root)) & jnp.isfinite(jnp.sum(scale))
-        new.append(jax.tree.map(partial(jnp.where, finite), whole, start))
-    return tuple(new)
+    inverses = _inverses(groups, [covariance for covariance, _ in moments], units)
+    grams = [
+        _gram(group, noise_left(step + 1) * noise, *of_activations, unit, momentum)
+        for group, (_, noise), of_activations, unit, momentum in zip(groups, moments, inverses, units, momenta)
+    ]
+    traces: list[Array] = [scale for _, scale in inverses]
+
+    def root(stack: Float[Array, "k n n"], _: Sequence[int]) -> Float[Array, "k n n"]:
+        traces.append(jnp.trace(stack, axis1=1, axis2=2))
+        return inverse_root(stack, traces[-1])
+
+    roots = in_stacks(root, grams)
+    whole = tuple(
+        Preconditioner(*moment, unit, unit * scale, inverted, root)
+        for moment, unit, (inverted, scale), root in zip(moments, units, inverses, roots)
+    )
+    # A set that is not finite, or whose squares are not, is left out.
+    finite = jnp.isfinite(jnp.concatenate(traces).sum())
+    new: tuple[Preconditioner, ...] = jax.tree.map(partial(jnp.where, finite), whole, tuple(old))
+    return new
 
 
-def _unit(group: LayerGroup, unit: Array, largest: Array, weight: Array) -> Float[Array, ""]:
+def _units(
+    groups: Sequence[LayerGroup], old: Sequence[Preconditioner], sets: Sequence[Sets], weight: Array
+) -> list[Float[Array, ""]]:
     """What activations are divided by before they are squared: one as a rule; it falls no faster than their average."""
-    needed = jnp.maximum(1.0, unit * jnp.sqrt(1 - weight))
-    return jnp.maximum(needed, largest / LARGE) if group.kind.reads_neurons else needed
+    neurons = [i for i, group in enumerate(groups) if group.kind.reads_neurons]
+    if not neurons:
+        return [jnp.ones(())] * len(groups)
+    largest = jnp.abs(jnp.concatenate([a.ravel() for i in neurons for a in sets[i][0]])).max(initial=0.0)
+    unit = jnp.maximum(jnp.maximum(1.0, old[neurons[0]].unit * jnp.sqrt(1 - weight)), largest / LARGE)
+    return [unit if i in neurons else jnp.ones(()) for i in range(len(groups))]
+
+
+def _gram(
+    group: LayerGroup, noise: Array, inverse: Array, scale: Array, unit: Array, momentum: Float[Array, "k i o"]
+) -> Float[Array, "k n n"]:
+    """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller."""
+    natural = _times(group, _read(group, inverse), momentum)
+    noise = noise * _column(_read(group, scale) ** 2, noise)
+    if group.tall:
+        return jnp.einsum("kio,kip->kop", momentum, natural) + group.inputs * noise
+    identity = jnp.eye(group.inputs, dtype=noise.dtype)
+    return jnp.einsum("kio,kjo->kij", natural, momentum) + _column(noise, natural) * identity
 
 
 def _moments(
@@ -190,13 +209,13 @@ def _second_moment(group: LayerGroup, rows: Num[Array, "count S n"], unit: Array
 def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array, "count ..."]:
     # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
     scaled = tangent / tangent.shape[1]
-    return jnp.einsum("ksi,ksj->kij", scaled, scaled) if group.tall else jnp.sum(scaled**2, axis=(1, 2))
+    return jnp.einsum("ksi,ksj->kij", scaled, scaled) if group.tall else inner_products([scaled], [scaled])
 
 
 def _inverses(
-    groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "u ..."]]
+    groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "u ..."]], units: Sequence[Float[Array, ""]]
 ) -> list[tuple[Float[Array, "u ..."], Float[Array, " u"]]]:
-    """Of each group the damped inverses of its ``C``, divided by the mean of the diagonal, and that mean's root."""
+    """Of each group the inverses (:attr:`Preconditioner.inverse`), and the scale in units."""
     whole = [i for i, group in enumerate(groups) if not group.diagonal]
 
     def damped(stack: Float[Array, "k n n"], members: Sequence[int]) -> Float[Array, "k n n"]:
@@ -219,7 +238,7 @@ def _inverses(
         if group.diagonal:
             scales[i] = covariance.mean(1)
             inverted[i] = 1 / (covariance / jnp.maximum(scales[i], TINY)[:, None] + DAMPING)
-    return [(inverted[i].reshape(c.shape), jnp.sqrt(scales[i])) for i, c in enumerate(covariances)]
+    return [(inverted[i].reshape(c.shape) / units[i] ** 2, jnp.sqrt(scales[i])) for i, c in enumerate(covariances)]
 
 
 def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
@@ -229,21 +248,31 @@ def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def denoised_steps(
-    group: LayerGroup, preconditioner: Preconditioner, momentum: Float[Array, "k inputs outputs"]
-) -> Float[Array, "k inputs outputs"]:
+    groups: Sequence[LayerGroup],
+    preconditioners: Sequence[Preconditioner],
+    momenta: Sequence[Float[Array, "_ _ _"]],
+) -> list[Float[Array, "_ _ _"]]:
     """The steps of layers, of a size such that each changes its outputs on the data by a root mean square of one.
 
-    The momentum may be of any size.
+    The momenta ``[k, inputs, outputs]`` of the groups may be of any size.
     """
-    chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
-    root, scale = preconditioner.root, _read(group, preconditioner.scale)
-    # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
-    right = momentum @ root if group.tall else jnp.einsum("kji,kjo->kio", root, momentum)
-    step = _times(group, _read(group, preconditioner.inverse), right)
-    # The change of the outputs is <step, C step>, and with A the damped C / scale^2, right = A step.
-    change = jnp.sum(step * (right - DAMPING * step), axis=(1, 2)) / group.outputs
-    size = jax.lax.rsqrt(jnp.maximum(change, 0.0) + 1e-20) / jnp.maximum(scale, TINY)
-    return step * _column(jnp.where(scale > 0, size, 0.0), step)
+    rights, steps = [], []
+    for group, preconditioner, momentum in zip(groups, preconditioners, momenta):
+        chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
+        # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
+        root = preconditioner.root
+        rights.append(momentum @ root if group.tall else jnp.einsum("kji,kjo->kio", root, momentum))
+        steps.append(_times(group, _read(group, preconditioner.inverse), rights[-1]))
+    # The change of the outputs is <step, C step>, and with A the damped C / scale^2, right = unit^2 A step.
+    products = inner_products(steps, rights), inner_products(steps, steps)
+    counts = [len(group.reads) for group in groups]
+    unit = jnp.concatenate([jnp.broadcast_to(p.unit, n) for p, n in zip(preconditioners, counts)])
+    scale = jnp.concatenate([_read(group, p.scale) for group, p in zip(groups, preconditioners)])
+    outputs = np.repeat([float(group.outputs) for group in groups], counts)
+    change = jnp.maximum((products[0] / unit**2 - DAMPING * products[1]), 0.0) * unit**2 / outputs
+    size = jax.lax.rsqrt(change + 1e-20) / jnp.maximum(scale / unit, TINY)
+    sizes = jnp.split(jnp.where(scale > 0, size, 0.0), np.cumsum(counts)[:-1])
+    return [step * _column(size, step) for step, size in zip(steps, sizes)]
 
 
 def _read(group: LayerGroup, values: Float[Array, "u ..."]) -> Float[Array, "k ..."]:

@@ -90,16 +90,15 @@ def _eliminate(
     return done
 
 
-def inverse_root(gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
-    """About ``G^-1/2``, by a Newton-Schulz iteration.
+def inverse_root(gram: Float[Array, "k n n"], trace: Float[Array, " k"]) -> Float[Array, "k n n"]:
+    """About ``G^-1/2``, by a Newton-Schulz iteration; ``trace`` is that of ``G``.
 
     With ``G = X^T X`` the iteration ``X <- X (a + b X^T X + c (X^T X)^2)`` takes ``X`` to ``X G^-1/2``, multiplying it
     by polynomials in ``G`` only, which can be collected without ``X``. ``G`` need not be symmetric: a product of two
     positive matrices, plus a multiple of the identity, is similar to a symmetric one.
     """
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    trace = ROOM * jnp.trace(gram, axis1=1, axis2=2)[:, None, None]
-    trace = jnp.maximum(trace, jnp.finfo(gram.dtype).tiny)
+    size = jnp.maximum(ROOM * trace, jnp.finfo(gram.dtype).tiny)[:, None, None]
 
     def step(carry: tuple[Array, Array], polynomial: Array) -> tuple[tuple[Array, Array], None]:
         root, gram = carry
@@ -107,6 +106,6 @@ def inverse_root(gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
         factor = a * identity + (b * identity + c * gram) @ gram
         return (root @ factor, factor @ gram @ factor), None
 
-    start = jnp.broadcast_to(identity, gram.shape), gram / trace
+    start = jnp.broadcast_to(identity, gram.shape), gram / size
     (root, _), _ = jax.lax.scan(step, start, jnp.asarray(POLYNOMIALS, gram.dtype))
-    return root * jax.lax.rsqrt(trace)
+    return root * jax.lax.rsqrt(size)
