@@ -23,7 +23,7 @@ step from then on (as Shampoo and its kin do); on a processor it would be most o
 differentiates a step takes it for a constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -106,12 +106,16 @@ def update_preconditioners(
     # One model after the other under vmap, so that nothing is computed where it is not due.
     @jax.custom_batching.sequential_vmap
     def one(old: Any, sets: Any, momenta: Any, step: Array, comparison: Comparison) -> tuple[Preconditioner, ...]:
-        def compute(carry: Any) -> Any:
-            return _new(groups, carry[0], sets, momenta, step, common_factor(comparison)), jnp.zeros((), bool)
+        def compute(old: Any) -> Any:
+            neurons = [a for group, s in zip(groups, sets) if group.kind.reads_neurons for a in s[0]]
+            largest = _largest(neurons)
+            factor = common_factor(comparison)
+            # What is not finite, or has squares that are not, is left out.
+            usable = jnp.isfinite(largest) & (factor * _largest([g for s in sets for g in s[1]]) < LARGE)
+            usable &= _largest(momenta) < LARGE * jnp.maximum(1.0, largest)
+            return _once(usable, lambda old: _new(groups, old, sets, momenta, step, largest, factor), old)
 
-        # A loop of one turn or none, for what it carries stays where it is; both branches of a cond copy their results.
-        due = (step < EARLY) | (step % EVERY == 0)
-        return jax.lax.while_loop(lambda carry: carry[1], compute, (old, due))[0]
+        return _once((step < EARLY) | (step % EVERY == 0), compute, old)
 
     new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step, comparison)
     return new
@@ -121,58 +125,56 @@ def update_preconditioners(
 update_preconditioners.defvjp(lambda *args: (update_preconditioners(*args), None), lambda *args: (None,) * 5)
 
 
+def _once(when: Array, function: Callable[[Any], Any], old: Any) -> Any:
+    """``function(old)`` or ``old``: a loop of one turn or none; a ``cond`` would copy the results of both branches."""
+    turn = lambda carry: (function(carry[0]), jnp.zeros((), bool))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[1], turn, (old, when))[0]
+
+
+def _largest(arrays: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
+    """The largest absolute value."""
+    if not arrays:
+        return jnp.zeros(())
+    return jnp.abs(jnp.concatenate([x.ravel() for x in arrays])).max(initial=0.0)
+
+
 def _new(
     groups: tuple[LayerGroup, ...],
     old: Sequence[Preconditioner],
     sets: Sequence[Sets],
     momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
+    largest: Float[Array, ""],
     factor: Float[Array, ""],
 ) -> tuple[Preconditioner, ...]:
     times = jnp.minimum(step + 1, EARLY) + jnp.maximum(0, (step - EARLY) // EVERY + 1)
     # A moving average that is corrected for its start as it goes.
     weight = (1 - MOMENTS_DECAY) / (1 - MOMENTS_DECAY ** times.astype(jnp.float32))
-    units = _units(groups, old, sets, weight)
+    # The unit falls no faster than the average of what it is the unit of.
+    units = [
+        jnp.maximum(jnp.maximum(1.0, largest / LARGE), p.unit * jnp.sqrt(1 - weight))
+        if group.kind.reads_neurons
+        else jnp.ones(())
+        for group, p in zip(groups, old)
+    ]
     moments = [_moments(*of_group, weight, factor) for of_group in zip(groups, old, sets, units)]
     inverses = _inverses(groups, [covariance for covariance, _ in moments], units)
     grams = [
-        _gram(group, noise_left(step + 1) * noise, *of_activations, unit, momentum)
-        for group, (_, noise), of_activations, unit, momentum in zip(groups, moments, inverses, units, momenta)
+        _gram(group, noise_left(step + 1) * noise, *of_activations, momentum)
+        for group, (_, noise), of_activations, momentum in zip(groups, moments, inverses, momenta)
     ]
-    traces: list[Array] = [scale for _, scale in inverses]
-
-    def root(stack: Float[Array, "k n n"], _: Sequence[int]) -> Float[Array, "k n n"]:
-        traces.append(jnp.trace(stack, axis1=1, axis2=2))
-        return inverse_root(stack, traces[-1])
-
-    roots = in_stacks(root, grams)
-    whole = tuple(
+    roots = in_stacks(lambda stack, _: inverse_root(stack), grams)
+    return tuple(
         Preconditioner(*moment, unit, unit * scale, inverted, root)
         for moment, unit, (inverted, scale), root in zip(moments, units, inverses, roots)
     )
-    # A set that is not finite, or whose squares are not, is left out.
-    finite = jnp.isfinite(jnp.concatenate(traces).sum())
-    new: tuple[Preconditioner, ...] = jax.tree.map(partial(jnp.where, finite), whole, tuple(old))
-    return new
-
-
-def _units(
-    groups: Sequence[LayerGroup], old: Sequence[Preconditioner], sets: Sequence[Sets], weight: Array
-) -> list[Float[Array, ""]]:
-    """What activations are divided by before they are squared: one as a rule; it falls no faster than their average."""
-    neurons = [i for i, group in enumerate(groups) if group.kind.reads_neurons]
-    if not neurons:
-        return [jnp.ones(())] * len(groups)
-    largest = jnp.abs(jnp.concatenate([a.ravel() for i in neurons for a in sets[i][0]])).max(initial=0.0)
-    unit = jnp.maximum(jnp.maximum(1.0, old[neurons[0]].unit * jnp.sqrt(1 - weight)), largest / LARGE)
-    return [unit if i in neurons else jnp.ones(()) for i in range(len(groups))]
 
 
 def _gram(
-    group: LayerGroup, noise: Array, inverse: Array, scale: Array, unit: Array, momentum: Float[Array, "k i o"]
+    group: LayerGroup, noise: Array, inverted: Array, scale: Array, momentum: Float[Array, "k i o"]
 ) -> Float[Array, "k n n"]:
     """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller."""
-    natural = _times(group, _read(group, inverse), momentum)
+    natural = _times(group, _read(group, inverted), momentum)
     noise = noise * _column(_read(group, scale) ** 2, noise)
     if group.tall:
         return jnp.einsum("kio,kip->kop", momentum, natural) + group.inputs * noise
@@ -184,7 +186,8 @@ def _moments(
     group: LayerGroup, old: Preconditioner, sets: Sets, unit: Array, weight: Array, factor: Array
 ) -> tuple[Float[Array, "u ..."], Float[Array, "k ..."]]:
     covariance = jnp.concatenate([_second_moment(group, activation, unit) for activation in sets[0]])
-    noise = jnp.concatenate([_noise(group, factor * tangent) for tangent in sets[1]])
+    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
+    noise = jnp.concatenate([(factor / g.shape[1]) ** 2 * _noise(group, g) for g in sets[1]])
     before = (old.unit / unit) ** 2 * old.activation, old.noise
     new = [m + weight * (x.reshape(m.shape) - m) for m, x in zip(before, (covariance, noise))]
     return new[0], new[1]
@@ -207,9 +210,7 @@ def _second_moment(group: LayerGroup, rows: Num[Array, "count S n"], unit: Array
 
 
 def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array, "count ..."]:
-    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
-    scaled = tangent / tangent.shape[1]
-    return jnp.einsum("ksi,ksj->kij", scaled, scaled) if group.tall else inner_products([scaled], [scaled])
+    return jnp.einsum("ksi,ksj->kij", tangent, tangent) if group.tall else inner_products([tangent], [tangent])
 
 
 def _inverses(

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 # Rows that are eliminated at once.
 PIVOTS = 32
 # Matrices of fewer rows than ALIKE times the largest go by themselves, unless all are SMALL.
-ALIKE, SMALL = 0.7, 64
+ALIKE, SMALL = 0.6, 64
 # The Newton-Schulz polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, arXiv:2505.16932).
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -90,15 +90,15 @@ def _eliminate(
     return done
 
 
-def inverse_root(gram: Float[Array, "k n n"], trace: Float[Array, " k"]) -> Float[Array, "k n n"]:
-    """About ``G^-1/2``, by a Newton-Schulz iteration; ``trace`` is that of ``G``.
+def inverse_root(gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
+    """About ``G^-1/2``, by a Newton-Schulz iteration.
 
     With ``G = X^T X`` the iteration ``X <- X (a + b X^T X + c (X^T X)^2)`` takes ``X`` to ``X G^-1/2``, multiplying it
     by polynomials in ``G`` only, which can be collected without ``X``. ``G`` need not be symmetric: a product of two
     positive matrices, plus a multiple of the identity, is similar to a symmetric one.
     """
     identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    size = jnp.maximum(ROOM * trace, jnp.finfo(gram.dtype).tiny)[:, None, None]
+    size = jnp.maximum(ROOM * jnp.trace(gram, axis1=1, axis2=2), jnp.finfo(gram.dtype).tiny)[:, None, None]
 
     def step(carry: tuple[Array, Array], polynomial: Array) -> tuple[tuple[Array, Array], None]:
         root, gram = carry
