@@ -233,7 +233,7 @@ def test_denoised_step_of_one_set_is_the_literal_form(inputs, outputs, size):
 @pytest.mark.parametrize("scale", [1e-6, 1e6])
 def test_activations_of_any_size_are_whitened(scale):
     group, factors, momentum, _, _ = one_set(8, 7)
-    group = replace(group, inputs=8, layers=(replace(group.layers[0], bias=None),))
+    group = replace(group, inputs=8, rows=8, layers=(replace(group.layers[0], bias=None),))
 
     def step(factor):
         scaled = Factors(tuple(factor * a for a in factors.activations), factors.tangents)
@@ -272,9 +272,9 @@ def test_preconditioner_is_new_in_the_first_steps_and_now_and_then_after_them():
     assert seen == [t for t in range(23) if t < EARLY or t % EVERY == 0]
     weights = MOMENTS_DECAY ** np.arange(len(sets))[::-1]
     expected = sum(w * a.T @ a / 40 for w, a in zip(weights / weights.sum(), sets))
-    np.testing.assert_allclose(state.activation[0], expected, rtol=1e-4)
+    np.testing.assert_allclose(state.activation[0, 0], expected, rtol=1e-4)
     damped = expected + DAMPING * np.trace(expected) / 7 * np.eye(7)
-    np.testing.assert_allclose(state.inverse[0] @ damped / state.scale[0], np.eye(7), atol=1e-4)
+    np.testing.assert_allclose(state.inverse[0, 0] @ damped / state.scale[0] ** 2, np.eye(7), atol=1e-4)
 
 
 @pytest.mark.parametrize("noise", [0.0, 1.0])
@@ -294,7 +294,7 @@ def updated(preconditioner, group, factors, momentum, step=0):
 
 def denoised_step(group, preconditioner, momentum):
     """The step of a group of one layer."""
-    return denoised_steps(group, preconditioner, momentum[None])[0]
+    return denoised_steps([group], [preconditioner], [momentum[None]])[0][0]
 
 
 def one_set(inputs, outputs):

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
-from gmn_lopt.optimizers.sums import gram_matrices
+from gmn_lopt.optimizers.sums import inner_products
 from gmn_lopt.util.checks import positive
 
 SQUARE_DECAY, TINY = 0.98, 1e-30
@@ -184,6 +184,7 @@ def adapt_step_size(
 
 def _cosines(a: Sequence[Float[Array, "..."]], b: Sequence[Float[Array, "..."]]) -> Float[Array, " n"]:
     """The cosines of the angles between tensors; zero where one of them is zero, or its squares are in float32."""
-    aa, ab, bb = gram_matrices(a, b).T
+    a, b = ([x[None] for x in tree] for tree in (a, b))
+    aa, ab, bb = inner_products([*a, *a, *b], [*a, *b, *b]).reshape(3, -1)
     tiny = jnp.finfo(jnp.float32).tiny
     return ab * jax.lax.rsqrt(jnp.maximum(aa, tiny)) * jax.lax.rsqrt(jnp.maximum(bb, tiny))
