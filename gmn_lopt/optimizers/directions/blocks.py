@@ -13,7 +13,7 @@ from typing import NamedTuple
 # Adam's state is two numbers for each parameter; three times that, less the momentum and the last update.
 BUDGET = 4
 # Rows of a block: its inverse costs their cube.
-LARGEST = 1024
+LARGEST = 1280
 
 
 class MatrixSizes(NamedTuple):

@@ -214,8 +214,8 @@ def _noise(group: LayerGroup, tangent: Float[Array, "count S o"]) -> Float[Array
 
 
 def _inverses(
-    groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "u ..."]], units: Sequence[Float[Array, ""]]
-) -> list[tuple[Float[Array, "u ..."], Float[Array, " u"]]]:
+    groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "_ ..."]], units: Sequence[Float[Array, ""]]
+) -> list[tuple[Float[Array, "_ ..."], Float[Array, " _"]]]:
     """Of each group the inverses (:attr:`Preconditioner.inverse`), and the scale in units."""
     whole = [i for i, group in enumerate(groups) if not group.diagonal]
 
