@@ -2,8 +2,8 @@
 
 The matrices of a layer's activations would be ``[inputs, inputs]``, whatever its outputs. They are cut into blocks on
 the diagonal, of rows that follow each other: none has more than :data:`LARGEST` rows, and all matrices of a model
-together hold at most :data:`BUDGET` numbers for each parameter. With momentum and the last update that is three times
-the state of Adam. Where a model is above, the layer that is furthest above gets smaller blocks, until it is not;
+together hold at most :data:`BUDGET` numbers for each parameter, and :data:`FEW` for each kernel, which a square layer
+with a bias needs. With momentum and the last update that is three times the state of Adam. Where a model is above, the layer that is furthest above gets smaller blocks, until it is not;
 blocks of one row are a diagonal. So most layers, which are about square, are left whole.
 """
 
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 # Adam's state is two numbers for each parameter; three times that, less the momentum and the last update.
-BUDGET = 4
+BUDGET, FEW = 4, 4
 # Rows of a block: its inverse costs their cube.
 LARGEST = 1280
 
@@ -45,15 +45,16 @@ class MatrixSizes(NamedTuple):
         return self.activations * 2 * moment + self.kernels * (noise + min(self.inputs, self.outputs) ** 2)
 
 
-def block_rows(sizes: Sequence[MatrixSizes], parameters: int) -> list[int]:
+def block_rows(sizes: Sequence[MatrixSizes], others: int) -> list[int]:
     """The rows of the blocks of each group of layers; one: a diagonal.
 
     Args:
         sizes: of the groups.
-        parameters: number of parameters of the whole model.
+        others: number of parameters that are in none of them, for which Adam's direction keeps one number more.
     """
+    budget = sum(BUDGET * s.parameters + FEW * s.kernels for s in sizes) + (BUDGET - 1) * others
     rows = [1 if s.diagonal else _even(s.inputs, LARGEST) for s in sizes]
-    while sum(s.numbers(r) for s, r in zip(sizes, rows)) > BUDGET * parameters:
+    while sum(s.numbers(r) for s, r in zip(sizes, rows)) > budget:
         above = [s.numbers(r) - BUDGET * s.parameters if r > 1 else 0 for s, r in zip(sizes, rows)]
         worst = max(range(len(sizes)), key=above.__getitem__, default=0)
         if not above or above[worst] <= 0:

@@ -118,7 +118,9 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         alike = matrices.inputs + (bias is not None), matrices.outputs, layer.kind, bias is not None, matrices.cut
         groups.setdefault(alike, []).append(DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count))
     made = [LayerGroup(tuple(layers), *alike[:3], rows=alike[0]) for alike, layers in groups.items()]
-    rows = block_rows([_sizes(group) for group in made], sum(structure.parameters[i].size for i in indices))
+    sizes = [_sizes(group) for group in made]
+    others = sum(structure.parameters[i].size for i in indices) - sum(s.parameters for s in sizes)
+    rows = block_rows(sizes, others)
     return tuple(replace(group, rows=r) for group, r in zip(made, rows))
 
 
