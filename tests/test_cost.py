@@ -62,11 +62,11 @@ def test_the_state_is_at_most_three_times_adam_s(name):
     assert all(group.rows <= LARGEST for group in groups)
 
 
-def test_layers_that_are_about_square_are_left_whole():
-    for model in (dense(64, 64, 64), dense(128, 96, 64, 64), transformers.plain()):
+def test_layers_that_are_square_or_widen_are_left_whole():
+    for model in (dense(64, 64, 64), dense(32, 64, 64, 128), dense(1024, 1024), transformers.plain()):
         structure = gmn_lopt.analyze(model[0], model[1], *model[2])
         for group in layer_groups(structure, range(len(structure.parameters))):
-            assert group.diagonal or group.blocks == 1 or group.inputs > 4 * group.outputs
+            assert group.diagonal or group.blocks == 1
 
 
 @pytest.mark.parametrize("widths", [(30_000, 64), (150_528, 16)])
@@ -76,7 +76,7 @@ def test_steps_of_very_wide_layers_are_finite_and_of_the_right_size(widths):
 
     @jax.jit
     def step(params, state):
-        value, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *batch)
+        _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *batch)
         updates, state = tx.update(grads, state, params, factors=factors)
         return optax.apply_updates(params, updates), updates
 

@@ -25,7 +25,7 @@ def updates(recorded, of_gradients, of_factors, structure=STRUCTURE):
     tx = gmn_lopt.load("default", structure)
     state, update, made = tx.init(recorded[0][0]), jax.jit(tx.update), []
     for (params, grads, factors), c, d in zip(recorded, of_gradients, of_factors):
-        step, state = update(jax.tree.map(lambda g: c * g, grads), state, params, factors=scaled(factors, d))
+        step, state = update(optax.tree.scale(c, grads), state, params, factors=scaled(factors, d))
         made.append(step)
     return made
 

@@ -10,9 +10,7 @@ from jaxtyping import Array, Float
 LANES = 8
 
 
-def inner_products(
-    x: Sequence[Float[Array, "_ ..."]], y: Sequence[Float[Array, "_ ..."]]
-) -> Float[Array, " total"]:
+def inner_products(x: Sequence[Float[Array, "_ ..."]], y: Sequence[Float[Array, "_ ..."]]) -> Float[Array, " total"]:
     """``<x, y>`` of each pair, for each position of the first axis.
 
     Example:

@@ -3,8 +3,9 @@
 The matrices of a layer's activations would be ``[inputs, inputs]``, whatever its outputs. They are cut into blocks on
 the diagonal, of rows that follow each other: none has more than :data:`LARGEST` rows, and all matrices of a model
 together hold at most :data:`BUDGET` numbers for each parameter, and :data:`FEW` for each kernel, which a square layer
-with a bias needs. With momentum and the last update that is three times the state of Adam. Where a model is above, the layer that is furthest above gets smaller blocks, until it is not;
-blocks of one row are a diagonal. So most layers, which are about square, are left whole.
+with a bias needs. With momentum and the last update that is three times the state of Adam. Where a model is above, the
+layer that is furthest above gets smaller blocks, until the model is not; blocks of one row are a diagonal. Layers that
+are square, or have more outputs than inputs, are left whole.
 """
 
 from collections.abc import Sequence
@@ -49,7 +50,7 @@ def block_rows(sizes: Sequence[MatrixSizes], others: int) -> list[int]:
     """The rows of the blocks of each group of layers; one: a diagonal.
 
     Args:
-        sizes: of the groups.
+        sizes: those of the groups.
         others: number of parameters that are in none of them, for which Adam's direction keeps one number more.
     """
     budget = sum(BUDGET * s.parameters + FEW * s.kernels for s in sizes) + (BUDGET - 1) * others

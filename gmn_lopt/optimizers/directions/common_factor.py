@@ -5,7 +5,7 @@ small layers are made again from their factors. Where they are the given ones up
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 
 import jax
@@ -36,9 +36,12 @@ class Comparison:
     """
 
     layers: tuple[Layer, ...] = ()
-    gradients: tuple[Float[Array, "..."], ...] = field(default=())
-    activations: tuple[Num[Array, "_ _"], ...] = field(default=())
-    tangents: tuple[Float[Array, "_ _"], ...] = field(default=())
+    gradients: tuple[Float[Array, "..."], ...] = ()
+    activations: tuple[Num[Array, "_ _"], ...] = ()
+    tangents: tuple[Float[Array, "_ _"], ...] = ()
+
+
+NOTHING = Comparison()
 
 
 def comparison(gradient: Gradient) -> Comparison:
@@ -56,7 +59,7 @@ def comparison(gradient: Gradient) -> Comparison:
     ]
     layers = sorted(known, key=lambda layer: structure.parameters[layer.kernel].size)[:COMPARED]
     if gradient.factors is None:
-        return Comparison()
+        return NOTHING
     return Comparison(
         tuple(layers),
         tuple(leaves[position[layer.kernel]] for layer in layers),
@@ -76,8 +79,7 @@ def common_factor(comparison: Comparison) -> Float[Array, ""]:
         made.append(layer.gradients(a, g / g.shape[0])[0].ravel())
     if not given:
         return jnp.ones(())
-    x, y = _of_unit_size(given), _of_unit_size(made)
-    (x, size), (y, other) = x, y
+    (x, size), (y, other) = _of_unit_size(given), _of_unit_size(made)
     xx, xy, yy = jnp.vdot(x, x), jnp.vdot(x, y), jnp.vdot(y, y)
     alike = xy**2 > ALIKE**2 * xx * yy
     return jnp.where(alike, jnp.sqrt(xx / jnp.where(alike, yy, 1.0)) * (size / other), 1.0)

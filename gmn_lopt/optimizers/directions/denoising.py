@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
+from gmn_lopt.optimizers.directions.common_factor import NOTHING, Comparison, common_factor
 from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup
 from gmn_lopt.optimizers.directions.inverses import in_stacks, inverse, inverse_root
 from gmn_lopt.optimizers.sums import inner_products
@@ -90,7 +90,7 @@ def update_preconditioners(
     sets: Sequence[Sets],
     momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
-    comparison: Comparison = Comparison(),
+    comparison: Comparison = NOTHING,
 ) -> tuple[Preconditioner, ...]:
     """Compute the preconditioners of a step, where they are due.
 
@@ -281,9 +281,7 @@ def _read(group: LayerGroup, values: Float[Array, "u ..."]) -> Float[Array, "k .
     return values if group.reads == tuple(range(len(values))) else values[jnp.array(group.reads)]
 
 
-def _times(
-    group: LayerGroup, matrices: Float[Array, "k ..."], right: Float[Array, "k i o"]
-) -> Float[Array, "k i o"]:
+def _times(group: LayerGroup, matrices: Float[Array, "k ..."], right: Float[Array, "k i o"]) -> Float[Array, "k i o"]:
     """Products with matrices, which consist of blocks, or are diagonal."""
     if group.diagonal:
         return matrices[..., None] * right
