@@ -23,7 +23,7 @@ A learning rate that the user gives sets the step size alone, without either.
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
