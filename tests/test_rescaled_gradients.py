@@ -10,7 +10,8 @@ from optimizing import mlp, record, relative_difference
 
 import gmn_lopt
 from gmn_lopt.factors.structure import StructureError
-from gmn_lopt.optimizers.directions.common_factor import common_factor, comparison
+from gmn_lopt.optimizers.directions.common_factor import common_factor, comparisons
+from gmn_lopt.optimizers.directions.denoised_layers import layer_groups
 from gmn_lopt.optimizers.leaves import Gradient, factors_per_element
 
 MODEL = mlp(6, 9, 4)
@@ -55,7 +56,8 @@ def test_the_factor_is_found_in_transformers(name):
 
     def found(grads, factors=factors):
         indices = list(range(len(structure.parameters)))
-        return common_factor(comparison(Gradient(structure, indices, grads, factors_per_element(structure, factors))))
+        gradient = Gradient(structure, indices, grads, factors_per_element(structure, factors))
+        return common_factor(comparisons(layer_groups(structure, indices), gradient))
 
     assert found(grads) == pytest.approx(1.0, rel=1e-3)
     assert found(jax.tree.map(lambda g: 77 * g, grads)) == pytest.approx(77.0, rel=1e-3)

@@ -5,14 +5,13 @@ small layers are made again from their factors. Where they are the given ones up
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float
 
-from gmn_lopt.factors.structure import Layer
+from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup
 from gmn_lopt.optimizers.leaves import Gradient
 
 # How many layers are compared, the smallest ones: one could have a gradient of zero.
@@ -22,64 +21,43 @@ COMPARED = 4
 ALIKE = 0.5
 
 
-@partial(
-    jax.tree_util.register_dataclass, data_fields=("gradients", "activations", "tangents"), meta_fields=("layers",)
-)
-@dataclass(frozen=True)
-class Comparison:
-    """Layers whose gradients are compared.
+class Comparison(NamedTuple):
+    """A layer whose gradient is compared.
 
     Attributes:
-        layers: the layers.
-        gradients: of their kernels, as given.
-        activations, tangents: their factors, the tangents per element.
+        gradient: of the kernel, as given, as matrices.
+        activation, tangent: the factors of it, the tangents per element.
     """
 
-    layers: tuple[Layer, ...] = ()
-    gradients: tuple[Float[Array, "..."], ...] = ()
-    activations: tuple[Num[Array, "_ _"], ...] = ()
-    tangents: tuple[Float[Array, "_ _"], ...] = ()
+    gradient: Float[Array, "k i o"]
+    activation: Float[Array, "k S i"]
+    tangent: Float[Array, "k S o"]
 
 
-NOTHING = Comparison()
+def comparisons(groups: Sequence[LayerGroup], gradient: Gradient) -> tuple[Comparison, ...]:
+    """The smallest layers that read neurons, and whose factors are those of one set."""
+    factors, parameters, leaves = gradient.factors, gradient.parameters, jax.tree.leaves(gradient.grads)
+    layers = [(group.kind, layer) for group in groups if group.kind.reads_neurons for layer in group.layers]
+    found: list[Comparison] = []
+    for kind, layer in sorted(layers, key=lambda pair: parameters[pair[1].kernel].size):
+        assert factors is not None
+        kernel = parameters[layer.kernel]
+        activation = kind.activation_rows(kernel, factors.activations[layer.activation])
+        tangent = kind.tangent_rows(kernel, factors.tangents[layer.tangent])
+        if activation.shape[1] == tangent.shape[1] and kernel.status == "factored":
+            found.append(Comparison(kind.as_matrices(kernel, leaves[layer.kernel]), activation, tangent))
+    return tuple(found[:COMPARED])
 
 
-def comparison(gradient: Gradient) -> Comparison:
-    """The smallest layers of which the whole gradient is known from one pair of factors."""
-    structure, leaves = gradient.structure, jax.tree.leaves(gradient.grads)
-    position = {index: i for i, index in enumerate(gradient.indices)}
-    kernels = [layer.kernel for layer in structure.layers]
-    known = [
-        layer
-        for layer in structure.layers
-        if layer.gradients is not None
-        and layer.kernel in position
-        and kernels.count(layer.kernel) == 1
-        and structure.parameters[layer.kernel].status == "factored"
-    ]
-    layers = sorted(known, key=lambda layer: structure.parameters[layer.kernel].size)[:COMPARED]
-    if gradient.factors is None:
-        return NOTHING
-    return Comparison(
-        tuple(layers),
-        tuple(leaves[position[layer.kernel]] for layer in layers),
-        tuple(gradient.factors.activations[layer.activation] for layer in layers),
-        tuple(gradient.factors.tangents[layer.tangent] for layer in layers),
-    )
-
-
-def common_factor(comparison: Comparison) -> Float[Array, ""]:
+def common_factor(comparisons: Sequence[Comparison]) -> Float[Array, ""]:
     """The ratio of the norms of the given gradients and of those of the factors; one where they are not alike."""
-    given, made = [], []
-    for layer, gradient, a, g in zip(
-        comparison.layers, comparison.gradients, comparison.activations, comparison.tangents
-    ):
-        assert layer.gradients is not None
-        given.append(gradient.ravel())
-        made.append(layer.gradients(a, g / g.shape[0])[0].ravel())
-    if not given:
-        return jnp.ones(())
-    (x, size), (y, other) = _of_unit_size(given), _of_unit_size(made)
+    if not comparisons:
+        return jnp.ones((), jnp.float32)
+    made = [jnp.einsum("ksi,kso->kio", x.activation, x.tangent / x.tangent.shape[1]) for x in comparisons]
+    (x, size), (y, other) = (
+        _of_unit_size([c.gradient.ravel() for c in comparisons]),
+        _of_unit_size([m.ravel() for m in made]),
+    )
     xx, xy, yy = jnp.vdot(x, x), jnp.vdot(x, y), jnp.vdot(y, y)
     alike = xy**2 > ALIKE**2 * xx * yy
     return jnp.where(alike, jnp.sqrt(xx / jnp.where(alike, yy, 1.0)) * (size / other), 1.0)

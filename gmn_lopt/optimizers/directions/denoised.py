@@ -10,7 +10,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
-from gmn_lopt.optimizers.directions.common_factor import comparison
+from gmn_lopt.optimizers.directions.common_factor import comparisons
 from gmn_lopt.optimizers.directions.denoised_layers import (
     activations_and_tangents,
     as_matrices,
@@ -83,7 +83,7 @@ class Denoised(OrthogonalDirection):
             sets = [activations_and_tangents(group, parameters, gradient.factors) for group in groups]
             matrices = [as_matrices(group, parameters, momenta) for group in groups]
             preconditioners = update_preconditioners(
-                state.preconditioners, groups, sets, matrices, state.step, comparison(gradient)
+                state.preconditioners, groups, sets, matrices, state.step, comparisons(groups, gradient)
             )
             for group, steps in zip(groups, denoised_steps(groups, preconditioners, matrices)):
                 denoised |= from_matrices(group, parameters, steps)

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
-from gmn_lopt.optimizers.directions.common_factor import NOTHING, Comparison, common_factor
+from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
 from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup
 from gmn_lopt.optimizers.directions.inverses import in_stacks, inverse, inverse_root
 from gmn_lopt.optimizers.sums import inner_products
@@ -90,7 +90,7 @@ def update_preconditioners(
     sets: Sequence[Sets],
     momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
-    comparison: Comparison = NOTHING,
+    comparisons: tuple[Comparison, ...] = (),
 ) -> tuple[Preconditioner, ...]:
     """Compute the preconditioners of a step, where they are due.
 
@@ -100,16 +100,18 @@ def update_preconditioners(
         sets: activations and tangents of each group (:func:`activations_and_tangents`), float32, per element.
         momenta: the momentum of each group's layers as matrices, corrected for its start.
         step: number of steps taken before.
-        comparison: what tells whether the gradient has been rescaled after the factors were computed.
+        comparisons: what tells whether the gradient has been rescaled after the factors were computed.
     """
 
     # One model after the other under vmap, so that nothing is computed where it is not due.
     @jax.custom_batching.sequential_vmap
-    def one(old: Any, sets: Any, momenta: Any, step: Array, comparison: Comparison) -> tuple[Preconditioner, ...]:
+    def one(
+        old: Any, sets: Any, momenta: Any, step: Array, comparisons: tuple[Comparison, ...]
+    ) -> tuple[Preconditioner, ...]:
         def compute(old: Any) -> Any:
             neurons = [a for group, s in zip(groups, sets) if group.kind.reads_neurons for a in s[0]]
             largest = _largest(neurons)
-            factor = common_factor(comparison)
+            factor = common_factor(comparisons)
             # What is not finite, or has squares that are not, is left out.
             usable = jnp.isfinite(largest) & (factor * _largest([g for s in sets for g in s[1]]) < LARGE)
             usable &= _largest(momenta) < LARGE * jnp.maximum(1.0, largest)
@@ -117,11 +119,11 @@ def update_preconditioners(
 
         return _once((step < EARLY) | (step % EVERY == 0), compute, old)
 
-    new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step, comparison)
+    new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step, comparisons)
     return new
 
 
-# No argument has a derivative: not old, sets, momenta, step or comparison.
+# No argument has a derivative: not old, sets, momenta, step or comparisons.
 update_preconditioners.defvjp(lambda *args: (update_preconditioners(*args), None), lambda *args: (None,) * 5)
 
 
@@ -134,7 +136,7 @@ def _once(when: Array, function: Callable[[Any], Any], old: Any) -> Any:
 def _largest(arrays: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
     """The largest absolute value."""
     if not arrays:
-        return jnp.zeros(())
+        return jnp.zeros((), jnp.float32)
     return jnp.abs(jnp.concatenate([x.ravel() for x in arrays])).max(initial=0.0)
 
 
@@ -154,7 +156,7 @@ def _new(
     units = [
         jnp.maximum(jnp.maximum(1.0, largest / LARGE), p.unit * jnp.sqrt(1 - weight))
         if group.kind.reads_neurons
-        else jnp.ones(())
+        else jnp.ones((), jnp.float32)
         for group, p in zip(groups, old)
     ]
     moments = [_moments(*of_group, weight, factor) for of_group in zip(groups, old, sets, units)]
@@ -269,7 +271,7 @@ def denoised_steps(
     counts = [len(group.reads) for group in groups]
     unit = jnp.concatenate([jnp.broadcast_to(p.unit, n) for p, n in zip(preconditioners, counts)])
     scale = jnp.concatenate([_read(group, p.scale) for group, p in zip(groups, preconditioners)])
-    outputs = np.repeat([float(group.outputs) for group in groups], counts)
+    outputs = np.repeat(np.float32([group.outputs for group in groups]), counts)
     change = jnp.maximum((products[0] / unit**2 - DAMPING * products[1]), 0.0) * unit**2 / outputs
     size = jax.lax.rsqrt(change + 1e-20) / jnp.maximum(scale / unit, TINY)
     sizes = jnp.split(jnp.where(scale > 0, size, 0.0), np.cumsum(counts)[:-1])
