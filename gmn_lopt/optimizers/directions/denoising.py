@@ -271,7 +271,7 @@ def denoised_steps(
     counts = [len(group.reads) for group in groups]
     unit = jnp.concatenate([jnp.broadcast_to(p.unit, n) for p, n in zip(preconditioners, counts)])
     scale = jnp.concatenate([_read(group, p.scale) for group, p in zip(groups, preconditioners)])
-    outputs = np.repeat(np.float32([group.outputs for group in groups]), counts)
+    outputs = np.repeat([group.outputs for group in groups], counts).astype(np.float32)
     change = jnp.maximum((products[0] / unit**2 - DAMPING * products[1]), 0.0) * unit**2 / outputs
     size = jax.lax.rsqrt(change + 1e-20) / jnp.maximum(scale / unit, TINY)
     sizes = jnp.split(jnp.where(scale > 0, size, 0.0), np.cumsum(counts)[:-1])
