@@ -51,5 +51,6 @@ def test_updates_are_what_they_were(case):
     found, expected = golden_steps.summarise(optimizer(name, structure), recorded), GOLDEN[case]
     # Relative to the leaf's root mean square, the first column; products with random directions are as large.
     difference = np.abs(found - expected).max(-1) / expected[..., 0]
-    # Of the generalists alpha is kept as its logarithm now, which moves it by a rounding, and the feedback with it.
-    assert difference.max() < (2e-6 if name in ("default", "default+celo", "default+gmn") else 1e-6)
+    # Roundings: 1e-6 between processors. The denoised direction took its inverses from LAPACK then, which differ by
+    # 1e-6 from those of inverses.py; twenty steps with a feedback on the cosine make 2e-5 of it.
+    assert difference.max() < (1e-4 if any(x in name for x in ("default", "denoised")) else 4e-6)

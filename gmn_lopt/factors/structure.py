@@ -33,6 +33,7 @@ class Layer:
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
         leaves: indices of all parameters that its kernel is computed from.
+        direct: whether the kernel is the parameter, but for rearrangements.
         gradients: ``(activation, tangent) -> parts of the gradient``; not part of the comparison of structures.
 
     Example:
@@ -49,6 +50,7 @@ class Layer:
     activation: int
     tangent: int
     leaves: tuple[int, ...] = ()
+    direct: bool = False
     gradients: Callable[[Array, Array], Any] | None = field(default=None, compare=False, repr=False)
 
 

@@ -39,8 +39,8 @@ def analyze(
         The structure; ``print`` it to see layers, neuron spaces, sites and unfactored parameters.
 
     Raises:
-        StructureError: the loss is not a scalar, a parameter is not a floating-point array, or, if ``strict``, some
-            parameter is partial, unused or unfactored.
+        StructureError: the loss is not a scalar, a parameter is not a floating-point array, the batch has no element,
+            or, if ``strict``, some parameter is partial, unused or unfactored.
 
     Example:
         >>> import gmn_lopt, jax.numpy as jnp
@@ -180,4 +180,11 @@ def _trace(
 
     leaves = [leaf for _, leaf in paths]
     closed: ClosedJaxpr = jax.make_jaxpr(flat)(leaves, dynamic)
-    return assemble(closed, names, [str(leaf.dtype) for leaf in leaves], treedef), out_tree
+    traced = assemble(closed, names, [str(leaf.dtype) for leaf in leaves], treedef)
+    structure = traced.structure
+    shapes = *structure.activation_shapes, *structure.tangent_shapes
+    # JAX drops what is computed from nothing: the loss may not depend on any parameter then.
+    unused = all(p.status == "unused" for p in structure.parameters) and any(0 in jnp.shape(x) for x in dynamic)
+    if unused or any(shape[0] == 0 for shape in shapes):
+        raise StructureError("the batch has no element, so that there is no gradient: leave empty batches out")
+    return traced, out_tree

@@ -23,17 +23,16 @@ A learning rate that the user gives sets the step size alone, without either.
 import abc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int, PyTree
 
+from gmn_lopt.optimizers.sums import inner_products
 from gmn_lopt.util.checks import positive
 
 SQUARE_DECAY, TINY = 0.98, 1e-30
-SMALL = 2**12  # entries
 
 
 class StepSizeState(NamedTuple):
@@ -185,24 +184,7 @@ def adapt_step_size(
 
 def _cosines(a: Sequence[Float[Array, "..."]], b: Sequence[Float[Array, "..."]]) -> Float[Array, " n"]:
     """The cosines of the angles between tensors; zero where one of them is zero, or its squares are in float32."""
-    # Small tensors of one shape as a stack: a model has many, and each operation costs more than what it computes.
-    groups: dict[Any, list[int]] = {}
-    for i, x in enumerate(a):
-        groups.setdefault(x.shape if x.size <= SMALL else i, []).append(i)
-    if not groups:
-        return jnp.zeros(0, jnp.float32)
-    products = jnp.concatenate(
-        [_products(*([x[i].ravel() for i in group] for x in (a, b))) for group in groups.values()]
-    )
-    order = np.argsort(np.concatenate(list(groups.values())))
-    aa, ab, bb = products[order].T
+    a, b = ([x[None] for x in tree] for tree in (a, b))
+    aa, ab, bb = inner_products([*a, *a, *b], [*a, *b, *b]).reshape(3, -1)
     tiny = jnp.finfo(jnp.float32).tiny
     return ab * jax.lax.rsqrt(jnp.maximum(aa, tiny)) * jax.lax.rsqrt(jnp.maximum(bb, tiny))
-
-
-def _products(a: Sequence[Float[Array, " n"]], b: Sequence[Float[Array, " n"]]) -> Float[Array, "m 3"]:
-    """Of each pair ``a . a``, ``a . b`` and ``b . b``."""
-    if len(a) == 1:
-        return jnp.stack([jnp.vdot(a[0], a[0]), jnp.vdot(a[0], b[0]), jnp.vdot(b[0], b[0])])[None]
-    x, y = jnp.stack(a), jnp.stack(b)
-    return jnp.stack([jnp.sum(x * x, 1), jnp.sum(x * y, 1), jnp.sum(y * y, 1)], 1)

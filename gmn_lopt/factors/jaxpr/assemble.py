@@ -148,6 +148,7 @@ def _layer(
         activation=kernel.read,
         tangent=kernel.write,
         leaves=tuple(leaf for leaf in range(len(program.parameters)) if leaves >> leaf & 1),
+        direct=layer.view is not None and all(use.weight.raw for use in kernel.layers),
         gradients=kernel_gradients(program, kernel, reads[kernel.read], writes[kernel.write]),
     )
 

@@ -22,11 +22,11 @@ class Parts(NamedTuple):
     leaves: dict[int, Any]
     derived: dict[Hashable, Any]
 
-    def add(self, leaf: int | None, place: Hashable, gradient: Any) -> None:
-        """Add to the gradient of a parameter; of what is used at a place if it is not simply one."""
+    def put(self, leaf: int | None, place: Hashable, gradient: Any, add: bool = False) -> None:
+        """Set, or add to, the gradient of a parameter; of what is used at a place if it is not simply one."""
         part: dict[Any, Any] = self.derived if leaf is None else self.leaves
         key = place if leaf is None else leaf
-        part[key] = part[key] + gradient if key in part else gradient
+        part[key] = part[key] + gradient if add and key in part else gradient
 
 
 Gradients = Callable[[Array, Array], Parts]
@@ -41,9 +41,9 @@ def kernel_gradients(program: Program, kernel: Kernel, read: Factor, write: Fact
         for layer, a, g in zip(kernel.layers, read.split(activation), write.split(tangent)):
             a, g = make_varying(a, axes), make_varying(g, axes)
             if layer.first:
-                parts.add(*_kernel_place(layer), _of_kernel(program, layer, a, g))
+                parts.put(*_kernel_place(layer), _of_kernel(program, layer, a, g), add=True)
             if layer.bias is not None:
-                parts.add(*_bias_place(layer.bias), _of_bias(program, layer, layer.bias, g))
+                parts.put(*_bias_place(layer.bias), _of_bias(program, layer, layer.bias, g), add=True)
         return parts
 
     everywhere = Parts({}, {})

@@ -10,6 +10,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.optimizers.directions.common_factor import comparisons
 from gmn_lopt.optimizers.directions.denoised_layers import (
     as_matrices,
     from_matrices,
@@ -91,8 +92,10 @@ class Denoised(OrthogonalDirection):
             assert gradient.factors is not None
             sets = [read_sets(group, gradient.factors) for group in groups]
             matrices = [as_matrices(group, parameters, momenta) for group in groups]
-            preconditioners = update_preconditioners(state.preconditioners, groups, sets, matrices, state.step)
-            for group, preconditioner, stack in zip(groups, preconditioners, matrices):
-                denoised |= from_matrices(group, parameters, denoised_steps(group, preconditioner, stack))
+            preconditioners = update_preconditioners(
+                state.preconditioners, groups, sets, matrices, state.step, comparisons(groups, gradient)
+            )
+            for group, steps in zip(groups, denoised_steps(groups, preconditioners, matrices)):
+                denoised |= from_matrices(group, parameters, steps)
         direction, squares = muon_steps(phi, gradient, momenta, state.squares, count, denoised)
         return direction, DenoisedState(count, momentum, squares, preconditioners)

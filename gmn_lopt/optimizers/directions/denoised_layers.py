@@ -6,7 +6,7 @@ begin with.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Num
 from gmn_lopt.factors.kinds import LayerKind
 from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.factors.structure import Factors, GradientStructure, Layer, Parameter
+from gmn_lopt.optimizers.directions.blocks import MatrixSizes, block_rows
 
 # Activations and tangents.
 Sets = tuple[tuple[Num[Array, "_ _"], ...], tuple[Float[Array, "_ _"], ...]]
@@ -31,6 +32,7 @@ class DenoisedLayer:
         tangent: index into ``Factors.tangents``.
         count: number of matrices that the kernel consists of: one, or that of the layers that are stacked.
         parameter: the kernel.
+        direct: whether its gradient is nothing but the outer product of the factors.
     """
 
     kernel: int
@@ -39,6 +41,7 @@ class DenoisedLayer:
     tangent: int
     count: int
     parameter: Parameter
+    direct: bool
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,24 @@ class LayerGroup:
         inputs: number of inputs, the bias's included.
         outputs: number of outputs.
         kind: the kind of the layers.
+        rows: rows of the blocks on the diagonal that the activations' matrix is cut into; 1: a diagonal.
     """
 
     layers: tuple[DenoisedLayer, ...]
     inputs: int
     outputs: int
     kind: LayerKind
+    rows: int
+
+    @property
+    def blocks(self) -> int:
+        """Number of blocks; the last may be padded with zeros."""
+        return -(-self.inputs // self.rows)
+
+    @property
+    def diagonal(self) -> bool:
+        """Whether only the diagonal of the activations' matrix is kept."""
+        return self.rows == 1
 
     @property
     def tall(self) -> bool:
@@ -116,9 +131,19 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         places = position[layer.kernel], None if bias is None else position[bias]
         # Layers of a group that read the same activations have to cut them alike.
         alike = matrices.inputs + (bias is not None), matrices.outputs, layer.kind, bias is not None, matrices.cut
-        found = DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count, kernel)
+        alone = sum(layer.kernel in other.leaves for other in structure.layers) == 1
+        found = DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count, kernel, layer.direct and alone)
         groups.setdefault(alike, []).append(found)
-    return tuple(LayerGroup(tuple(layers), *alike[:3]) for alike, layers in groups.items())
+    made = [LayerGroup(tuple(layers), *alike[:3], rows=alike[0]) for alike, layers in groups.items()]
+    sizes = [_sizes(group) for group in made]
+    others = sum(structure.parameters[i].size for i in indices) - sum(s.parameters for s in sizes)
+    rows = block_rows(sizes, others)
+    return tuple(replace(group, rows=r) for group, r in zip(made, rows))
+
+
+def _sizes(group: LayerGroup) -> MatrixSizes:
+    kernels, activations = len(group.reads), sum(group.read.values())
+    return MatrixSizes(group.inputs, group.outputs, kernels, activations, group.kind.has_diagonal_moment)
 
 
 def why_not_denoised(structure: GradientStructure, index: int) -> str:

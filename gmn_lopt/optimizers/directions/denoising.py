@@ -15,59 +15,57 @@ that the set of factors shows, and the mean gradient does not, are put right her
   only that is ``C^-1 M G^-1/2``, with K-FAC's covariance of tangents under a root.
 
 The whole is ``C^-1 M (M^T C^-1 M + E[N^T N])^-1/2``, or from the other side, whichever is smaller. It is ours; what it
-is worth is in docs/meta_training.md.
+is worth is in docs/findings.md. Of wide layers ``C`` is cut into blocks (:mod:`.blocks`); ``M^T C^-1 M`` is the sum
+over them.
 
 What stands on both sides of ``M`` changes slowly, so it is computed anew in the first ten steps, and at every fifth
 step from then on (as Shampoo and its kin do); on a processor it would be most of the cost otherwise. Whoever
 differentiates a step takes it for a constant.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
+from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
 from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup, Sets, activations_and_noise
+from gmn_lopt.optimizers.directions.inverses import in_stacks, inverse, inverse_root
+from gmn_lopt.optimizers.sums import inner_products
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
 # The preconditioner is new in the first EARLY steps and every EVERY steps.
 EARLY, EVERY = 10, 5
-# The Newton-Schulz polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, arXiv:2505.16932).
-POLYNOMIALS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-)
-ROOM = 1.01  # the polynomials want singular values below one
-SMALLEST = 1e-18  # its square is still a float32
+# Activations above this are divided by a unit before they are squared: float32 ends at 3e38.
+LARGE = 1e15
+TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
 class Preconditioner(NamedTuple):
     """What the sets of factors of a group's layers look like, and what follows from it; zeros before the first step.
 
-    For ``k`` matrices that read ``u`` distinct activations.
+    For ``k`` matrices that read ``u`` distinct activations, cut into ``b`` blocks of ``w`` (:class:`LayerGroup`).
 
     Attributes:
-        activation: moving average of ``C = E_S[a a^T]``, ``[u, inputs, inputs]``; where that is a diagonal (of
-            embeddings), ``[u, inputs]``.
+        activation: moving average of ``C = E_S[a a^T]`` in squares of ``unit``, ``[u, b, w, w]``; where that is a
+            diagonal, ``[u, inputs]``.
         noise: moving average of ``sum_s g_s (x) g_s``, ``[k, outputs, outputs]``, or where there are more outputs than
             inputs of its trace, ``[k]``.
-        scale: the mean of ``C``'s diagonal.
-        inverse: the inverse of ``C / scale``, damped; likewise.
-        root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``, up to a factor
-            such that it takes the momentum to numbers of ordinary size.
+        unit: 1, or more where activations are so large that their squares would not be finite.
+        scale: the root of the mean of ``C``'s diagonal.
+        inverse: the inverse of ``C / scale^2``, damped, divided by ``unit^2``; likewise.
+        root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``.
     """
 
     activation: Float[Array, "u ..."]
     noise: Float[Array, "k ..."]
+    unit: Float[Array, ""]
     scale: Float[Array, " u"]
     inverse: Float[Array, "u ..."]
     root: Float[Array, "k n n"]
@@ -76,10 +74,10 @@ class Preconditioner(NamedTuple):
 def init_preconditioner(group: LayerGroup) -> Preconditioner:
     """Zeros."""
     distinct, count = sum(group.read.values()), len(group.reads)
-    moment = (distinct, group.inputs) if group.kind.has_diagonal_moment else (distinct, group.inputs, group.inputs)
+    moment = (distinct, group.inputs) if group.diagonal else (distinct, group.blocks, group.rows, group.rows)
     small = min(group.inputs, group.outputs)
     noise = (count, group.outputs, group.outputs) if group.tall else (count,)
-    shapes = (moment, noise, (distinct,), moment, (count, small, small))
+    shapes = (moment, noise, (), (distinct,), moment, (count, small, small))
     return Preconditioner(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
 
 
@@ -90,6 +88,7 @@ def update_preconditioners(
     sets: Sequence[Sets],
     momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
+    comparisons: tuple[Comparison, ...] = (),
 ) -> tuple[Preconditioner, ...]:
     """Compute the preconditioners of a step, where they are due.
 
@@ -99,80 +98,149 @@ def update_preconditioners(
         sets: activations and tangents of each group (:func:`read_sets`), float32, per element.
         momenta: the momentum of each group's layers as matrices, corrected for its start.
         step: number of steps taken before.
+        comparisons: what tells whether the gradient has been rescaled after the factors were computed.
     """
 
     # One model after the other under vmap, so that nothing is computed where it is not due.
     @jax.custom_batching.sequential_vmap
-    def one(old: Any, sets: Any, momenta: Any, step: Array) -> tuple[Preconditioner, ...]:
-        def compute(carry: Any) -> Any:
-            new = (_new(*group, step) for group in zip(groups, carry[0], sets, momenta))
-            return tuple(new), jnp.zeros((), bool)
+    def one(
+        old: Any, sets: Any, momenta: Any, step: Array, comparisons: tuple[Comparison, ...]
+    ) -> tuple[Preconditioner, ...]:
+        def compute(old: Any) -> Any:
+            neurons = [a for group, s in zip(groups, sets) if group.kind.reads_neurons for a in s[0]]
+            largest = _largest(neurons)
+            factor = common_factor(comparisons)
+            # What is not finite, or has squares that are not, is left out.
+            usable = jnp.isfinite(largest) & (factor * _largest([g for s in sets for g in s[1]]) < LARGE)
+            usable &= _largest(momenta) < LARGE * jnp.maximum(1.0, largest)
+            return _once(usable, lambda old: _new(groups, old, sets, momenta, step, largest, factor), old)
 
-        # A loop of one turn or none, for what it carries stays where it is; both branches of a cond copy their results.
-        due = (step < EARLY) | (step % EVERY == 0)
-        return jax.lax.while_loop(lambda carry: carry[1], compute, (old, due))[0]
+        return _once((step < EARLY) | (step % EVERY == 0), compute, old)
 
-    new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step)
+    new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step, comparisons)
     return new
 
 
-# No argument has a derivative: not old, sets, momenta or step.
-update_preconditioners.defvjp(lambda *args: (update_preconditioners(*args), None), lambda *args: (None,) * 4)
+# No argument has a derivative: not old, sets, momenta, step or comparisons.
+update_preconditioners.defvjp(lambda *args: (update_preconditioners(*args), None), lambda *args: (None,) * 5)
+
+
+def _once(when: Array, function: Callable[[Any], Any], old: Any) -> Any:
+    """``function(old)`` or ``old``: a loop of one turn or none; a ``cond`` would copy the results of both branches."""
+    turn = lambda carry: (function(carry[0]), jnp.zeros((), bool))  # noqa: E731
+    return jax.lax.while_loop(lambda carry: carry[1], turn, (old, when))[0]
+
+
+def _largest(arrays: Sequence[Float[Array, "..."]]) -> Float[Array, ""]:
+    """The largest absolute value."""
+    if not arrays:
+        return jnp.zeros((), jnp.float32)
+    return jnp.abs(jnp.concatenate([x.ravel() for x in arrays])).max(initial=0.0)
 
 
 def _new(
-    group: LayerGroup,
-    old: Preconditioner,
-    sets: Sets,
-    momentum: Float[Array, "k i o"],
+    groups: tuple[LayerGroup, ...],
+    old: Sequence[Preconditioner],
+    sets: Sequence[Sets],
+    momenta: Sequence[Float[Array, "_ _ _"]],
     step: Int[Array, ""],
-) -> Preconditioner:
-    activations, rows = activations_and_noise(group, sets, DAMPING)
-    current = (
-        jnp.concatenate([_second_moment(group, activation) for activation in activations]),
-        jnp.concatenate([_noise(group, noisy) for noisy in rows]),
-    )
+    largest: Float[Array, ""],
+    factor: Float[Array, ""],
+) -> tuple[Preconditioner, ...]:
     times = jnp.minimum(step + 1, EARLY) + jnp.maximum(0, (step - EARLY) // EVERY + 1)
     # A moving average that is corrected for its start as it goes.
     weight = (1 - MOMENTS_DECAY) / (1 - MOMENTS_DECAY ** times.astype(jnp.float32))
-    covariance, moment = (m + weight * (x - m) for m, x in zip(old[:2], current))
+    # The unit falls no faster than the average of what it is the unit of.
+    units = [
+        jnp.maximum(jnp.maximum(1.0, largest / LARGE), p.unit * jnp.sqrt(1 - weight))
+        if group.kind.reads_neurons
+        else jnp.ones((), jnp.float32)
+        for group, p in zip(groups, old)
+    ]
+    moments = [_moments(*of_group, weight, factor) for of_group in zip(groups, old, sets, units)]
+    inverses = _inverses(groups, [covariance for covariance, _ in moments], units)
+    grams = [
+        _gram(group, noise_left(step + 1) * noise, *of_activations, momentum)
+        for group, (_, noise), of_activations, momentum in zip(groups, moments, inverses, momenta)
+    ]
+    roots = in_stacks(lambda stack, _: inverse_root(stack), grams)
+    return tuple(
+        Preconditioner(*moment, unit, unit * scale, inverted, root)
+        for moment, unit, (inverted, scale), root in zip(moments, units, inverses, roots)
+    )
 
-    diagonal = covariance if covariance.ndim == 2 else jnp.diagonal(covariance, axis1=1, axis2=2)
-    scale = diagonal.mean(1)
-    white = covariance / _column(jnp.maximum(scale, jnp.finfo(jnp.float32).tiny), covariance)
-    # One after the other: on a processor, factorisations of stacks of matrices can wait for each other's threads for
-    # ever (seen with JAX 0.10.2 on two cores: five models with layers of 193 and 129 inputs in one vmap).
-    inverse = 1 / (white + DAMPING) if white.ndim == 2 else jax.lax.map(_damped_inverse, white)
-    reads = jnp.array(group.reads)
-    noise = noise_left(step + 1) * moment * _column(scale[reads], moment)  # as the inverse is that of C / scale
-    # The root matters up to a factor only; squares of small gradients would vanish.
-    largest = jnp.sqrt(noise.max((1, 2)) if group.tall else noise)
-    size = _column(jnp.maximum(jnp.maximum(jnp.abs(momentum).max((1, 2)), largest), SMALLEST), momentum)
-    momentum, noise = momentum / size, _column(noise, momentum) / size / size
-    natural = _times(inverse[reads], momentum)
+
+def _gram(
+    group: LayerGroup, noise: Array, inverted: Array, scale: Array, momentum: Float[Array, "k i o"]
+) -> Float[Array, "k n n"]:
+    """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller."""
+    natural = _times(group, _read(group, inverted), momentum)
+    noise = noise * _column(_read(group, scale) ** 2, noise)
     if group.tall:
-        root = _inverse_root(momentum.mT @ natural + group.inputs * noise)
-    else:
-        root = _inverse_root(natural @ momentum.mT + noise * jnp.eye(group.inputs, dtype=noise.dtype))
-    return Preconditioner(covariance, moment, scale, inverse, root / size)
+        return jnp.einsum("kio,kip->kop", momentum, natural) + group.inputs * noise
+    identity = jnp.eye(group.inputs, dtype=noise.dtype)
+    return jnp.einsum("kio,kjo->kij", natural, momentum) + _column(noise, natural) * identity
 
 
-def _second_moment(group: LayerGroup, activation: Num[Array, "count S n"]) -> Float[Array, "count ..."]:
+def _moments(
+    group: LayerGroup, old: Preconditioner, sets: Sets, unit: Array, weight: Array, factor: Array
+) -> tuple[Float[Array, "u ..."], Float[Array, "k ..."]]:
+    scaled = (tuple(a / unit for a in sets[0]), sets[1]) if group.kind.reads_neurons else sets
+    activations, rows = activations_and_noise(group, scaled, DAMPING)
+    covariance = jnp.concatenate([_second_moment(group, activation, unit) for activation in activations])
+    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
+    noise = jnp.concatenate([(factor / r.shape[1]) ** 2 * _noise(group, r) for r in rows])
+    before = (old.unit / unit) ** 2 * old.activation, old.noise
+    new = [m + weight * (x.reshape(m.shape) - m) for m, x in zip(before, (covariance, noise))]
+    return new[0], new[1]
+
+
+def _second_moment(group: LayerGroup, rows: Num[Array, "count S n"], unit: Array) -> Float[Array, "_ ..."]:
+    if not group.kind.reads_neurons:
+        return group.kind.second_moment(rows, group.inputs)
     if group.biased:
-        activation = jnp.pad(activation, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
-    return group.kind.second_moment(activation, group.inputs)
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 1)), constant_values=1 / unit)
+    if group.diagonal and not group.kind.has_diagonal_moment:
+        return jnp.mean(rows**2, axis=1)
+    if group.blocks > 1:
+        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, group.blocks * group.rows - group.inputs)))
+        rows = rows.reshape(*rows.shape[:2], group.blocks, group.rows).transpose(0, 2, 1, 3)
+        rows = rows.reshape(-1, *rows.shape[2:])
+        return group.kind.second_moment(rows, group.rows)
+    return group.kind.second_moment(rows, group.inputs)
 
 
 def _noise(group: LayerGroup, rows: Float[Array, "count R o"]) -> Float[Array, "count ..."]:
-    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
-    scaled = rows / rows.shape[1]
-    return scaled.mT @ scaled if group.tall else jnp.sum(scaled**2, axis=(1, 2))
+    return jnp.einsum("ksi,ksj->kij", rows, rows) if group.tall else inner_products([rows], [rows])
 
 
-def _damped_inverse(white: Float[Array, "n n"]) -> Float[Array, "n n"]:
-    identity = jnp.eye(len(white), dtype=white.dtype)
-    factor = jax.scipy.linalg.cho_factor(white + DAMPING * identity, lower=True)
-    return jax.scipy.linalg.cho_solve(factor, identity)
+def _inverses(
+    groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "_ ..."]], units: Sequence[Float[Array, ""]]
+) -> list[tuple[Float[Array, "_ ..."], Float[Array, " _"]]]:
+    """Of each group the inverses (:attr:`Preconditioner.inverse`), and the scale in units."""
+    whole = [i for i, group in enumerate(groups) if not group.diagonal]
+
+    def damped(stack: Float[Array, "k n n"], members: Sequence[int]) -> Float[Array, "k n n"]:
+        traces = jnp.trace(stack, axis1=1, axis2=2)
+        means, start = [], 0
+        for i in members:
+            group = groups[whole[i]]
+            of_layers = traces[start : start + len(flat[i])].reshape(-1, group.blocks)
+            start += len(flat[i])
+            mean = of_layers if group.blocks == 1 else of_layers.sum(1, keepdims=True)
+            scales[whole[i]] = mean[:, 0] / group.inputs
+            means.append(jnp.broadcast_to(mean / group.inputs, of_layers.shape).ravel())
+        white = stack / jnp.maximum(jnp.concatenate(means), TINY)[:, None, None]
+        return inverse(white + DAMPING * jnp.eye(stack.shape[1], dtype=stack.dtype))
+
+    scales: dict[int, Array] = {}
+    flat = [covariances[i].reshape(-1, groups[i].rows, groups[i].rows) for i in whole]
+    inverted = dict(zip(whole, in_stacks(damped, flat)))
+    for i, (group, covariance) in enumerate(zip(groups, covariances)):
+        if group.diagonal:
+            scales[i] = covariance.mean(1)
+            inverted[i] = 1 / (covariance / jnp.maximum(scales[i], TINY)[:, None] + DAMPING)
+    return [(inverted[i].reshape(c.shape) / units[i] ** 2, jnp.sqrt(scales[i])) for i, c in enumerate(covariances)]
 
 
 def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
@@ -182,45 +250,49 @@ def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
 
 
 def denoised_steps(
-    group: LayerGroup, preconditioner: Preconditioner, momentum: Float[Array, "k inputs outputs"]
-) -> Float[Array, "k inputs outputs"]:
+    groups: Sequence[LayerGroup],
+    preconditioners: Sequence[Preconditioner],
+    momenta: Sequence[Float[Array, "_ _ _"]],
+) -> list[Float[Array, "_ _ _"]]:
     """The steps of layers, of a size such that each changes its outputs on the data by a root mean square of one.
 
-    The momentum may be of any size.
+    The momenta ``[k, inputs, outputs]`` of the groups may be of any size.
     """
-    chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
-    reads = jnp.array(group.reads)
-    root = preconditioner.root
-    # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
-    right = momentum @ root if group.tall else root.mT @ momentum
-    step = _times(preconditioner.inverse[reads], right)
-    # The change of the outputs is <step, C step>, and with A the damped C / scale, right = A step.
-    change = jnp.sum(step * (right - DAMPING * step), axis=(1, 2)) * preconditioner.scale[reads] / group.outputs
-    return step * _column(jax.lax.rsqrt(jnp.maximum(change, 0.0) + 1e-20), step)
+    rights, steps = [], []
+    for group, preconditioner, momentum in zip(groups, preconditioners, momenta):
+        chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
+        # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
+        root = preconditioner.root
+        rights.append(momentum @ root if group.tall else jnp.einsum("kji,kjo->kio", root, momentum))
+        steps.append(_times(group, _read(group, preconditioner.inverse), rights[-1]))
+    # The change of the outputs is <step, C step>, and with A the damped C / scale^2, right = unit^2 A step.
+    products = inner_products(steps, rights), inner_products(steps, steps)
+    counts = [len(group.reads) for group in groups]
+    unit = jnp.concatenate([jnp.broadcast_to(p.unit, n) for p, n in zip(preconditioners, counts)])
+    scale = jnp.concatenate([_read(group, p.scale) for group, p in zip(groups, preconditioners)])
+    outputs = np.repeat([group.outputs for group in groups], counts).astype(np.float32)
+    change = jnp.maximum((products[0] / unit**2 - DAMPING * products[1]), 0.0) * unit**2 / outputs
+    size = jax.lax.rsqrt(change + 1e-20) / jnp.maximum(scale / unit, TINY)
+    sizes = jnp.split(jnp.where(scale > 0, size, 0.0), np.cumsum(counts)[:-1])
+    return [step * _column(size, step) for step, size in zip(steps, sizes)]
 
 
-def _times(matrices: Float[Array, "k ..."], right: Float[Array, "k i o"]) -> Float[Array, "k i o"]:
-    """Products with matrices, which are vectors where they are diagonal."""
-    return matrices[..., None] * right if matrices.ndim == 2 else matrices @ right
+def _read(group: LayerGroup, values: Float[Array, "u ..."]) -> Float[Array, "k ..."]:
+    """For each matrix what belongs to the activations that it reads."""
+    return values if group.reads == tuple(range(len(values))) else values[jnp.array(group.reads)]
+
+
+def _times(group: LayerGroup, matrices: Float[Array, "k ..."], right: Float[Array, "k i o"]) -> Float[Array, "k i o"]:
+    """Products with matrices, which consist of blocks, or are diagonal."""
+    if group.diagonal:
+        return matrices[..., None] * right
+    if group.blocks == 1:
+        return matrices[:, 0] @ right
+    rows = jnp.pad(right, ((0, 0), (0, group.blocks * group.rows - group.inputs), (0, 0)))
+    product = matrices @ rows.reshape(len(right), group.blocks, group.rows, -1)
+    return product.reshape(rows.shape)[:, : group.inputs]
 
 
 def _column(values: Float[Array, "k ..."], like: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
     """A number for each matrix, with axes of length one to multiply the matrices by; matrices as they are."""
     return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
-
-
-def _inverse_root(gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
-    """About ``G^-1/2``, up to a factor, by a Newton-Schulz iteration.
-
-    With ``G = X^T X`` the iteration ``X <- X (a + b X^T X + c (X^T X)^2)`` takes ``X`` to ``X G^-1/2``, multiplying it
-    by polynomials in ``G`` only, which can be collected without ``X``. ``G`` need not be symmetric: on the side of the
-    inputs it is ``C^-1 M M^T`` plus a multiple of the identity, similar to ``X X^T`` plus the same.
-    """
-    identity = jnp.eye(gram.shape[-1], dtype=gram.dtype)
-    trace = jnp.trace(gram, axis1=1, axis2=2)
-    gram = gram / _column(jnp.maximum(ROOM * trace, jnp.finfo(gram.dtype).tiny), gram)
-    root = identity
-    for a, b, c in POLYNOMIALS:
-        factor = a * identity + (b * identity + c * gram) @ gram
-        root, gram = root @ factor, factor @ gram @ factor
-    return root

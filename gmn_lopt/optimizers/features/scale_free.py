@@ -70,7 +70,7 @@ class ScaleFree(Features):
         channels += [gradient * whiten_factored, whiten, jax.lax.rsqrt(rows), jax.lax.rsqrt(columns)]
         flat = jnp.stack([jnp.broadcast_to(c, gradient.shape).reshape(-1) for c in channels])
         # Divided by the largest entry first: squares of small gradients would underflow.
-        flat = flat / jnp.maximum(jnp.abs(flat).max(1, keepdims=True), TINY)
+        flat = flat / jnp.maximum(jnp.abs(flat).max(1, keepdims=True, initial=0.0), TINY)
         return (flat * jax.lax.rsqrt(jnp.mean(flat**2, axis=1, keepdims=True) + TINY)).T
 
     def of_time(self, count: Array) -> Array:

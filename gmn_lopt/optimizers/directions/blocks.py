@@ -1,0 +1,69 @@
+"""How large the matrices of the denoised direction may be: the rule that bounds its state and its time.
+
+The matrices of a layer's activations would be ``[inputs, inputs]``, whatever its outputs. They are cut into blocks on
+the diagonal, of rows that follow each other: none has more than :data:`LARGEST` rows, and all matrices of a model
+together hold at most :data:`BUDGET` numbers for each parameter, and :data:`FEW` for each kernel, which a square layer
+with a bias needs. With momentum and the last update that is three times the state of Adam. Where a model is above, the
+layer that is furthest above gets smaller blocks, until the model is not; blocks of one row are a diagonal. Layers that
+are square, or have more outputs than inputs, are left whole.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+# Adam's state is two numbers for each parameter; three times that, less the momentum and the last update.
+BUDGET, FEW = 4, 4
+# Rows of a block: its inverse costs their cube.
+LARGEST = 1280
+
+
+class MatrixSizes(NamedTuple):
+    """Numbers that a group of layers has matrices for.
+
+    Attributes:
+        inputs, outputs: sizes of a kernel, the bias's row among the inputs.
+        kernels: number of kernels.
+        activations: number of distinct activations that they read.
+        diagonal: whether the activations' matrix is a diagonal to begin with.
+    """
+
+    inputs: int
+    outputs: int
+    kernels: int
+    activations: int
+    diagonal: bool
+
+    @property
+    def parameters(self) -> int:
+        """Number of parameters."""
+        return self.kernels * self.inputs * self.outputs
+
+    def numbers(self, rows: int) -> int:
+        """How many numbers the matrices hold with blocks of so many rows; a few for each kernel are not counted."""
+        blocks = -(-self.inputs // rows)
+        moment = self.inputs if rows == 1 else blocks * rows * rows
+        noise = self.outputs**2 if self.outputs <= self.inputs else 0
+        return self.activations * 2 * moment + self.kernels * (noise + min(self.inputs, self.outputs) ** 2)
+
+
+def block_rows(sizes: Sequence[MatrixSizes], others: int) -> list[int]:
+    """The rows of the blocks of each group of layers; one: a diagonal.
+
+    Args:
+        sizes: those of the groups.
+        others: number of parameters that are in none of them, for which Adam's direction keeps one number more.
+    """
+    budget = sum(BUDGET * s.parameters + FEW * s.kernels for s in sizes) + (BUDGET - 1) * others
+    rows = [1 if s.diagonal else _even(s.inputs, LARGEST) for s in sizes]
+    while sum(s.numbers(r) for s, r in zip(sizes, rows)) > budget:
+        above = [s.numbers(r) - BUDGET * s.parameters if r > 1 else 0 for s, r in zip(sizes, rows)]
+        worst = max(range(len(sizes)), key=above.__getitem__, default=0)
+        if not above or above[worst] <= 0:
+            break
+        rows[worst] = _even(sizes[worst].inputs, rows[worst] - 1)
+    return rows
+
+
+def _even(inputs: int, most: int) -> int:
+    """The rows of blocks of about one size, none with more than ``most``."""
+    return -(-inputs // -(-inputs // most))
