@@ -49,7 +49,7 @@ from gmn_lopt.optimizers import (
     save,
 )
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 __all__ = [
     "UNF",

@@ -48,11 +48,10 @@ def kernel_gradients(program: Program, kernel: Kernel, read: Factor, write: Fact
 
     everywhere = Parts({}, {})
     for layer in kernel.layers:
-        places = [_kernel_place(layer)] if layer.first else []
-        for leaf, place in places + ([] if layer.bias is None else [_bias_place(layer.bias)]):
-            (everywhere.derived if leaf is None else everywhere.leaves)[place if leaf is None else leaf] = (
-                PartitionSpec()
-            )
+        if layer.first:
+            everywhere.put(*_kernel_place(layer), PartitionSpec())
+        if layer.bias is not None:
+            everywhere.put(*_bias_place(layer.bias), PartitionSpec())
     return partial(leave_to_compiler, gradients, everywhere)
 
 
