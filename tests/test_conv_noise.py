@@ -59,7 +59,7 @@ def compared(request):
 
 
 def noises(structure, factors, leaves, group, layer):
-    alone = LayerGroup((layer,), group.inputs, group.outputs, group.kind)
+    alone = LayerGroup((layer,), group.inputs, group.outputs, group.kind, group.inputs)
     gradients = jax.vmap(lambda one: as_matrices(alone, structure.parameters, one))([x / BATCH for x in leaves])
     activation, tangent = factors.activations[layer.activation], factors.tangents[layer.tangent]
     # All patches, not only those that an optimizer reads.

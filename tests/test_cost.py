@@ -131,3 +131,10 @@ def test_nine_layers_of_distinct_widths_are_a_program_of_bounded_size():
     # Reductions are what compiles slowest on a processor.
     assert text.count("stablehlo.reduce(") < 60
     assert "lapack" not in text and "cholesky" not in text and "triangular" not in text
+
+
+def test_inverses_are_accurate_where_a_bias_has_a_larger_activation_than_all_others():
+    matrix = 0.5 * np.eye(65) + 1e-3 * np.ones((65, 65))
+    matrix[-1, -1] = 65.4
+    got = inverse(jnp.asarray(matrix[None], jnp.float32))[0]
+    np.testing.assert_allclose(got, np.linalg.inv(matrix), rtol=1e-5, atol=1e-6)

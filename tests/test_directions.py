@@ -292,7 +292,7 @@ def test_denoised_step_of_no_momentum_is_none(noise):
 
 def updated(preconditioner, group, factors, momentum, step=0):
     """The preconditioner of a group of one layer after a step."""
-    sets = tuple(x[None] for x in factors.activations), tuple(g[None] for g in factors.tangents)
+    sets = factors.activations, factors.tangents
     return update_preconditioners((preconditioner,), (group,), (sets,), (momentum[None],), jnp.int32(step))[0]
 
 

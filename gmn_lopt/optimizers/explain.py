@@ -27,10 +27,10 @@ def explain(structure: GradientStructure, optimizer: str | LearnedOptimizer = "d
         >>> loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["w"] * params["scale"]) @ params["v"]) ** 2)
         >>> params = {"scale": jnp.ones(8), "v": jnp.ones((8, 2)), "w": jnp.ones((3, 8))}
         >>> print(explain(gmn_lopt.analyze(loss, params, jnp.ones((4, 3)))))  # doctest: +ELLIPSIS
-        40 of 48 entries: the denoised step, by their factors
-          ['v'], ['w']
         8 of 48 entries: Adam's direction: a scale: multiplied with activations
           ['scale']
+        40 of 48 entries: the denoised step, by their factors
+          ['v'], ['w']
         state: ... bytes, ... times the parameters (Adam's: 2)
     """
     lopt = optimizer if isinstance(optimizer, LearnedOptimizer) else load_learned(optimizer, structure)[0]

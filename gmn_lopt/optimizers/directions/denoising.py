@@ -44,6 +44,8 @@ MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
 EARLY, EVERY = 10, 5
 # Activations above this are divided by a unit before they are squared: float32 ends at 3e38.
 LARGE = 1e15
+# Of a step whose effect on the outputs is lost in rounding: as if activations were this small beside their mean square.
+LEAST_CHANGE = 1e-6
 TINY = float(jnp.finfo(jnp.float32).tiny)
 
 
@@ -265,13 +267,15 @@ def denoised_steps(
         root = preconditioner.root
         rights.append(momentum @ root if group.tall else jnp.einsum("kji,kjo->kio", root, momentum))
         steps.append(_times(group, _read(group, preconditioner.inverse), rights[-1]))
-    # The change of the outputs is <step, C step>, and with A the damped C / scale^2, right = unit^2 A step.
-    products = inner_products(steps, rights), inner_products(steps, steps)
+    # The change of the outputs is <step, C step>, and with A the damped C / scale^2, right = unit^2 A step. Entry by
+    # entry: of two sums that are almost equal, where activations are small beside the bias's, rounding would be left.
+    rests = [right / p.unit**2 - DAMPING * step for right, step, p in zip(rights, steps, preconditioners, strict=True)]
     counts = [len(group.reads) for group in groups]
     unit = jnp.concatenate([jnp.broadcast_to(p.unit, n) for p, n in zip(preconditioners, counts)])
     scale = jnp.concatenate([_read(group, p.scale) for group, p in zip(groups, preconditioners)])
     outputs = np.repeat([group.outputs for group in groups], counts).astype(np.float32)
-    change = jnp.maximum((products[0] / unit**2 - DAMPING * products[1]), 0.0) * unit**2 / outputs
+    least = LEAST_CHANGE * inner_products(steps, steps)
+    change = jnp.maximum(inner_products(steps, rests), least) * unit**2 / outputs
     size = jax.lax.rsqrt(change + 1e-20) / jnp.maximum(scale / unit, TINY)
     sizes = jnp.split(jnp.where(scale > 0, size, 0.0), np.cumsum(counts)[:-1])
     return [step * _column(size, step) for step, size in zip(steps, sizes)]

@@ -60,8 +60,9 @@ def in_stacks(
 def inverse(matrices: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
     """Inverses of symmetric positive definite matrices, by Gauss-Jordan elimination of blocks of rows in place.
 
-    Such matrices need no pivoting. With ``D`` the block at the rows ``p`` and ``E`` the identity's rows there,
-    ``A - (A[:, p] - E^T) D^-1 (A[p, :] + E)`` is a step of elimination.
+    Such matrices need no pivoting. With ``D`` the block at the rows ``p``, a step of elimination puts ``D^-1`` in its
+    place, ``D^-1 A[p, :]`` beside and ``-A[:, p] D^-1`` above and below it, and takes ``A[:, p] D^-1 A[p, :]`` from the
+    rest.
     """
     n = matrices.shape[1]
     if n <= PIVOTS:
@@ -80,11 +81,14 @@ def _eliminate(
     def step(i: Array, a: Array) -> Array:
         start = i * pivots
         identity = (jnp.arange(size) == start + jnp.arange(pivots)[:, None]).astype(a.dtype)
+        others = 1 - identity.sum(0)
         rows, columns = (jax.lax.dynamic_slice_in_dim(a, start, pivots, axis) for axis in (1, 2))
-        right = invert(jax.lax.dynamic_slice_in_dim(rows, start, pivots, 2))
-        left = columns - identity.T
+        inverted = invert(jax.lax.dynamic_slice_in_dim(rows, start, pivots, 2))
         # One row at a time is a product of numbers, which needs no call of a matrix product.
-        return a - (left * (right * (rows + identity)) if pivots == 1 else left @ (right @ (rows + identity)))
+        times = jnp.multiply if pivots == 1 else jnp.matmul
+        right = times(inverted, rows * others + identity)
+        left = columns * others[:, None]
+        return jax.lax.dynamic_update_slice_in_dim(a * others - times(left, right), right, start, 1)
 
     done: Array = jax.lax.fori_loop(0, size // pivots, step, matrices)
     return done
