@@ -132,7 +132,7 @@ CASES = [
     ("muon", "grouped"),
     ("ds+gmn", "MobileNet"),
     ("unf+gmn", "haiku ResNet"),
-    ("unf+gmn", "scanned, grouped"),
+    ("unf+gmn", "grouped"),
     ("ds+gmn++", "grouped"),
 ]
 
