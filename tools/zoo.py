@@ -74,13 +74,21 @@ def _row(loss, params, args) -> dict[str, str]:
     kernels = [p for p in structure.parameters if len(p.shape) > 1 and p.status != "unused"]
     entries = [p for p in structure.parameters if p.status != "unused"]
     share = lambda of: sum(p.size for p in of if p.status == "factored") / max(sum(p.size for p in of), 1)  # noqa: E731
-    odd = {p.reason.replace("|", "/") for p in entries if p.status != "factored"}
+    odd = {_short(reason) for p in entries if p.status != "factored" for reason in p.reason.split("; ")}
     return {
         "kernels": f"{100 * share(kernels):.0f} %",
         "entries": f"{100 * share(entries):.0f} %",
         "error": f"{max(errors, default=0.0):.0e}",
-        "odd": "; ".join(sorted(odd)),
+        "odd": ", ".join(sorted(odd)[:5]),
     }
+
+
+def _short(reason: str) -> str:
+    """A reason in a word or two: ``a scale``, ``a penalty``, or the primitive that a parameter goes into."""
+    reason = reason.removeprefix("also ")
+    if reason.startswith("in a term of the loss"):
+        return "a penalty"
+    return reason.split(":")[0].split(",")[0].removeprefix("used by ").split(" inside")[0]
 
 
 if __name__ == "__main__":
