@@ -186,7 +186,7 @@ def _without_norms(uses: Uses) -> list[LayerUse]:
     for layer in uses.layers:
         if not layer.weight.raw:
             within = uses.dependence[layer.equation.inputs[layer.operand]].layers
-            for view in (view for piece in layer.weight.pieces for view in piece.views):
+            for view in layer.weight.views:
                 steps |= within & uses.layers_of.get(view.leaf, 0)
     return [layer for layer in uses.layers if not steps >> layer.index & 1]
 

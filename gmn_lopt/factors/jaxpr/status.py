@@ -24,20 +24,16 @@ def statuses(program: Program, uses: Uses, layers: Sequence[LayerUse]) -> list[t
     A parameter is factored if each path by which its gradient flows leads through a kernel or a bias.
     """
     edges = covered(uses, layers)
-    escaping, flowing = {program.output}, {program.output}
+    escaping = {program.output}
     reasons: dict[Value, list[str]] = {}
     for equation in reversed(program.equations):
         escapes = any(value in escaping for value in equation.outputs)
-        flows = any(value in flowing for value in equation.outputs)
-        if equation.name == "stop_gradient" or not flows:
+        if equation.name == "stop_gradient" or not escapes:
             continue
         weight = any(value in uses.weights for value in equation.outputs)
         behind = [r for value in equation.outputs for r in reasons.get(value, [])] if weight else []
         for operand, value in enumerate(equation.inputs):
-            if not value.floating:
-                continue
-            flowing.add(value)
-            if escapes and (equation, operand) not in edges:
+            if value.floating and (equation, operand) not in edges:
                 escaping.add(value)
                 if value in uses.weights:
                     reasons.setdefault(value, []).extend(behind or [_reason(equation, value)])
@@ -46,7 +42,7 @@ def statuses(program: Program, uses: Uses, layers: Sequence[LayerUse]) -> list[t
     found = []
     for leaf, value in enumerate(program.parameters):
         has_factors = any(_reaches(uses, edge, leaf) for edge in edges)
-        if value not in flowing or not used >> leaf & 1:
+        if value not in uses.live or not used >> leaf & 1:
             found.append(("unused", "the loss does not depend on it"))
         elif value not in escaping:
             found.append(("factored", ""))
@@ -72,6 +68,6 @@ def _reason(equation: Equation, value: Value) -> str:
         return PENALTY if value.shape == () else "a shift: added to what no layer has just written"
     if equation.name == "mul" or (equation.name == "div" and equation.inputs[0] is value):
         return "a scale: multiplied with activations"
-    if equation.name in ("while", "custom_vjp_call", "custom_jvp_call"):
-        return f"used inside of {equation.name}, where there are no factors"
+    if equation.name == "while":
+        return "used inside of while, where there are no factors"
     return f"used by {equation.name}, not by a linear layer"

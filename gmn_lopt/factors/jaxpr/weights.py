@@ -7,7 +7,7 @@ layer of that *derived* kernel. Where a parameter lies in the kernel entry by en
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -72,6 +72,11 @@ class Weight:
     raw: bool
     whole: bool
     constant: bool
+
+    @property
+    def views(self) -> tuple[View, ...]:
+        """Those of all pieces."""
+        return tuple(view for piece in self.pieces for view in piece.views)
 
 
 @dataclass
@@ -188,9 +193,8 @@ def _elementwise(
     if not parts:
         return None
     own = 0
-    for _, weight in parts:
-        for view in (view for piece in weight.pieces for view in piece.views):
-            own |= layers_of.get(view.leaf, 0)
+    for view in (view for _, weight in parts for view in weight.views):
+        own |= layers_of.get(view.leaf, 0)
     places = {i for i, _ in parts}
     others = [of for i, (_, of) in enumerate(operands) if i not in places]
     if any(of.layers & ~own for of in others):
@@ -202,7 +206,7 @@ def _elementwise(
     elif equation.name == "select_n" and not all(w.pieces for _, w in parts):
         constant = False
     elif equation.name in SUMS and all(piece.shape == shape for _, w in parts for piece in w.pieces):
-        views = tuple(_views(w for _, w in parts))
+        views = tuple(view for _, weight in parts for view in weight.views)
         pieces = (_through(Piece((0,) * len(shape), shape, views), equation),) if views else ()
     else:
         constant &= equation.name in SUMS
@@ -211,12 +215,6 @@ def _elementwise(
 
 def _through(piece: Piece, equation: Equation) -> Piece:
     return replace(piece, views=tuple(view.through(equation) for view in piece.views))
-
-
-def _views(weights: Iterator[Weight]) -> Iterator[View]:
-    for weight in weights:
-        for piece in weight.pieces:
-            yield from piece.views
 
 
 def _placed(equation: Equation, operands: Sequence[tuple[Weight | None, Dependence]]) -> Weight | None:

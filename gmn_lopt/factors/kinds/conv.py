@@ -30,8 +30,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from gmn_lopt.factors.kinds.base import Arrangement, KernelDims, LayerKind, Matrices
-from gmn_lopt.factors.kinds.division import divide_neurons, join_neurons, shared_dims
-from gmn_lopt.factors.matrices import as_stack, from_stack, stack_layout
+from gmn_lopt.factors.kinds.division import DividedKind, divide_neurons, shared_dims
+from gmn_lopt.factors.matrices import stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter, StructureError
 
@@ -79,7 +79,7 @@ class ImageSet(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Conv(LayerKind):
+class Conv(DividedKind):
     """A convolution with a kernel, in the geometry of ``conv_general_dilated``; axes of images in their order there.
 
     Attributes:
@@ -149,14 +149,6 @@ class Conv(LayerKind):
             return None
         return Matrices(*stack_layout(kernel)[1], tuple(map(read.index, shared_dims(kernel))))
 
-    def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
-        """As :func:`gmn_lopt.factors.matrices.as_stack`."""
-        return as_stack(kernel, value)
-
-    def from_matrices(self, kernel: Parameter, matrices: Float[Array, "count inputs outputs"]) -> Float[Array, "..."]:
-        """Undo :meth:`as_matrices`."""
-        return from_stack(kernel, matrices)
-
     def activation_rows(self, kernel: Parameter, activation: Float[Array, "S d_in"]) -> Float[Array, "count R inputs"]:
         """Patches of at most ``MOST_PATCHES`` examples and positions, drawn at random, the same at each step."""
         assert self.activation is not None and self.tangent is not None
@@ -197,10 +189,6 @@ class Conv(LayerKind):
             joined = np.where((here < 0) | (there < 0), -1, here * size + there)
             found = joined.reshape(len(found) * out, -1)
         return found
-
-    def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
-        """The channels written, divided among the matrices."""
-        return divide_neurons(kernel, 1, tangent)
 
     def noise_rows(
         self,
@@ -256,7 +244,3 @@ class Conv(LayerKind):
             feature_group_count=len(filters),
         )
         return result.reshape(len(images), -1, len(filters), filters.shape[2])
-
-    def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
-        """Undo :meth:`tangent_rows`."""
-        return join_neurons(kernel, rows)

@@ -6,14 +6,14 @@ from dataclasses import dataclass
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.kinds.base import KernelDims, LayerKind, Matrices
-from gmn_lopt.factors.kinds.division import divide_neurons, join_neurons, shared_dims
-from gmn_lopt.factors.matrices import as_stack, from_stack, is_kernel, stack_layout
+from gmn_lopt.factors.kinds.division import DividedKind, divide_neurons, shared_dims
+from gmn_lopt.factors.matrices import is_kernel, stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter
 
 
 @dataclass(frozen=True)
-class Dense(LayerKind):
+class Dense(DividedKind):
     """A product with a kernel, whose matrices lie between the neurons read and those written."""
 
     @classmethod
@@ -61,22 +61,6 @@ class Dense(LayerKind):
             return None
         return Matrices(*stack_layout(kernel)[1], tuple(map(read.index, shared_dims(kernel))))
 
-    def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
-        """As :func:`gmn_lopt.factors.matrices.as_stack`."""
-        return as_stack(kernel, value)
-
-    def from_matrices(self, kernel: Parameter, matrices: Float[Array, "count inputs outputs"]) -> Float[Array, "..."]:
-        """Undo :meth:`as_matrices`."""
-        return from_stack(kernel, matrices)
-
     def activation_rows(self, kernel: Parameter, activation: Float[Array, "S d_in"]) -> Float[Array, "count S inputs"]:
         """The neurons read, divided among the matrices."""
         return divide_neurons(kernel, 0, activation)
-
-    def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
-        """The neurons written, divided among the matrices."""
-        return divide_neurons(kernel, 1, tangent)
-
-    def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
-        """Undo :meth:`tangent_rows`."""
-        return join_neurons(kernel, rows)

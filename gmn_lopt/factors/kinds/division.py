@@ -3,8 +3,10 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, Num
+from jaxtyping import Array, Float, Num
 
+from gmn_lopt.factors.kinds.base import LayerKind
+from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.factors.spaces import Parameter
 
 
@@ -29,3 +31,23 @@ def join_neurons(kernel: Parameter, rows: Num[Array, "count S m"]) -> Num[Array,
     split = rows.reshape(*(kernel.cut_shape[d] for d in shared), rows.shape[1], *rest)
     moved = jnp.moveaxis(split, range(len(shared)), [1 + dims.index(d) for d in shared])
     return moved.reshape(rows.shape[1], -1)
+
+
+class DividedKind(LayerKind):
+    """A kind whose kernels are stacks of matrices between the neurons of their two sites."""
+
+    def as_matrices(self, kernel: Parameter, value: Float[Array, "..."]) -> Float[Array, "count inputs outputs"]:
+        """As :func:`gmn_lopt.factors.matrices.as_stack`."""
+        return as_stack(kernel, value)
+
+    def from_matrices(self, kernel: Parameter, matrices: Float[Array, "count inputs outputs"]) -> Float[Array, "..."]:
+        """Undo :meth:`as_matrices`."""
+        return from_stack(kernel, matrices)
+
+    def tangent_rows(self, kernel: Parameter, tangent: Float[Array, "S d_out"]) -> Float[Array, "count S outputs"]:
+        """The neurons written, divided among the matrices."""
+        return divide_neurons(kernel, 1, tangent)
+
+    def from_tangent_rows(self, kernel: Parameter, rows: Float[Array, "count S outputs"]) -> Float[Array, "S d_out"]:
+        """Undo :meth:`tangent_rows`."""
+        return join_neurons(kernel, rows)
