@@ -28,6 +28,7 @@ from gmn_lopt.factors.kinds.conv import MOST_PATCHES
 from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.networks.encoding import encode_window
 from gmn_lopt.optimizers.directions.denoised_layers import (
+    LayerGroup,
     as_matrices,
     from_matrices,
     layer_groups,
@@ -39,17 +40,17 @@ def test_factors_give_the_gradient_back_and_so_do_patches(name):
     loss, params, args = convolutions.CONVOLUTIONS[name]()
     structure = gmn_lopt.analyze(loss, params, *args, strict=True)
     leaves = range(len(structure.parameters))
-    (group,) = (g for g in layer_groups(structure, leaves) if isinstance(g.kind, Conv))
-    (layer,) = group.layers
+    (layer,) = (x for g in layer_groups(structure, leaves) for x in g.layers if isinstance(x.kind, Conv))
+    group = LayerGroup((layer,), rows=layer.inputs)
 
     @jax.jit
     def compute(params, *args):
         value, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *args)
-        patches = group.kind.activation_rows(layer.parameter, factors.activations[layer.activation])
-        if group.biased:
+        patches = layer.kind.activation_rows(layer.parameter, factors.activations[layer.activation])
+        if layer.bias is not None:
             patches = jnp.pad(patches, ((0, 0), (0, 0), (0, 1)), constant_values=1.0)
-        images = group.kind.tangent.images(factors.tangents[layer.tangent])
-        rows = group.kind.tangent_rows(layer.parameter, images.reshape(-1, images.shape[-1]))
+        images = layer.kind.tangent.images(factors.tangents[layer.tangent])
+        rows = layer.kind.tangent_rows(layer.parameter, images.reshape(-1, images.shape[-1]))
         matrices = as_matrices(group, structure.parameters, jax.tree.leaves(grads))
         again = from_matrices(group, structure.parameters, matrices)
         return (value, grads), structure.reconstruct(factors), patches.mT @ rows, matrices, again
@@ -190,7 +191,7 @@ def test_patches_are_of_a_bounded_number_of_examples_and_positions():
     structure = gmn_lopt.analyze(loss, params, *args)
     _, _, factors = gmn_lopt.value_grad_and_factors(loss)(params, *args)
     groups = layer_groups(structure, range(len(structure.parameters)))
-    (layer, kind) = next((g.layers[0], g.kind) for g in groups if isinstance(g.kind, Conv))
+    (layer, kind) = next((x, x.kind) for g in groups for x in g.layers if isinstance(x.kind, Conv))
     every = np.divmod(np.arange(64 * 42), 42)
     activation = factors.activations[layer.activation]
     patches = kind.activation_rows(layer.parameter, activation)

@@ -53,20 +53,20 @@ def compared(request):
     one = lambda example: jax.grad(loss)(params, jax.tree.map(lambda x: x[None], example))  # noqa: E731
     leaves = jax.tree.leaves(jax.jit(lambda batch: jax.lax.map(one, batch))(batches[-1]))
     groups = layer_groups(structure, range(len(structure.parameters)))
-    cases = [(group, layer) for group in groups if isinstance(group.kind, Conv) for layer in group.layers]
+    cases = [(group, layer) for group in groups for layer in group.layers if isinstance(layer.kind, Conv)]
     compare = jax.jit(noises, static_argnums=(0, 3, 4))
     return [compare(structure, factors, leaves, *case) for case in sorted(cases, key=lambda case: case[1].kernel)]
 
 
 def noises(structure, factors, leaves, group, layer):
-    alone = LayerGroup((layer,), group.inputs, group.outputs, group.kind, group.inputs)
+    alone = LayerGroup((layer,), layer.inputs)
     gradients = jax.vmap(lambda one: as_matrices(alone, structure.parameters, one))([x / BATCH for x in leaves])
     activation, tangent = factors.activations[layer.activation], factors.tangents[layer.tangent]
     # All patches, not only those that an optimizer reads.
-    positions = np.prod(group.kind.tangent.image)
+    positions = np.prod(layer.kind.tangent.image)
     every = np.divmod(np.arange(BATCH * positions), positions)
     patches = jnp.pad(
-        group.kind.patches(layer.parameter, activation, *every), ((0, 0), (0, 0), (0, 1)), constant_values=1.0
+        layer.kind.patches(layer.parameter, activation, *every), ((0, 0), (0, 0), (0, 1)), constant_values=1.0
     )
     moment = patches.mT @ patches / patches.shape[1]
     scale = jnp.trace(moment, axis1=1, axis2=2)[:, None, None] / group.inputs
@@ -74,8 +74,8 @@ def noises(structure, factors, leaves, group, layer):
     # What dense layers have for d: both dampen the same directions.
     seen = jnp.einsum("cij,cji->c", inverse, moment)[:, None, None]
     exact = jnp.einsum("ncio,cij,ncjp->cop", gradients, inverse, gradients) / seen
-    elements = group.kind.tangent_rows(layer.parameter, tangent)
-    rows = group.kind.noise_rows(layer.parameter, activation, len(tangent) * tangent, True, DAMPING)
+    elements = layer.kind.tangent_rows(layer.parameter, tangent)
+    rows = layer.kind.noise_rows(layer.parameter, activation, len(tangent) * tangent, True, DAMPING)
     return exact, elements.mT @ elements, rows.mT @ rows / rows.shape[1] ** 2
 
 

@@ -13,7 +13,7 @@ from optimizing import mlp
 import gmn_lopt
 from gmn_lopt.optimizers.directions.blocks import LARGEST, SMALL
 from gmn_lopt.optimizers.directions.denoised_layers import layer_groups
-from gmn_lopt.optimizers.directions.inverses import in_stacks, inverse, inverse_root
+from gmn_lopt.util.inverses import in_stacks, inverse, inverse_root
 
 
 def dense(*widths, bias=True, batch=4):

@@ -12,6 +12,7 @@ import gmn_lopt
 from gmn_lopt.evaluation.training import Candidate, training_curves
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.optimizers.saved import load_learned
+from gmn_lopt.optimizers.step_size import PEAK, POWER, WARMUP, WEIGHT_DECAY
 from gmn_lopt.tasks import load_task
 
 IMAGES, LABELS = load_digits(return_X_y=True)
@@ -148,3 +149,32 @@ def test_learning_rate_schedule_and_weight_decay(name):
     schedule = optax.warmup_cosine_decay_schedule(0.02, 0.04, 10, 100)
     assert jnp.allclose(first(learning_rate=schedule), 2 * plain, rtol=1e-4, atol=1e-7)
     assert jnp.allclose(first(learning_rate=0.01, weight_decay=0.1), plain - 0.001 * weights, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["default", "default+celo"])
+def test_with_a_known_number_of_steps_it_warms_up_falls_to_nothing_and_decays_weights(name):
+    params, loss = mlp(64, 12, 10)
+    structure = gmn_lopt.analyze(loss, params, IMAGES[:32], LABELS[:32])
+    _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, IMAGES[:32], LABELS[:32])
+
+    def first(start=0, **settings):
+        tx = gmn_lopt.load(name, structure, **settings)
+        state = tx.init(params)._replace(step=jnp.int32(start))
+        return jnp.concatenate(
+            [u.ravel() for u in jax.tree.leaves(tx.update(grads, state, params, factors=factors)[0])]
+        )
+
+    def given(start, rate, **settings):
+        return first(start, learning_rate=rate, weight_decay=WEIGHT_DECAY, **settings)
+
+    half = WARMUP + (1 - WARMUP) / 2  # of the steps: there the cosine is half way down
+    for start, rate in ((0, PEAK / 10), (9, PEAK), (round(200 * half) - 1, PEAK * 0.5**POWER), (199, 0), (999, 0)):
+        assert jnp.allclose(first(start, total_steps=199), given(start, rate), rtol=1e-2, atol=1e-8), start
+    assert jnp.allclose(first(9, total_steps=199, learning_rate=0.5), given(9, 0.5), rtol=1e-3)
+    undecayed = first(9, total_steps=199, weight_decay=0.0)
+    assert jnp.allclose(undecayed, first(9, learning_rate=PEAK), rtol=1e-3, atol=1e-8)
+    for wrong in (0, -5, 2.5, True, "many", 10**12):
+        with pytest.raises(gmn_lopt.SerializationError, match=r"total_steps must be a whole number of at least 1"):
+            gmn_lopt.load(name, structure, total_steps=wrong)
+    with pytest.raises(gmn_lopt.SerializationError, match="total_steps or a schedule"):
+        gmn_lopt.load(name, structure, total_steps=10, learning_rate=optax.constant_schedule(0.1))

@@ -6,10 +6,11 @@ import models
 import numpy as np
 import pytest
 import transformers
-from optimizing import relative_difference
+from optimizing import mlp, relative_difference
 
 import gmn_lopt
 from gmn_lopt.factors import Embedding
+from gmn_lopt.optimizers.directions import denoised_layers
 from gmn_lopt.optimizers.directions.denoised_layers import (
     activations_and_noise,
     as_matrices,
@@ -53,16 +54,19 @@ def test_matrices_of_the_gradient_are_the_products_of_those_of_the_factors(name)
         activations = [a for stack in distinct for a in np.asarray(stack)]
         tangents = [g for stack in tangents for g in np.asarray(stack)]
         assert len(activations) <= len(tangents) == len(matrices)
-        direct = [layer.direct for layer in group.layers for _ in range(layer.count)]
-        for matrix, read, tangent, alone in zip(matrices, group.reads, tangents, direct, strict=True):
+        layers = [layer for layer in group.layers for _ in range(layer.count)]
+        for matrix, read, tangent, layer in zip(matrices, group.reads, tangents, layers, strict=True):
             activation = activations[read]
-            if not alone:  # of a kernel with other uses this is a part of the gradient
+            if not layer.direct:  # of a kernel with other uses this is a part of the gradient
                 continue
-            if group.kind == Embedding():
+            if layer.kind == Embedding():
                 activation = np.eye(group.inputs)[activation[:, 0]]
-            elif group.biased:
+            elif layer.bias is not None:
                 activation = np.concatenate([activation, np.ones((len(activation), 1))], 1)
-            np.testing.assert_allclose(activation.T @ tangent, matrix, rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                activation.T @ tangent, matrix[: layer.inputs, : layer.outputs], rtol=1e-4, atol=1e-6
+            )
+            assert not matrix[layer.inputs :].any() and not matrix[:, layer.outputs :].any()
 
 
 @pytest.mark.parametrize(
@@ -99,8 +103,33 @@ def test_layers_that_are_scanned_over_take_the_steps_of_the_same_layers_one_by_o
 def test_layers_that_read_the_same_activations_share_what_is_known_of_them():
     loss, params, batch = transformers.plain(blocks=2)
     structure = gmn_lopt.analyze(loss, params, *batch)
-    shared = [group for group in layer_groups(structure, range(len(structure.parameters))) if len(group.layers) > 2]
-    (group,) = shared  # queries and values, which have biases, of two blocks
-    assert group.reads == (0, 0, 1, 1)
+    groups = layer_groups(structure, range(len(structure.parameters)))
+    (group,) = [group for group in groups if group.tall and group.reads_neurons]
+    # Of two blocks queries and values, which share their matrices, keys, which have no bias, and the layers above.
+    assert group.reads == (0, 1, 0, 2, 3, 4, 3, 5)
     state = init_preconditioner(group)
-    assert len(state.inverse) == len(state.activation) == 2 and len(state.root) == len(state.noise) == 4
+    assert len(state.inverse) == len(state.activation) == 6 and len(state.root) == len(state.noise) == 8
+
+
+def test_small_layers_of_about_one_size_are_one_stack_and_take_the_steps_that_they_take_alone(monkeypatch):
+    """Of sides up to 128, and padded to at most twice their larger side, or to 64."""
+    loss, params, batch = mlp(40, 30, 20, 90, 70, 200, 10)
+    structure = gmn_lopt.analyze(loss, params, *batch)
+    indices = range(len(structure.parameters))
+    sizes = [[(x.inputs, x.outputs) for x in group.layers] for group in layer_groups(structure, indices)]
+    assert sizes == [[(41, 30), (31, 20)], [(21, 90)], [(91, 70)], [(71, 200)], [(201, 10)]]
+
+    def updates():
+        tx = gmn_lopt.load("default", structure)
+        state, results = tx.init(params), []
+        for shrink in (1.0, 0.9, 0.7):
+            moved = jax.tree.map(lambda x, s=shrink: s * x, params)
+            _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(moved, *batch)
+            result, state = tx.update(grads, state, moved, factors=factors)
+            results.append(result)
+        return results
+
+    together = updates()
+    monkeypatch.setattr(denoised_layers, "JOINED", 0)
+    assert len(layer_groups(structure, indices)) == 6
+    assert relative_difference(together, updates()) < 1e-4

@@ -80,7 +80,7 @@ def test_settings_make_other_candidates_of_one_optimizer(tmp_path):
     steps = [c.make(c.hyper).update(grads, c.make(c.hyper).init(params), params)[0]["w"][0] for c in candidates]
     np.testing.assert_allclose(np.divide(steps[1:3], steps[0]), [5, 20], rtol=1e-6)  # the learned step size is 0.1
     np.testing.assert_allclose(steps[3] - steps[4], -2 * 0.5 * 1, rtol=1e-5)
-    with pytest.raises(UsageError, match=r"does not take rate: it takes learning_rate, weight_decay$"):
+    with pytest.raises(UsageError, match=r"does not take rate: it takes learning_rate, weight_decay, total_steps$"):
         find_candidates([f"{one}:rate=1"], task)
 
 

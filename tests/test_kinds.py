@@ -63,7 +63,7 @@ def test_a_new_kind_is_a_class_and_an_entry(monkeypatch):
     chex.assert_shape([factors.activations[0], factors.tangents[0]], [(6 * 8 * 8, 2), (6 * 4 * 4, 4)])
     chex.assert_trees_all_close(structure.reconstruct(factors), grads, rtol=1e-4, atol=1e-6)
     (group,) = layer_groups(structure, range(len(structure.parameters)))
-    assert group.kind == Dense()
+    assert group.layers[0].kind == Dense()
 
 
 def test_kinds_are_part_of_what_makes_structures_equal():

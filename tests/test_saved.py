@@ -315,7 +315,9 @@ def test_settings_reach_the_optimizer_and_others_are_refused(saved):
         for name in ("learning_rate", "weight_decay"):
             with pytest.raises(SerializationError, match=rf"saved: {name} must be a finite number of at least 0, not "):
                 load(saved, STRUCTURE, **{name: senseless})
-    with pytest.raises(SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay$"):
+    with pytest.raises(
+        SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay, total_steps$"
+    ):
         load(saved, STRUCTURE, rate=1.0)
 
 

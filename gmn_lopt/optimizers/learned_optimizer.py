@@ -17,7 +17,7 @@ from gmn_lopt.optimizers.directions import Direction, Momentum
 from gmn_lopt.optimizers.leaves import Gradient, check_meta_parameters, factors_per_element, match_leaves
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive, Rule
-from gmn_lopt.optimizers.step_size import Constant, StepSize, StepSizeState
+from gmn_lopt.optimizers.step_size import WEIGHT_DECAY, Constant, StepSize, StepSizeState, known_horizon
 
 LearningRate = float | Callable[[Array], Any]
 
@@ -107,7 +107,11 @@ class LearnedOptimizer:
         return values
 
     def optimizer(
-        self, phi: PyTree, learning_rate: LearningRate | None = None, weight_decay: float = 0.0
+        self,
+        phi: PyTree,
+        learning_rate: LearningRate | None = None,
+        weight_decay: float | None = None,
+        total_steps: int | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optax transformation that these meta-parameters define.
 
@@ -121,17 +125,27 @@ class LearnedOptimizer:
 
         Args:
             phi: meta-parameters, shaped like those from :meth:`init`.
-            learning_rate: a number or an optax schedule, in place of the learned step size.
-            weight_decay: decoupled: ``eta * weight_decay * theta`` is subtracted as well.
+            learning_rate: a number or an optax schedule, in place of the learned step size. With ``total_steps`` a
+                number, the largest one.
+            weight_decay: decoupled: ``eta * weight_decay * theta`` is subtracted as well. 0 unless given, but with
+                ``total_steps`` what was chosen together with the schedule.
+            total_steps: the number of steps that there will be, where it is known: the step size is then that of
+                :func:`gmn_lopt.optimizers.step_size.known_horizon`.
 
         Returns:
             The transformation. Its functions raise :class:`StructureError` where parameters, gradients or factors do
             not match the structure, and ``ValueError`` without ``params`` or without factors that it needs.
 
         Raises:
-            ValueError: if ``phi`` is not shaped like the meta-parameters of these parts.
+            ValueError: if ``phi`` is not shaped like the meta-parameters of these parts; or of ``total_steps``, that it
+                is no number of steps, is given beside a schedule, or without the largest step size where the direction
+                has no size of its own.
         """
         check_meta_parameters(phi, self.template())
+        if total_steps is not None:
+            learning_rate = self._schedule(total_steps, learning_rate)
+        if weight_decay is None:
+            weight_decay = 0.0 if total_steps is None else WEIGHT_DECAY
 
         def init(params: PyTree) -> LearnedOptimizerState:
             indices = match_leaves(self.structure, params, "parameter")
@@ -208,6 +222,14 @@ class LearnedOptimizer:
             )
 
         return optax.GradientTransformationExtraArgs(init, update)
+
+    def _schedule(self, total_steps: int, peak: LearningRate | None) -> LearningRate:
+        """The step sizes of a known number of steps."""
+        if callable(peak):
+            raise ValueError("give total_steps or a schedule as learning_rate, not both: a schedule knows its steps")
+        if peak is None and not self.direction.sized:
+            raise ValueError("total_steps needs a learning_rate, its largest one, unless the direction is a sized one")
+        return known_horizon(total_steps) if peak is None else known_horizon(total_steps, peak)
 
 
 @functools.lru_cache(maxsize=64)

@@ -102,8 +102,8 @@ def load(
             (:func:`gmn_lopt.list_pretrained`).
         structure: the structure of the model to train, from :func:`gmn_lopt.analyze`; not necessarily that of the
             model on which the optimizer was meta-trained.
-        **settings: ``learning_rate`` (a number or an optax schedule) and ``weight_decay``, those of
-            :meth:`LearnedOptimizer.optimizer`.
+        **settings: ``total_steps``, the number of steps that there will be; ``learning_rate`` (a number or an optax
+            schedule) and ``weight_decay``: those of :meth:`LearnedOptimizer.optimizer`.
 
     Returns:
         The transformation.
@@ -116,7 +116,7 @@ def load(
     Example:
         >>> loss = lambda params, x: jnp.mean((jnp.tanh(x @ params["w"]) - 1.0) ** 2)
         >>> params, x = {"w": jnp.ones((3, 2))}, jnp.ones((4, 3))
-        >>> tx = gmn_lopt.load("default", gmn_lopt.analyze(loss, params, x), learning_rate=0.01)
+        >>> tx = gmn_lopt.load("default", gmn_lopt.analyze(loss, params, x), total_steps=1000)
         >>> value, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, x)
         >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
     """

@@ -82,13 +82,16 @@ def plain_numbers(settings: Mapping[str, Any], most: int = 10**7) -> None:
 def settings_of_steps(settings: Mapping[str, Any]) -> None:
     """Raise a ValueError if ``learning_rate`` or ``weight_decay`` is no number that steps can be taken with.
 
-    Schedules and arrays, which may be traced, pass.
+    Schedules and arrays, which may be traced, pass. ``total_steps`` has to be a number of steps.
     """
+    total = settings.get("total_steps")
+    if total is not None and not (isinstance(total, int) and not isinstance(total, bool) and 1 <= total <= 10**9):
+        raise ValueError(f"total_steps must be a whole number of at least 1, not {shown(total)}")
     for name in ("learning_rate", "weight_decay"):
         value = settings.get(name, 0.0)
         is_scalar = value is None or isinstance(value, bool | int | float | complex | str | bytes)
         is_container = isinstance(value, list | tuple | dict | set)
-        allowed = (number(value) and 0 <= value <= LARGEST) or (value is None and name == "learning_rate")
+        allowed = (number(value) and 0 <= value <= LARGEST) or value is None
         if (is_scalar or is_container) and not allowed:
             raise ValueError(f"{name} must be a finite number of at least 0, not {shown(value)}")
 

@@ -34,6 +34,7 @@ from gmn_lopt.factors.kinds.division import DividedKind, divide_neurons, shared_
 from gmn_lopt.factors.matrices import stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter, StructureError
+from gmn_lopt.util.inverses import inverse
 
 MOST_PATCHES, FILTERS = 1024, 16
 
@@ -206,8 +207,7 @@ class Conv(DividedKind):
         scale = jnp.trace(moment, axis1=1, axis2=2)[:, None, None] / len(moment[0])
         damped = moment + (damping * scale + jnp.finfo(moment.dtype).tiny) * jnp.eye(len(moment[0]))
         drawn = patches[:, :: max(1, patches.shape[1] // FILTERS)][:, :FILTERS]
-        # One after the other, as in the denoised step.
-        filters = jax.lax.map(lambda x: jax.scipy.linalg.solve(x[0], x[1], assume_a="pos"), (damped, drawn.mT))
+        filters = inverse(damped) @ drawn.mT
         size = jnp.einsum("cij,cik,ckj->c", filters, moment, filters)
         weights = self._convolve(kernel, activation, filters[:, :-1] if biased else filters)
         weights = weights + filters[:, -1] if biased else weights

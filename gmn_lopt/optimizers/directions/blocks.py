@@ -24,22 +24,19 @@ class MatrixSizes(NamedTuple):
     """Numbers that a group of layers has matrices for.
 
     Attributes:
-        inputs, outputs: sizes of a kernel, the bias's row among the inputs.
+        parameters: number of parameters.
+        inputs, outputs: sizes of a kernel, the bias's row among the inputs; the largest ones.
         kernels: number of kernels.
         activations: number of distinct activations that they read.
         diagonal: whether the activations' matrix is a diagonal to begin with.
     """
 
+    parameters: int
     inputs: int
     outputs: int
     kernels: int
     activations: int
     diagonal: bool
-
-    @property
-    def parameters(self) -> int:
-        """Number of parameters."""
-        return self.kernels * self.inputs * self.outputs
 
     def numbers(self, rows: int) -> int:
         """How many numbers the matrices hold with blocks of so many rows; a few for each kernel are not counted."""

@@ -38,12 +38,11 @@ class Comparison(NamedTuple):
 def comparisons(groups: Sequence[LayerGroup], gradient: Gradient) -> tuple[Comparison, ...]:
     """The smallest dense layers whose kernels are parameters and have no other use."""
     factors, parameters, leaves = gradient.factors, gradient.parameters, jax.tree.leaves(gradient.grads)
-    dense = [group for group in groups if isinstance(group.kind, Dense)]
-    layers = [(group.kind, layer) for group in dense for layer in group.layers if layer.direct]
+    layers = [x for group in groups for x in group.layers if x.direct and isinstance(x.kind, Dense)]
     found: list[Comparison] = []
-    for kind, layer in sorted(layers, key=lambda pair: parameters[pair[1].kernel].size):
+    for layer in sorted(layers, key=lambda layer: parameters[layer.kernel].size):
         assert factors is not None
-        kernel = parameters[layer.kernel]
+        kind, kernel = layer.kind, parameters[layer.kernel]
         activation = kind.activation_rows(kernel, factors.activations[layer.activation])
         tangent = kind.tangent_rows(kernel, factors.tangents[layer.tangent])
         if kernel.status == "factored":

@@ -2,7 +2,8 @@
 
 Layers with the same numbers of inputs and outputs take it together, as one stack of matrices, so that a transformer
 costs a few large operations in place of many small ones. Layers that are stacked and scanned over are such a stack to
-begin with.
+begin with. Small layers of about one size are padded to the largest of them: what they cost is the number of
+operations, to run and to compile.
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,9 +14,14 @@ import numpy as np
 from jaxtyping import Array, Float, Num
 
 from gmn_lopt.factors.kinds import LayerKind
+from gmn_lopt.factors.kinds.base import Matrices
 from gmn_lopt.factors.matrices import as_stack, from_stack
 from gmn_lopt.factors.structure import Factors, GradientStructure, Layer, Parameter
 from gmn_lopt.optimizers.directions.blocks import MatrixSizes, block_rows
+from gmn_lopt.util.stacks import one_stack
+
+# Layers of sides up to JOINED may be padded, to at most ALIKE times their larger side, or to SMALLEST.
+JOINED, ALIKE, SMALLEST = 128, 2, 64
 
 # Activations and tangents.
 Sets = tuple[tuple[Num[Array, "_ _"], ...], tuple[Float[Array, "_ _"], ...]]
@@ -30,8 +36,9 @@ class DenoisedLayer:
         bias: position of the bias, or None.
         activation: index into ``Factors.activations``.
         tangent: index into ``Factors.tangents``.
-        count: number of matrices that the kernel consists of: one, or that of the layers that are stacked.
         parameter: the kernel.
+        kind: the kind of the layer.
+        matrices: what its kernel is as matrices, without the bias.
         direct: whether its gradient is nothing but the outer product of the factors.
     """
 
@@ -39,28 +46,63 @@ class DenoisedLayer:
     bias: int | None
     activation: int
     tangent: int
-    count: int
     parameter: Parameter
+    kind: LayerKind
+    matrices: Matrices
     direct: bool
+
+    @property
+    def count(self) -> int:
+        """Number of matrices that the kernel consists of: one, or that of the layers that are stacked."""
+        return self.matrices.count
+
+    @property
+    def inputs(self) -> int:
+        """Number of inputs of each, the bias's included."""
+        return self.matrices.inputs + (self.bias is not None)
+
+    @property
+    def outputs(self) -> int:
+        """Number of outputs of each."""
+        return self.matrices.outputs
+
+    @property
+    def tall(self) -> bool:
+        """Whether the smaller side is that of the outputs."""
+        return self.outputs <= self.inputs
+
+    @property
+    def reads(self) -> Hashable:
+        """Equal for layers whose matrices of the activations are the same."""
+        return self.activation, self.kind, self.matrices.cut, self.bias is None
 
 
 @dataclass(frozen=True)
 class LayerGroup:
-    """Layers of one kind with the same numbers of inputs and outputs: ``k`` matrices ``[inputs, outputs]`` in all.
+    """Layers that are treated as one stack: ``k`` matrices ``[inputs, outputs]`` in all, small ones padded with zeros.
 
     Attributes:
-        layers: the layers, in their order in the model; all of them have a bias, or none has.
-        inputs: number of inputs, the bias's included.
-        outputs: number of outputs.
-        kind: the kind of the layers.
+        layers: the layers, in their order in the model; all read neurons, or none does, and all are tall, or none is.
         rows: rows of the blocks on the diagonal that the activations' matrix is cut into; 1: a diagonal.
     """
 
     layers: tuple[DenoisedLayer, ...]
-    inputs: int
-    outputs: int
-    kind: LayerKind
     rows: int
+
+    @property
+    def inputs(self) -> int:
+        """The largest number of inputs, the bias's included."""
+        return max(layer.inputs for layer in self.layers)
+
+    @property
+    def outputs(self) -> int:
+        """The largest number of outputs."""
+        return max(layer.outputs for layer in self.layers)
+
+    @property
+    def reads_neurons(self) -> bool:
+        """Whether activations are neurons."""
+        return self.layers[0].kind.reads_neurons
 
     @property
     def blocks(self) -> int:
@@ -75,12 +117,7 @@ class LayerGroup:
     @property
     def tall(self) -> bool:
         """Whether the smaller side is that of the outputs."""
-        return self.outputs <= self.inputs
-
-    @property
-    def biased(self) -> bool:
-        """Whether the layers have biases."""
-        return self.layers[0].bias is not None
+        return self.layers[0].tall
 
     @property
     def places(self) -> set[int]:
@@ -88,18 +125,21 @@ class LayerGroup:
         return {place for x in self.layers for place in (x.kernel, x.bias) if place is not None}
 
     @property
-    def read(self) -> dict[int, int]:
-        """The distinct activations that are read (queries and keys share theirs), each with its number of matrices."""
-        return {layer.activation: layer.count for layer in self.layers}
+    def readers(self) -> list[DenoisedLayer]:
+        """A layer for each of the distinct activations that are read; queries and keys share theirs."""
+        found: dict[Hashable, DenoisedLayer] = {}
+        for layer in self.layers:
+            found.setdefault(layer.reads, layer)
+        return list(found.values())
 
     @property
     def reads(self) -> tuple[int, ...]:
         """For each of the ``k`` matrices the place of its activations' moment among the ``u`` distinct ones."""
         start, starts = 0, {}
-        for activation, count in self.read.items():
-            starts[activation] = start
-            start += count
-        return tuple(starts[layer.activation] + i for layer in self.layers for i in range(layer.count))
+        for layer in self.readers:
+            starts[layer.reads] = start
+            start += layer.count
+        return tuple(starts[layer.reads] + i for layer in self.layers for i in range(layer.count))
 
 
 def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[LayerGroup, ...]:
@@ -113,7 +153,7 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         indices: the parameters that are handled; a layer of which one is missing is left out.
     """
     position = {index: i for i, index in enumerate(indices)}
-    groups: dict[tuple[int, int, LayerKind, bool, Hashable], list[DenoisedLayer]] = {}
+    found: list[DenoisedLayer] = []
     first: dict[int, Layer] = {}
     for layer in sorted(structure.layers, key=lambda layer: not layer.kind.reads_neurons):
         if layer.kernel is not None:
@@ -129,21 +169,51 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         if layer.kernel not in position or not (bias is None or bias in position):
             continue
         places = position[layer.kernel], None if bias is None else position[bias]
-        # Layers of a group that read the same activations have to cut them alike.
-        alike = matrices.inputs + (bias is not None), matrices.outputs, layer.kind, bias is not None, matrices.cut
         alone = sum(layer.kernel in other.leaves for other in structure.layers) == 1
-        found = DenoisedLayer(*places, layer.activation, layer.tangent, matrices.count, kernel, layer.direct and alone)
-        groups.setdefault(alike, []).append(found)
-    made = [LayerGroup(tuple(layers), *alike[:3], rows=alike[0]) for alike, layers in groups.items()]
-    sizes = [_sizes(group) for group in made]
+        factors = layer.activation, layer.tangent
+        found.append(DenoisedLayer(*places, *factors, kernel, layer.kind, matrices, layer.direct and alone))
+    groups = [LayerGroup(tuple(layers), 0) for layers in _together(found)]
+    sizes = [_sizes(group) for group in groups]
     others = sum(structure.parameters[i].size for i in indices) - sum(s.parameters for s in sizes)
     rows = block_rows(sizes, others)
-    return tuple(replace(group, rows=r) for group, r in zip(made, rows))
+    return tuple(replace(group, rows=r) for group, r in zip(groups, rows))
+
+
+def _together(layers: Sequence[DenoisedLayer]) -> list[list[DenoisedLayer]]:
+    """Layers that are one stack: of the same size, or small and of about one size; all in the order of the model."""
+    alike: dict[tuple[bool, bool, bool, tuple[int, int] | None], list[DenoisedLayer]] = {}
+    for layer in layers:
+        size = None if _joins(layer) else (layer.inputs, layer.outputs)
+        alike.setdefault((layer.kind.reads_neurons, layer.kind.has_diagonal_moment, layer.tall, size), []).append(layer)
+    groups: list[list[DenoisedLayer]] = []
+    for (_, _, _, size), members in alike.items():
+        if size is not None:
+            groups.append(members)
+            continue
+        parts: list[list[DenoisedLayer]] = []
+        for layer in sorted(members, key=_side, reverse=True):
+            if not parts or _side(parts[-1][0]) > max(ALIKE * _side(layer), SMALLEST):
+                parts.append([])
+            parts[-1].append(layer)
+        groups += parts
+    order = {id(layer): i for i, layer in enumerate(layers)}
+    groups = [sorted(group, key=lambda layer: order[id(layer)]) for group in groups]
+    return sorted(groups, key=lambda group: order[id(group[0])])
+
+
+def _side(layer: DenoisedLayer) -> int:
+    return max(layer.inputs, layer.outputs)
+
+
+def _joins(layer: DenoisedLayer) -> bool:
+    return layer.kind.reads_neurons and not layer.kind.has_diagonal_moment and _side(layer) <= JOINED
 
 
 def _sizes(group: LayerGroup) -> MatrixSizes:
-    kernels, activations = len(group.reads), sum(group.read.values())
-    return MatrixSizes(group.inputs, group.outputs, kernels, activations, group.kind.has_diagonal_moment)
+    parameters = sum(layer.count * layer.inputs * layer.outputs for layer in group.layers)
+    kernels, activations = len(group.reads), sum(layer.count for layer in group.readers)
+    diagonal = group.layers[0].kind.has_diagonal_moment
+    return MatrixSizes(parameters, group.inputs, group.outputs, kernels, activations, diagonal)
 
 
 def why_not_denoised(structure: GradientStructure, index: int) -> str:
@@ -173,14 +243,14 @@ def as_matrices(
     group: LayerGroup, parameters: Sequence[Parameter], leaves: Sequence[Array]
 ) -> Float[Array, "k inputs outputs"]:
     """The kernels of a group's layers, with the biases as their last rows, from arrays shaped like the parameters."""
-    rows = []
+    stacks = []
     for layer in group.layers:
         kernel, value = parameters[layer.kernel], leaves[layer.kernel]
-        rows.append(group.kind.as_matrices(kernel, value))
+        stacks.append(layer.kind.as_matrices(kernel, value))
         if layer.bias is not None:
             bias = as_stack(parameters[layer.bias], leaves[layer.bias])
-            rows[-1] = jnp.concatenate([rows[-1], group.kind.tangent_rows(kernel, bias[0])], axis=1)
-    return jnp.concatenate(rows)
+            stacks[-1] = jnp.concatenate([stacks[-1], layer.kind.tangent_rows(kernel, bias[0])], axis=1)
+    return one_stack(stacks, group.inputs, group.outputs)
 
 
 def from_matrices(
@@ -189,29 +259,29 @@ def from_matrices(
     """Undo :func:`as_matrices`: the leaves, by position."""
     leaves: dict[int, Array] = {}
     for layer, part in zip(group.layers, jnp.split(matrices, np.cumsum([x.count for x in group.layers])[:-1])):
-        kernel = parameters[layer.kernel]
-        rows = part if layer.bias is None else part[:, :-1]
-        leaves[layer.kernel] = group.kind.from_matrices(kernel, rows)
+        kernel, inputs = parameters[layer.kernel], layer.matrices.inputs
+        leaves[layer.kernel] = layer.kind.from_matrices(kernel, part[:, :inputs, : layer.outputs])
         if layer.bias is not None:
-            bias = group.kind.from_tangent_rows(kernel, part[:, -1:])
+            row = part[:, inputs : inputs + 1, : layer.outputs]
+            bias = layer.kind.from_tangent_rows(kernel, row)
             leaves[layer.bias] = from_stack(parameters[layer.bias], bias[None])
     return leaves
 
 
 def read_sets(group: LayerGroup, factors: Factors) -> Sets:
     """The distinct activations that a group reads, and the tangents of its layers, as they are."""
-    return tuple(factors.activations[a] for a in group.read), tuple(factors.tangents[x.tangent] for x in group.layers)
+    activations = tuple(factors.activations[layer.activation] for layer in group.readers)
+    return activations, tuple(factors.tangents[layer.tangent] for layer in group.layers)
 
 
 def activations_and_noise(
     group: LayerGroup, sets: Sets, damping: float
-) -> tuple[tuple[Num[Array, "_ _ _"], ...], tuple[Float[Array, "_ _ _"], ...]]:
+) -> tuple[list[Num[Array, "_ _ _"]], list[Float[Array, "_ _ _"]]]:
     """What the matrices of a group read, and what stands for their noise, each ``[matrices, rows, neurons]``."""
-    read = dict(zip(group.read, sets[0], strict=True))
-    readers = {layer.activation: layer.parameter for layer in group.layers}
-    activations = (group.kind.activation_rows(kernel, read[a]) for a, kernel in readers.items())
-    noise = (
-        group.kind.noise_rows(layer.parameter, read[layer.activation], tangent, group.biased, damping)
+    read = {layer.reads: activation for layer, activation in zip(group.readers, sets[0], strict=True)}
+    activations = [layer.kind.activation_rows(layer.parameter, read[layer.reads]) for layer in group.readers]
+    noise = [
+        layer.kind.noise_rows(layer.parameter, read[layer.reads], tangent, layer.bias is not None, damping)
         for layer, tangent in zip(group.layers, sets[1], strict=True)
-    )
-    return tuple(activations), tuple(noise)
+    ]
+    return activations, noise

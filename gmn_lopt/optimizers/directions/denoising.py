@@ -34,9 +34,9 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
-from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup, Sets, activations_and_noise
-from gmn_lopt.optimizers.directions.inverses import in_stacks, inverse, inverse_root
-from gmn_lopt.optimizers.sums import inner_products
+from gmn_lopt.optimizers.directions.denoised_layers import DenoisedLayer, LayerGroup, Sets, activations_and_noise
+from gmn_lopt.util.inverses import in_stacks, inverse, inverse_root
+from gmn_lopt.util.stacks import inner_products, one_stack
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
@@ -75,7 +75,7 @@ class Preconditioner(NamedTuple):
 
 def init_preconditioner(group: LayerGroup) -> Preconditioner:
     """Zeros."""
-    distinct, count = sum(group.read.values()), len(group.reads)
+    distinct, count = sum(layer.count for layer in group.readers), len(group.reads)
     moment = (distinct, group.inputs) if group.diagonal else (distinct, group.blocks, group.rows, group.rows)
     small = min(group.inputs, group.outputs)
     noise = (count, group.outputs, group.outputs) if group.tall else (count,)
@@ -109,7 +109,7 @@ def update_preconditioners(
         old: Any, sets: Any, momenta: Any, step: Array, comparisons: tuple[Comparison, ...]
     ) -> tuple[Preconditioner, ...]:
         def compute(old: Any) -> Any:
-            neurons = [a for group, s in zip(groups, sets) if group.kind.reads_neurons for a in s[0]]
+            neurons = [a for group, s in zip(groups, sets) if group.reads_neurons for a in s[0]]
             largest = _largest(neurons)
             factor = common_factor(comparisons)
             # What is not finite, or has squares that are not, is left out.
@@ -155,7 +155,7 @@ def _new(
     # The unit falls no faster than the average of what it is the unit of.
     units = [
         jnp.maximum(jnp.maximum(1.0, largest / LARGE), p.unit * jnp.sqrt(1 - weight))
-        if group.kind.reads_neurons
+        if group.reads_neurons
         else jnp.ones((), jnp.float32)
         for group, p in zip(groups, old)
     ]
@@ -177,43 +177,58 @@ def _gram(
 ) -> Float[Array, "k n n"]:
     """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller."""
     natural = _times(group, _read(group, inverted), momentum)
+    inputs = _per_matrix(group.layers, lambda layer: layer.inputs)
     noise = noise * _column(_read(group, scale) ** 2, noise)
     if group.tall:
-        return jnp.einsum("kio,kip->kop", momentum, natural) + group.inputs * noise
-    identity = jnp.eye(group.inputs, dtype=noise.dtype)
+        return jnp.einsum("kio,kip->kop", momentum, natural) + _column(inputs, noise) * noise
+    identity = jnp.eye(group.inputs) * (jnp.arange(group.inputs) < inputs[:, None])[:, None]
     return jnp.einsum("kio,kjo->kij", natural, momentum) + _column(noise, natural) * identity
+
+
+def _per_matrix(layers: Sequence[DenoisedLayer], number: Callable[[DenoisedLayer], int]) -> Float[Array, " k"]:
+    """A number of each layer, for each of its matrices."""
+    return jnp.asarray([number(layer) for layer in layers for _ in range(layer.count)], jnp.float32)
 
 
 def _moments(
     group: LayerGroup, old: Preconditioner, sets: Sets, unit: Array, weight: Array, factor: Array
 ) -> tuple[Float[Array, "u ..."], Float[Array, "k ..."]]:
-    scaled = (tuple(a / unit for a in sets[0]), sets[1]) if group.kind.reads_neurons else sets
+    scaled = (tuple(a / unit for a in sets[0]), sets[1]) if group.reads_neurons else sets
     activations, rows = activations_and_noise(group, scaled, DAMPING)
-    covariance = jnp.concatenate([_second_moment(group, activation, unit) for activation in activations])
+    covariance = _second_moments(group, activations, unit)
     # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
-    noise = jnp.concatenate([(factor / r.shape[1]) ** 2 * _noise(group, r) for r in rows])
+    counts = [stack.shape[1] for stack in rows for _ in range(len(stack))]
+    together = one_stack(rows, max(counts), group.outputs)
+    sums = (
+        jnp.einsum("ksi,ksj->kij", together, together)
+        if group.tall
+        else inner_products([together], [together])[:, 0, 0]
+    )
+    noise = _column((factor / jnp.asarray(counts, jnp.float32)) ** 2, sums) * sums
     before = (old.unit / unit) ** 2 * old.activation, old.noise
     new = [m + weight * (x.reshape(m.shape) - m) for m, x in zip(before, (covariance, noise))]
     return new[0], new[1]
 
 
-def _second_moment(group: LayerGroup, rows: Num[Array, "count S n"], unit: Array) -> Float[Array, "_ ..."]:
-    if not group.kind.reads_neurons:
-        return group.kind.second_moment(rows, group.inputs)
-    if group.biased:
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, 1)), constant_values=1 / unit)
-    if group.diagonal and not group.kind.has_diagonal_moment:
-        return jnp.mean(rows**2, axis=1)
+def _second_moments(group: LayerGroup, stacks: Sequence[Num[Array, "_ _ _"]], unit: Array) -> Float[Array, "u ..."]:
+    if not group.reads_neurons:
+        of_readers = zip(group.readers, stacks, strict=True)
+        return jnp.concatenate([layer.kind.second_moment(rows, group.inputs) for layer, rows in of_readers])
+    lengths = [stack.shape[1] for stack in stacks for _ in range(len(stack))]
+    counts = jnp.asarray(lengths, jnp.float32)[:, None, None]
+    rows = one_stack(stacks, max(lengths), group.blocks * group.rows)
+    biased = [layer.bias is not None for layer in group.readers]
+    if any(biased):
+        place = _per_matrix(group.readers, lambda layer: layer.inputs - 1 if layer.bias is not None else -1)
+        at_bias = jnp.arange(rows.shape[2]) == place[:, None, None]
+        rows = jnp.where(at_bias & (jnp.arange(rows.shape[1])[:, None] < counts), 1 / unit, rows)
+    if group.diagonal:
+        return jnp.sum(rows**2, axis=1) / counts[:, 0]
     if group.blocks > 1:
-        rows = jnp.pad(rows, ((0, 0), (0, 0), (0, group.blocks * group.rows - group.inputs)))
         rows = rows.reshape(*rows.shape[:2], group.blocks, group.rows).transpose(0, 2, 1, 3)
         rows = rows.reshape(-1, *rows.shape[2:])
-        return group.kind.second_moment(rows, group.rows)
-    return group.kind.second_moment(rows, group.inputs)
-
-
-def _noise(group: LayerGroup, rows: Float[Array, "count R o"]) -> Float[Array, "count ..."]:
-    return jnp.einsum("ksi,ksj->kij", rows, rows) if group.tall else inner_products([rows], [rows])
+        counts = jnp.repeat(counts, group.blocks, axis=0)
+    return rows.mT @ rows / counts
 
 
 def _inverses(
@@ -230,17 +245,19 @@ def _inverses(
             of_layers = traces[start : start + len(flat[i])].reshape(-1, group.blocks)
             start += len(flat[i])
             mean = of_layers if group.blocks == 1 else of_layers.sum(1, keepdims=True)
-            scales[whole[i]] = mean[:, 0] / group.inputs
-            means.append(jnp.broadcast_to(mean / group.inputs, of_layers.shape).ravel())
+            mean = mean / inputs[whole[i]][:, None]
+            scales[whole[i]] = mean[:, 0]
+            means.append(jnp.broadcast_to(mean, of_layers.shape).ravel())
         white = stack / jnp.maximum(jnp.concatenate(means), TINY)[:, None, None]
         return inverse(white + DAMPING * jnp.eye(stack.shape[1], dtype=stack.dtype))
 
     scales: dict[int, Array] = {}
+    inputs = [_per_matrix(group.readers, lambda layer: layer.inputs) for group in groups]
     flat = [covariances[i].reshape(-1, groups[i].rows, groups[i].rows) for i in whole]
     inverted = dict(zip(whole, in_stacks(damped, flat)))
     for i, (group, covariance) in enumerate(zip(groups, covariances)):
         if group.diagonal:
-            scales[i] = covariance.mean(1)
+            scales[i] = covariance.sum(1) / inputs[i]
             inverted[i] = 1 / (covariance / jnp.maximum(scales[i], TINY)[:, None] + DAMPING)
     return [(inverted[i].reshape(c.shape) / units[i] ** 2, jnp.sqrt(scales[i])) for i, c in enumerate(covariances)]
 
@@ -273,9 +290,9 @@ def denoised_steps(
     counts = [len(group.reads) for group in groups]
     unit = jnp.concatenate([jnp.broadcast_to(p.unit, n) for p, n in zip(preconditioners, counts)])
     scale = jnp.concatenate([_read(group, p.scale) for group, p in zip(groups, preconditioners)])
-    outputs = np.repeat([group.outputs for group in groups], counts).astype(np.float32)
-    least = LEAST_CHANGE * inner_products(steps, steps)
-    change = jnp.maximum(inner_products(steps, rests), least) * unit**2 / outputs
+    outputs = jnp.concatenate([_per_matrix(group.layers, lambda layer: layer.outputs) for group in groups])
+    products = inner_products(steps, rests)
+    change = jnp.maximum(products[:, 0, 1], LEAST_CHANGE * products[:, 0, 0]) * unit**2 / outputs
     size = jax.lax.rsqrt(change + 1e-20) / jnp.maximum(scale / unit, TINY)
     sizes = jnp.split(jnp.where(scale > 0, size, 0.0), np.cumsum(counts)[:-1])
     return [step * _column(size, step) for step, size in zip(steps, sizes)]

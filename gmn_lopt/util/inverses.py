@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from gmn_lopt.util.stacks import one_stack
+
 # Rows that are eliminated at once.
 PIVOTS = 32
 # Matrices of fewer rows than ALIKE times the largest go by themselves, unless all are SMALL.
-ALIKE, SMALL = 0.6, 64
+ALIKE, SMALL = 0.6, 128
 # The Newton-Schulz polynomials a x + b x^3 + c x^5 of Polar Express (Amsel et al. 2025, arXiv:2505.16932).
 POLYNOMIALS = (
     (8.28721201814563, -23.595886519098837, 17.300387312530933),
@@ -49,8 +51,7 @@ def in_stacks(
     results: dict[int, Array] = {}
     for members in together:
         n = stacks[members[0]].shape[1]
-        padded = [jnp.pad(stacks[i], ((0, 0), *((0, n - stacks[i].shape[1]),) * 2)) for i in members]
-        made = function(jnp.concatenate(padded), members)
+        made = function(one_stack([stacks[i] for i in members], n, n), members)
         ends = np.cumsum([len(stacks[i]) for i in members])
         for i, part in zip(members, jnp.split(made, ends[:-1])):
             results[i] = part[:, : stacks[i].shape[1], : stacks[i].shape[2]]
@@ -81,7 +82,7 @@ def _eliminate(
     def step(i: Array, a: Array) -> Array:
         start = i * pivots
         identity = (jnp.arange(size) == start + jnp.arange(pivots)[:, None]).astype(a.dtype)
-        others = 1 - identity.sum(0)
+        others = (jnp.arange(size) // pivots != i).astype(a.dtype)
         rows, columns = (jax.lax.dynamic_slice_in_dim(a, start, pivots, axis) for axis in (1, 2))
         inverted = invert(jax.lax.dynamic_slice_in_dim(rows, start, pivots, 2))
         # One row at a time is a product of numbers, which needs no call of a matrix product.
