@@ -1,6 +1,5 @@
 """The baselines: their schedule in closed form, and SOAP and PSGD-Kron against literal forms with explicit loops."""
 
-import doctest
 import math
 
 import jax
@@ -9,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from gmn_lopt.evaluation.baselines import BASELINES, base, kron, scheduled, soap
+from gmn_lopt.evaluation.baselines import BASELINES, kron, scheduled, soap
 from gmn_lopt.evaluation.baselines.kron import fit, probability, scale_by_kron
 from gmn_lopt.evaluation.baselines.soap import scale_by_soap
 
@@ -236,7 +235,3 @@ def test_muon_has_a_rate_of_its_own_for_adam():
     for key in ("w", "k"):  # near an orthogonal matrix, as five steps of Newton and Schulz make it
         singular = np.linalg.svd(np.asarray(updates[key]).reshape(4, 4), compute_uv=False) / 0.2
         assert (singular > 0.6).all() and (singular < 1.3).all()
-
-
-def test_examples():
-    assert doctest.testmod(base).failed == 0

@@ -1,9 +1,7 @@
 """The search for settings: the grid is extended until the best is inside of what was tried."""
 
-import doctest
 import math
 
-from gmn_lopt.evaluation import search
 from gmn_lopt.evaluation.baselines import BASELINES, Axis
 from gmn_lopt.evaluation.search import best_place, is_inside, next_places
 
@@ -67,7 +65,3 @@ def test_values_are_on_logarithmic_grids():
                 assert axis.value(3) == 8 * axis.start
                 assert axis.value(-2) == axis.start / 4
                 assert axis.is_there(-100)
-
-
-def test_examples():
-    assert doctest.testmod(search) == (0, 3)

@@ -7,7 +7,7 @@ from gmn_lopt.evaluation.baselines.kron import kron
 from gmn_lopt.evaluation.baselines.muon import muon
 from gmn_lopt.evaluation.baselines.soap import soap
 
-__all__ = ["BASELINES", "Axis", "Baseline", "scheduled"]
+__all__ = ["BASELINES", "Axis", "Baseline", "adamw", "kron", "muon", "nadamw", "scheduled", "soap"]
 
 
 def adamw(total_steps: int, learning_rate: Scalar, weight_decay: Scalar) -> optax.GradientTransformation:
