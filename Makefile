@@ -8,7 +8,7 @@ INSTALLED := .venv/.installed
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
 	$(BIN)/python meta_train.py --task digits_mlp --out runs/demo --resume
-	$(BIN)/python eval.py --task digits_mlp --out report/demo --smoothing 10 \
+	$(BIN)/python eval.py --task digits_mlp --out report/demo --baseline adamw --baseline muon \
 		--optimizer "meta-trained=runs/demo" --optimizer default
 
 test: $(INSTALLED)

@@ -21,7 +21,7 @@ from gmn_lopt.cli import eval as evaluation
 from gmn_lopt.cli import meta_train
 from gmn_lopt.cli.command_line import parse
 from gmn_lopt.evaluation.protocol import mean_and_std
-from gmn_lopt.evaluation.report import markdown_table, spread
+from gmn_lopt.evaluation.tables import markdown_table, spread
 from gmn_lopt.meta.config import Config as Training
 from gmn_lopt.meta.run_directory import RunError
 from gmn_lopt.meta.stages import Stage, parse_stage
@@ -148,6 +148,7 @@ def table(config: Config, variants: Mapping[str, Variant], seeds: int) -> str:
             horizon=config.horizon,
             seeds=config.eval_seeds,
             timing_rounds=1,
+            protocol="paper",
         )
     )
     adam, *others = report["optimizers"]

@@ -5,7 +5,7 @@ import pytest
 from bench import estimators
 from bench.estimators import ABLATIONS, Config, main, make_variant
 from gmn_lopt.cli import meta_train
-from gmn_lopt.evaluation import protocol
+from gmn_lopt.evaluation import paper
 from gmn_lopt.util.errors import UsageError
 
 
@@ -18,7 +18,7 @@ def config(out, **changes):
 def finished(tmp_path_factory):
     out = tmp_path_factory.mktemp("estimators")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(protocol, "LEARNING_RATES", (0.001, 0.01))
+        patch.setattr(paper, "LEARNING_RATES", (0.001, 0.01))
         yield out, main(config(out, horizon=50))
 
 

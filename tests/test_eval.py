@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 import gmn_lopt
 from gmn_lopt.cli import eval as command
 from gmn_lopt.evaluation import evaluate as evaluation
+from gmn_lopt.evaluation import plots, runs
 from gmn_lopt.evaluation.timing import Timing
 from gmn_lopt.meta.task import Task
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
@@ -52,19 +54,24 @@ def task(monkeypatch):
 def trained(monkeypatch):
     """The names of the optimizers that have been trained, in order."""
     names: list[str] = []
-    train = evaluation.training_curves
+    train = runs.training_curves
 
     def count(task, candidate, *args, **kwargs):
         names.append(candidate.name)
         return train(task, candidate, *args, **kwargs)
 
-    monkeypatch.setattr(evaluation, "training_curves", count)
+    monkeypatch.setattr(runs, "training_curves", count)
     return names
 
 
 def config(out: Path, *optimizers: str, **changes) -> command.Config:
-    few = command.Config(task="two_weights", out=out, optimizer=optimizers, seeds=2, rates_at_once=10, timing_rounds=2)
-    return replace(few, **changes)
+    few = {"seeds": 2, "protocol": "paper", "trials_at_once": 10, "timing_rounds": 2}
+    return command.Config(**{"task": "two_weights", "out": out, "optimizer": optimizers} | few | changes)
+
+
+def without_pictures(monkeypatch):
+    monkeypatch.setattr(plots, "draw_curves", lambda *_: Figure())
+    monkeypatch.setattr(plots, "plot_trajectories", lambda *_: None)
 
 
 def without_times(report):
@@ -109,7 +116,7 @@ def test_a_second_run_computes_only_what_is_new(tmp_path, trained):
 
 
 def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsys):
-    train = evaluation.training_curves
+    train = runs.training_curves
 
     def interrupt(task, candidate, *args, **kwargs):
         if len(trained) == 1:
@@ -117,11 +124,11 @@ def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsy
         return train(task, candidate, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "training_curves", interrupt)
+        patch.setattr(runs, "training_curves", interrupt)
         with pytest.raises(KeyboardInterrupt):
             command.main(config(tmp_path / "a", LION))
-        arguments = f"--task two_weights --out {tmp_path / 'a'} --seeds 2 --rates-at-once 10 --optimizer {LION}".split()
-        assert command.cli(arguments) == 130
+        arguments = f"--task two_weights --out {tmp_path / 'a'} --seeds 2 --protocol paper --trials-at-once 10".split()
+        assert command.cli([*arguments, "--optimizer", LION]) == 130
     assert "the same command" in capsys.readouterr().err
     resumed = command.main(config(tmp_path / "a", LION))
     assert trained == ["adam", "adam", "lion(learning_rate=0.05)"]
@@ -133,8 +140,7 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
     monkeypatch.setattr(
         evaluation, "time_per_step", lambda task, everyone, **_: Timing(np.ones((len(everyone), 2)), False, 0.0)
     )
-    for name in ("plot_curves", "plot_trajectories"):
-        monkeypatch.setattr(evaluation.plots, name, lambda *_: None)
+    without_pictures(monkeypatch)
     params, batch = TASK.init(jax.random.key(0)), TASK.sample(jax.random.key(0), TASK.data["train"])
     structure = gmn_lopt.analyze(TASK.loss, params, batch)
     small = GradMetaNetConfig(width=4, set_layers=1, neuron_layers=0)
@@ -183,7 +189,12 @@ def test_learned_optimizers_come_from_a_run_a_directory_and_its_stages(tmp_path,
         ("--horizon 0", "--horizon must be at least 1"),
         ("--eval-every 4", "does not divide the horizon of 6 steps"),
         ("--smoothing 0", "--smoothing must be at least 1"),
-        ("--optimizer adam=optax:sgd:learning_rate=1", "'adam' is taken"),
+        ("--optimizer adamw=optax:sgd:learning_rate=1", "'adamw' is taken"),
+        ("--protocol paper --optimizer adam=optax:sgd:learning_rate=1", "'adam' is taken"),
+        ("--trials-at-once 0", "--trials-at-once must be at least 1"),
+        ("--baseline lion", "--baseline 'lion': there are adamw, nadamw, muon, soap, kron"),
+        ("--protocol paper --baseline adamw", "--baseline is for --protocol fair"),
+        ("--protocol mine", "--protocol"),
         (f"--optimizer {LION} --optimizer {LION}", "is taken"),
         ("--optimizer /no/such/place", "/no/such/place"),
         ("--optimizer tests", "config.json"),
@@ -249,8 +260,7 @@ def test_transfer_is_one_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
         evaluation, "time_per_step", lambda task, everyone, **_: Timing(np.ones((len(everyone), 2)), False, 0.0)
     )
-    for name in ("plot_curves", "plot_trajectories"):
-        monkeypatch.setattr(evaluation.plots, name, lambda *_: None)
+    without_pictures(monkeypatch)
     transfers = ("two_weights:scale=2, dims=(3, 4)", "two_weights:scale='a/b'")
     report = command.main(config(tmp_path / "out", LION, transfer=transfers))
     assert given == [
@@ -326,7 +336,7 @@ def test_other_settings_are_refused_and_nothing_is_lost(tmp_path, capsys):
     command.main(config(tmp_path))
     before = {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()}
     capsys.readouterr()
-    assert command.cli(["--task", "two_weights", "--out", str(tmp_path), "--seeds", "3"]) == 2
+    assert command.cli(["--task", "two_weights", "--out", str(tmp_path), "--protocol", "paper", "--seeds", "3"]) == 2
     error = capsys.readouterr().err
     assert re.search(r"seeds was \[0, 1\], is \[0, 1, 2\]", error)
     assert error.count("\n") == 1

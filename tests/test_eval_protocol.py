@@ -1,4 +1,4 @@
-"""The arithmetic of the evaluation protocol against curves made by hand."""
+"""The arithmetic of both protocols, and the report of the paper's, against curves made by hand."""
 
 import json
 import math
@@ -7,8 +7,10 @@ import numpy as np
 import optax
 import pytest
 
-from gmn_lopt.evaluation import protocol
+from gmn_lopt.evaluation import paper, protocol
+from gmn_lopt.evaluation.paper import Paper
 from gmn_lopt.evaluation.report import build_report, markdown, table
+from gmn_lopt.evaluation.runs import Tuned
 from gmn_lopt.evaluation.timing import Timing
 from gmn_lopt.evaluation.training import Candidate, Curves
 from gmn_lopt.util.errors import UsageError
@@ -31,21 +33,21 @@ def test_losses_that_are_not_finite_are_infinite_within_the_window_only():
         np.testing.assert_array_equal(smoothed, [[1, np.inf, np.inf, 4]])
 
 
-def test_target_is_the_first_step_with_the_best_loss():
-    goal = protocol.target(ADAM, STEPS)
+def test_the_papers_goal_is_the_first_step_with_the_best_loss():
+    of, goal = Paper().goal([ADAM], STEPS)
+    assert of == 0
     np.testing.assert_array_equal(goal.loss, [1, 1.2])
     np.testing.assert_array_equal(goal.step, [30, 50])
 
 
-def test_step_reduction_and_misses():
-    goal = protocol.target(ADAM, STEPS)
-    np.testing.assert_array_equal(protocol.step_reduction(ADAM, STEPS, goal), [1, 1])
+def test_first_steps_and_misses():
+    goal = np.array([1.0, 1.2])
+    np.testing.assert_array_equal(protocol.first_steps(ADAM, STEPS, goal), [30, 50])
     # Reaching the loss exactly counts, and reaching it counts even if the curve turns up again.
     faster = np.array([[2, 1.0, 9, 9, 9], [1.1, 9, 9, 9, 9]])
-    np.testing.assert_array_equal(protocol.step_reduction(faster, STEPS, goal), [1.5, 5])
+    np.testing.assert_array_equal(protocol.first_steps(faster, STEPS, goal), [20, 10])
     missing = protocol.smooth(np.array([[1.001] * 5, [9, np.nan, -np.inf, 9, 1.2]]), 1)
-    np.testing.assert_array_equal(protocol.step_reduction(missing, STEPS, goal), [np.nan, 1])
-    np.testing.assert_array_equal(protocol.first_steps(missing, STEPS, goal.loss), [np.nan, 50])
+    np.testing.assert_array_equal(protocol.first_steps(missing, STEPS, goal), [np.nan, 50])
 
 
 def test_tuning_takes_the_best_mean_over_seeds_of_the_best_loss():
@@ -57,13 +59,13 @@ def test_tuning_takes_the_best_mean_over_seeds_of_the_best_loss():
             [[0.0, 0.0], [np.inf, np.inf]],
         ]
     )
-    assert protocol.best_setting(curves) == 0
+    assert paper.best_setting(curves) == 0
     with pytest.raises(UsageError, match="finite"):
-        protocol.best_setting(curves[3:])
+        paper.best_setting(curves[3:])
 
 
 def test_the_grid_is_that_of_the_protocol():
-    np.testing.assert_allclose(protocol.LEARNING_RATES, np.linspace(0.0005, 0.01, 20))
+    np.testing.assert_allclose(paper.LEARNING_RATES, np.linspace(0.0005, 0.01, 20))
 
 
 def test_mean_and_std():
@@ -86,8 +88,10 @@ def report_of(*others: np.ndarray, smoothing: int = 1, loss_cap: float = 9.0, wa
     times = np.array([[1.0, 1.0, 100.0], *([4.0, 4.0, 100.0] for _ in others)]) / 1e3
     settings = {"task": "toy", "horizon": 50, "eval_every": 10, "smoothing": smoothing, "test_examples": 7}
     settings |= {"loss_cap": loss_cap, "seeds": [3, 4]}
-    grid = np.stack([ADAM + 1] * 19 + [ADAM])
-    return build_report(settings, {"jax": "1"}, grid, candidates, curves, Timing(times, True, waiting))
+    facts = {"name": "adam", "learning_rate": 0.01, "at_edge_of_grid": True}
+    facts["grid"] = [{"learning_rate": 0.01, "best_test_loss_mean": 1.1, "best_test_loss": [1.0, 1.2]}]
+    tuned, others = Tuned(candidates[:1], curves[:1], facts), list(zip(candidates, curves))[1:]
+    return build_report(settings, {"jax": "1"}, Paper(), tuned, others, Timing(times, True, waiting))
 
 
 def test_report_says_what_the_protocol_asks_for():

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 
-from gmn_lopt.evaluation.sources import adam
+from gmn_lopt.evaluation.paper import adam
 from gmn_lopt.evaluation.timing import time_per_step
 from gmn_lopt.evaluation.training import Candidate, mean_loss, run_keys, training_curves
 from gmn_lopt.meta.task import Task

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import optax
 import pytest
+from matplotlib.figure import Figure
 
 import gmn_lopt
 from gmn_lopt.cli import eval as evaluation
@@ -50,7 +51,7 @@ def trained(tmp_path_factory):
     run, report = place / "run", place / "report"
     assert meta_train.main(replace(RUN, out=run)) is True
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plots, "plot_curves", lambda *_: None)
+        patch.setattr(plots, "draw_curves", lambda *_: Figure())
         evaluation.main(
             evaluation.Config(
                 task="digits_mlp:hidden=8",
@@ -58,7 +59,8 @@ def trained(tmp_path_factory):
                 optimizer=(f"mine={run}", "optax:sgd:learning_rate=0.1"),
                 seeds=2,
                 horizon=6,
-                rates_at_once=20,
+                protocol="paper",
+                trials_at_once=20,
                 timing_rounds=2,
             )
         )
@@ -215,6 +217,14 @@ def test_what_cannot_be_shipped_is_refused_and_changes_nothing(trained, root, ch
     assert says in str(error.value)
     assert "\n" not in str(error.value)
     assert before == {path: path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_report_by_the_fair_protocol_is_not_for_a_card(trained, root, tmp_path):
+    report = json.loads(trained[1].read_text())
+    report["settings"]["protocol"] = "fair"
+    (tmp_path / "fair.json").write_text(json.dumps(report))
+    with pytest.raises(ShipError, match="gmn-eval --protocol paper: it is by the fair protocol"):
+        ship.main(config(trained, report=(tmp_path / "fair.json",)), root)
 
 
 def test_the_time_is_that_of_the_speeds():

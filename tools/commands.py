@@ -29,7 +29,7 @@ def continue_command(config: Config, name: str) -> str:
 
 
 def eval_command(settings: Mapping[str, Any], optimizer: str, rounds: int) -> str:
-    """The command that repeats an evaluation.
+    """The command that repeats an evaluation by the paper's protocol, which cards have.
 
     Args:
         settings: those of the report.
@@ -38,7 +38,7 @@ def eval_command(settings: Mapping[str, Any], optimizer: str, rounds: int) -> st
     """
     seeds, changed = settings["seeds"], settings.get("task_settings", {})
     task = format_spec(settings["task"], {k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})
-    words = ["gmn-eval", "--task", task, "--optimizer", optimizer]
+    words = ["gmn-eval", "--task", task, "--optimizer", optimizer, "--protocol", "paper"]
     words += ["--seeds", str(len(seeds)), "--first-seed", str(seeds[0])]
     for key in ("horizon", "eval_every", "smoothing"):
         words += [f"--{key.replace('_', '-')}", str(settings[key])]

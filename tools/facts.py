@@ -28,7 +28,7 @@ def measured(file: Path, name: str, digest: str) -> dict[str, Any]:
     """Read a report's numbers of one optimizer and of tuned Adam.
 
     Args:
-        file: a ``report.json`` of ``gmn-eval``.
+        file: a ``report.json`` of ``gmn-eval --protocol paper``.
         name: the name that the optimizer ships with.
         digest: of its meta-parameters, :func:`gmn_lopt.optimizers.saved.digest`; it finds the optimizer in the report.
 
@@ -41,6 +41,8 @@ def measured(file: Path, name: str, digest: str) -> dict[str, Any]:
     """
     try:
         report = read_json(file, most=LARGEST_REPORT)
+        if report["settings"].get("protocol", "paper") != "paper":
+            raise ValueError("it is by the fair protocol")
         settings, baseline, (adam, *others) = report["settings"], report["baseline"], report["optimizers"]
         rows = [row for row in others if row.get("digest") == digest]
         rounds = len(adam["seconds_per_step"]["rounds"])
@@ -52,7 +54,8 @@ def measured(file: Path, name: str, digest: str) -> dict[str, Any]:
             optimizers.append({**kept, "source": source, "command": eval_command(settings, source, rounds)})
         found = {"task": settings["task"], "settings": settings, "environment": report["environment"]}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ShipError(f"--report {file} is not a report.json of gmn-eval: {first_line(error)}") from None
+        what = "a report.json of gmn-eval --protocol paper"
+        raise ShipError(f"--report {file} is not {what}: {first_line(error)}") from None
     if not rows:
         there = ", ".join(f"{row['name']} from {row['source']}" for row in others) or "only Adam"
         raise ShipError(f"--report {file} did not measure these meta-parameters (it has {there}): evaluate them")

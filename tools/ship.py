@@ -42,7 +42,7 @@ class Config:
     description: str
     """One line on what it is."""
     report: Annotated[tuple[Path, ...], tyro.conf.UseAppendAction]
-    """A report.json of gmn-eval; repeat the flag for several."""
+    """A report.json of gmn-eval --protocol paper; repeat the flag for several."""
     hardware: str | None = None
     """What it was trained on, in words; default: what the run says, else this machine."""
     training: Path | None = None

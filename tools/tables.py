@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gmn_lopt.cli.command_line import parse
-from gmn_lopt.evaluation.report import spread, task_title
+from gmn_lopt.evaluation.report import task_title
+from gmn_lopt.evaluation.tables import spread
 from gmn_lopt.optimizers.saved import SHIPPED
 from gmn_lopt.optimizers.shipped import CARD_FILE
 from gmn_lopt.util.files import read_json, write_atomically

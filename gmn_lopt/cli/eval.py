@@ -1,13 +1,14 @@
-"""Evaluate optimizers against tuned Adam on a task.
+"""Evaluate optimizers against tuned and scheduled baselines on a task.
 
 gmn-eval --task digits_mlp --optimizer runs/digits --optimizer optax:lion:learning_rate=3e-4 --out report/
 
-Every optimizer trains from the same initialisations on the same batches. The report says how many times fewer steps
-than tuned Adam it takes to Adam's best test loss, and at what cost per step. Interrupt it at any time: the same command
-goes on where it stopped.
+AdamW, NAdamW, Muon, SOAP and PSGD-Kron, each with a warm-up and a cosine to zero, are tuned by validation loss, all
+with the same number of trials. Then every optimizer trains from the same initialisations on the same batches. The
+report says at which test loss each ends, and when it is at the best baseline's. Interrupt it at any time: the same
+command goes on where it stopped.
 
-Transfer, to other tasks or to other settings of the same one, is measured in the same command:
-gmn-eval --task cifar10_mlp --optimizer runs/c10 --transfer cifar100_mlp --transfer cifar10_mlp:hidden=64 ...
+Other horizons and batch sizes, and transfer to other tasks, are measured in the same command:
+gmn-eval --task cifar10_mlp --optimizer default --transfer cifar10_mlp:horizon=500,batch_size=16 --transfer cifar100_mlp
 """
 
 import importlib
@@ -40,7 +41,7 @@ class Config(EvaluationConfig):
         task: NAME or NAME:setting=value,setting=value, such as cifar10_mlp:hidden=64. The name of a file in tasks/,
             without .py, or package.module:make; the settings are the arguments of make().
         out: Directory for report.json, report.md, the pictures, and results/ (what an evaluation resumes from).
-        optimizer: An optimizer to compare with tuned Adam; repeat the flag for several. A run directory of
+        optimizer: An optimizer to compare with the baselines; repeat the flag for several. A run directory of
             gmn-meta-train, a directory saved by gmn_lopt.save, the name of a shipped optimizer, or
             optax:NAME:setting=value,setting=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4).
             Learned optimizers take learning_rate and weight_decay in the same way, runs/c10:learning_rate=3e-3. LABEL=
@@ -55,6 +56,7 @@ class Config(EvaluationConfig):
     out: Path
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     transfer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
+    baseline: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     data_dir: str | None = None
 
     def check(self) -> None:
@@ -86,7 +88,7 @@ def main(config: Config) -> dict[str, Any]:
     problems = [problem_of(config, out, *task) for out, task in places.items()]
     reports = []
     for problem in problems:
-        report, files = evaluate(problem)
+        report, _, files = evaluate(problem)
         reports.append(report)
         print(table(report))
         print("wrote " + ", ".join(map(str, files)))

@@ -1,1 +1,5 @@
-"""Evaluation: optimizers against tuned Adam, on the same initialisations and the same batches."""
+"""Evaluation: optimizers against tuned baselines, on the same initialisations and the same batches."""
+
+from gmn_lopt.evaluation.comparison import Comparison, compare
+
+__all__ = ["Comparison", "compare"]

@@ -1,4 +1,4 @@
-"""Optimizers against tuned Adam on one task, from what is asked for to the report.
+"""Optimizers against tuned baselines on one task, from what is asked for to the report.
 
 Finished parts are files, see :mod:`gmn_lopt.evaluation.results`: an interrupted evaluation goes on where it stopped.
 """
@@ -11,20 +11,25 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
+from matplotlib.figure import Figure
 
 from gmn_lopt.evaluation import plots, protocol
-from gmn_lopt.evaluation.report import build_report, markdown, task_title
+from gmn_lopt.evaluation.baselines import BASELINES
+from gmn_lopt.evaluation.fair import Fair
+from gmn_lopt.evaluation.paper import Paper
+from gmn_lopt.evaluation.report import build_report, goal_of, markdown, task_title
 from gmn_lopt.evaluation.results import Results
-from gmn_lopt.evaluation.sources import adam, find_candidates
+from gmn_lopt.evaluation.runs import Runs, weights
+from gmn_lopt.evaluation.sources import find_candidates
 from gmn_lopt.evaluation.timing import Timing, time_per_step
-from gmn_lopt.evaluation.training import Candidate, Curves, training_curves
+from gmn_lopt.evaluation.training import Candidate
 from gmn_lopt.meta.task import Task, measured_on
 from gmn_lopt.util.checks import LONGEST_HORIZON, shown
 from gmn_lopt.util.errors import UsageError
@@ -34,7 +39,7 @@ from gmn_lopt.util.progress import progress
 
 LIMITS = {
     **dict.fromkeys(("horizon", "eval_every", "smoothing"), LONGEST_HORIZON),
-    **dict.fromkeys(("seeds", "rates_at_once", "timing_rounds"), 10_000),
+    **dict.fromkeys(("seeds", "trials_at_once", "timing_rounds"), 10_000),
     "first_seed": 2**31,
 }
 """The largest values of what is counted."""
@@ -48,6 +53,10 @@ class EvaluationConfig:
     """How to evaluate.
 
     Attributes:
+        protocol: fair: tuned and scheduled baselines, compared at the end of the horizon. paper: steps to the best test
+            loss of Adam, tuned at a constant rate, for the paper's table.
+        baseline: A baseline of the fair protocol, adamw, nadamw, muon, soap or kron; repeat the flag for several.
+            Default: all.
         split: The split that stands for the test split: test, or valid, to choose between optimizers (with seeds of
             its own, --first-seed 100) without looking at what they are judged by.
         seeds: Number of seeds (initialisations and batch orders).
@@ -56,18 +65,22 @@ class EvaluationConfig:
         eval_every: Steps between test losses, a divisor of the horizon; default: 1 up to a horizon of 500, beyond it
             the largest divisor of the horizon up to 10.
         smoothing: Window of the trailing running mean over test losses, in evaluations; 1: none. The same for all,
-            Adam included.
-        rates_at_once: Learning rates of Adam's grid trained at once, each with all seeds; fewer need less memory.
+            baselines included.
+        trials_at_once: Settings of a baseline trained at once, each with all its seeds; fewer need less memory. In the
+            fair protocol it is a round of the search, which ends when the best is inside the grid for each baseline.
+            Default: 9, in the paper's protocol 5.
         timing_rounds: Rounds in which the time per step of all optimizers is measured in turn.
     """
 
+    protocol: Literal["fair", "paper"] = "fair"
+    baseline: tuple[str, ...] = ()
     split: Literal["test", "valid"] = "test"
     seeds: int = 5
     first_seed: int = 0
     horizon: int | None = None
     eval_every: int | None = None
     smoothing: int = 1
-    rates_at_once: int = 5
+    trials_at_once: int | None = None
     timing_rounds: int = 11
 
     def check(self) -> None:
@@ -77,6 +90,19 @@ class EvaluationConfig:
             if value is not None and not least <= value <= most:
                 flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} must be at least {least} and at most {most}, not {shown(value)}")
+        known = [baseline.name for baseline in BASELINES]
+        for name in self.baseline:
+            if name not in known:
+                raise UsageError(f"--baseline {shown(name)}: there are {', '.join(known)}")
+        if self.baseline and self.protocol == "paper":
+            raise UsageError("--baseline is for --protocol fair: the paper's is Adam")
+
+    def make_protocol(self) -> Fair | Paper:
+        """The protocol with its settings."""
+        at_once = {"at_once": self.trials_at_once} if self.trials_at_once else {}
+        if self.protocol == "paper":
+            return Paper(**at_once)
+        return Fair(tuple(b for b in BASELINES if not self.baseline or b.name in self.baseline), **at_once)
 
 
 @dataclass(frozen=True)
@@ -84,6 +110,7 @@ class Problem:
     """One task on which optimizers are evaluated, checked and ready to go."""
 
     config: EvaluationConfig
+    protocol: Fair | Paper
     task: Task  # its horizon and its test split as the configuration wants them
     candidates: list[Candidate]
     settings: dict[str, Any]  # what the results depend on beside the optimizers
@@ -117,6 +144,7 @@ def prepare(
     if task.horizon % eval_every:
         raise UsageError(f"--eval-every {eval_every} does not divide the horizon of {task.horizon} steps")
     optional = {
+        "protocol": config.protocol if config.protocol != "paper" else None,
         "split": config.split if config.split != "test" else None,
         "task_settings": dict(task_settings or {}),
         "test_subset": task.test_subset,
@@ -135,54 +163,47 @@ def prepare(
         "device": jax.devices()[0].device_kind,
         **{key: value for key, value in optional.items() if value},
     }
-    candidates = find_candidates(optimizers, task)
-    return Problem(config, task, candidates, settings, Results(out / "results", settings), out)
+    by = config.make_protocol()
+    candidates = find_candidates(optimizers, task, by.names)
+    return Problem(config, by, task, candidates, settings, Results(out / "results", settings), out)
 
 
-def evaluate(problem: Problem) -> tuple[dict[str, Any], list[Path]]:
-    """Evaluate the optimizers, and write the report; returns the report and the files."""
-    settings, out = problem.settings, problem.out
-    grid, curves = train(problem)
-    best = protocol.best_setting(protocol.smooth(grid.test_loss, settings["smoothing"]))
-    rate = protocol.LEARNING_RATES[best]
-    baseline = replace(_baseline([rate]), source=f"optax:adam:learning_rate={rate:g}", hyper=jnp.array(rate))
-    everyone, curves = [baseline, *problem.candidates], [Curves(*(part[best] for part in grid)), *curves]
-    report = build_report(settings, _environment(), grid.test_loss, everyone, curves, time_steps(problem, everyone))
-    pictures, title, named = ["curves.png"], task_title(settings), dict(zip((c.name for c in everyone), curves))
-    steps = np.array(report["curves"]["steps"])
-    plots.plot_curves(out / "curves.png", title, steps, settings["smoothing"], named)
-    if _weights(problem.task) == 2:
+class Evaluation(NamedTuple):
+    """What an evaluation found.
+
+    Attributes:
+        report: everything, a JSON value.
+        figure: the test-loss curves.
+        files: what was written.
+    """
+
+    report: dict[str, Any]
+    figure: Figure
+    files: list[Path]
+
+
+def evaluate(problem: Problem) -> Evaluation:
+    """Evaluate the optimizers, and write the report."""
+    task, settings, out, by = problem.task, problem.settings, problem.out, problem.protocol
+    runs = Runs(task, settings["seeds"], settings["eval_every"], problem.results)
+    tuned = by.tune(runs, settings["smoothing"])
+    own = runs.train({f"optimizer {candidate.name}": candidate for candidate in problem.candidates})
+    everyone = [*tuned.candidates, *problem.candidates]
+    timing, others = time_steps(problem, everyone), list(zip(problem.candidates, own))
+    report = build_report(settings, _environment(), by, tuned, others, timing)
+
+    pictures, title, baselines = ["curves.png"], task_title(settings), len(tuned.candidates)
+    named = dict(zip((candidate.name for candidate in everyone), [*tuned.curves, *own]))
+    steps = protocol.evaluation_steps(task.horizon, settings["eval_every"])
+    _, goal = by.goal([protocol.smooth(each.test_loss, settings["smoothing"]) for each in tuned.curves], steps)
+    figure = plots.draw_curves(title, steps, settings["smoothing"], named, baselines, goal_of(report), goal.loss)
+    figure.savefig(out / "curves.png", bbox_inches="tight")
+    if weights(task) == 2:
         pictures.append("trajectories.png")
-        plots.plot_trajectories(out / "trajectories.png", title, _loss_at(problem.task), settings["seeds"], named)
+        plots.plot_trajectories(out / "trajectories.png", title, _loss_at(task), settings["seeds"], named, baselines)
     write_atomically(out / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())
     write_atomically(out / "report.md", markdown(report, pictures).encode())
-    return report, [out / name for name in ("report.json", "report.md", *pictures)]
-
-
-def train(problem: Problem) -> tuple[Curves, list[Curves]]:
-    """The curves of Adam's grid, ``[rates, ...]``, and of each optimizer; trained where not done before."""
-    task, results, seeds, n = problem.task, problem.results, problem.settings["seeds"], problem.config.rates_at_once
-    parts = [protocol.LEARNING_RATES[i : i + n] for i in range(0, len(protocol.LEARNING_RATES), n)]
-    units = {f"adam {part[0]:g}-{part[-1]:g}": (_baseline(part), len(part)) for part in parts}
-    units |= {f"optimizer {candidate.name}": (candidate, 0) for candidate in problem.candidates}
-    found = {name: results.load(name, candidate.fingerprint) for name, (candidate, _) in units.items()}
-    pending = sum(max(1, units[name][1]) for name, arrays in found.items() if arrays is None)
-    curves = []
-    total = pending * len(seeds) * task.horizon
-    with progress(total, "training", "steps", scale=True, disable=not pending) as bar:
-        for name, (candidate, rates) in units.items():
-            arrays = found[name]
-            if arrays is None:
-                bar.set_description(candidate.name, refresh=False)
-                arrays = training_curves(
-                    *(task, candidate, seeds, problem.settings["eval_every"]),
-                    grid=rates > 0,
-                    record_weights=_weights(task) == 2,
-                    progress=bar.update,
-                )._asdict()
-                results.save(name, candidate.fingerprint, arrays)
-            curves.append(Curves(**arrays))
-    return Curves(*(np.concatenate(each) for each in zip(*curves[: len(parts)]))), curves[len(parts) :]
+    return Evaluation(report, figure, [out / name for name in ("report.json", "report.md", *pictures)])
 
 
 def time_steps(problem: Problem, everyone: Sequence[Candidate]) -> Timing:
@@ -191,20 +212,12 @@ def time_steps(problem: Problem, everyone: Sequence[Candidate]) -> Timing:
     fingerprint = " ".join([f"{rounds} rounds", *(candidate.fingerprint for candidate in everyone)])
     timed = problem.results.load("timing", fingerprint)
     if timed is None:
-        on_one_core = jax.default_backend() == "cpu" and _weights(problem.task) < SMALL
+        on_one_core = jax.default_backend() == "cpu" and weights(problem.task) < SMALL
         with progress(rounds * len(everyone), "time per step", "rounds") as bar:
             timing = time_per_step(problem.task, everyone, rounds=rounds, on_one_core=on_one_core, progress=bar.update)
         timed = {name: np.asarray(value) for name, value in timing._asdict().items()}
         problem.results.save("timing", fingerprint, timed)
     return Timing(timed["seconds"], bool(timed["one_core"]), float(timed["waiting"]))
-
-
-def _baseline(rates: Sequence[float]) -> Candidate:
-    return Candidate("adam", "", "adam", adam, jnp.array(rates))
-
-
-def _weights(task: Task) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(jax.eval_shape(task.init, jax.random.key(0))))
 
 
 def _loss_at(task: Task) -> Callable[[np.ndarray], np.ndarray]:

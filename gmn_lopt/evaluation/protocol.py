@@ -1,8 +1,6 @@
-"""The evaluation protocol's arithmetic: smoothing, the tuned baseline, and the step reduction factor.
+"""The arithmetic of both protocols: smoothing, what has to be reached, and when it is.
 
-Step reduction as in GradMetaNet's learned-optimizer experiments (arXiv:2507.01649): how many times fewer steps than
-tuned Adam an optimizer takes to Adam's best test loss. Everything here is NumPy, arrays in, arrays
-out. Curves have one row per seed; ``S`` seeds, ``E`` evaluations.
+Everything here is NumPy, arrays in, arrays out. Curves have one row per seed; ``S`` seeds, ``E`` evaluations.
 """
 
 from typing import NamedTuple
@@ -10,18 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float, Int
 
-from gmn_lopt.util.errors import UsageError
-
-LEARNING_RATES = tuple(0.0005 * j for j in range(1, 21))
-"""The grid that Adam is tuned on."""
-
 
 class Target(NamedTuple):
     """What an optimizer has to reach, for each seed.
 
     Attributes:
-        loss: the baseline's best (smoothed) test loss.
-        step: the step at which the baseline first has it.
+        loss: a (smoothed) test loss of a baseline.
+        step: the step at which the baseline has it.
     """
 
     loss: Float[np.ndarray, "S"]
@@ -52,36 +45,12 @@ def smooth(curves: Float[np.ndarray, "*n E"], window: int) -> Float[np.ndarray, 
     return total / np.minimum(np.arange(curves.shape[-1]) + 1, window)
 
 
-def best_setting(curves: Float[np.ndarray, "H S E"]) -> int:
-    """The setting of a grid with the best mean over seeds of the best test loss (the first of equals).
-
-    Raises:
-        UsageError: if no setting has a finite loss on every seed.
-    """
-    means = curves.min(axis=2).mean(axis=1)
-    if not np.isfinite(means).any():
-        raise UsageError("no learning rate of Adam's grid reaches a finite test loss on every seed: check the task")
-    return int(np.argmin(means))
-
-
-def target(curves: Float[np.ndarray, "S E"], steps: Int[np.ndarray, "E"]) -> Target:
-    """The baseline's best test loss ``L*`` of each seed and the first step ``n`` that reaches it."""
-    return Target(curves.min(axis=1), steps[np.argmin(curves, axis=1)])
-
-
 def first_steps(
     curves: Float[np.ndarray, "S E"], steps: Int[np.ndarray, "E"], loss: Float[np.ndarray, "S"]
 ) -> Float[np.ndarray, "S"]:
     """The first step with test loss at most ``loss``, for each seed; NaN for a miss."""
     reached = curves <= loss[:, None]
     return np.where(reached.any(axis=1), steps[np.argmax(reached, axis=1)], np.nan)
-
-
-def step_reduction(
-    curves: Float[np.ndarray, "S E"], steps: Int[np.ndarray, "E"], goal: Target
-) -> Float[np.ndarray, "S"]:
-    """The step reduction factor of each seed: the baseline's step over the first step to its loss; NaN for a miss."""
-    return goal.step / first_steps(curves, steps, goal.loss)
 
 
 def mean_and_std(values: Float[np.ndarray, "n"]) -> dict[str, float | None]:

@@ -23,11 +23,6 @@ from gmn_lopt.util.spec import parse_spec, split_label
 OPTAX = "optax:"
 
 
-def adam(learning_rate: Any) -> optax.GradientTransformation:
-    """The baseline, Adam with optax's defaults."""
-    return optax.adam(learning_rate)
-
-
 @dataclass(frozen=True, eq=False)
 class _Learned:
     """Makes a learned optimizer with fixed settings.
@@ -42,7 +37,7 @@ class _Learned:
         return self.lopt.optimizer(hyper, **self.settings)
 
 
-def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
+def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ()) -> list[Candidate]:
     """Find all optimizers that ``--optimizer`` names and check that they can train the task.
 
     Args:
@@ -50,6 +45,7 @@ def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
             of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
             ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer.
         task: the task they are to train. Its model is analysed if there is a learned optimizer.
+        taken: names that are not theirs to have, those of the baselines.
 
     Raises:
         UsageError: in one line, if one cannot be found, read, or applied to this task, or two have one name.
@@ -65,7 +61,7 @@ def find_candidates(specs: Sequence[str], task: Task) -> list[Candidate]:
                 structure = structure or task_structure(task)
                 candidate = _learned(source, place, settings, structure, found)
             candidate = replace(candidate, name=label or candidate.name)
-            if candidate.name in ("adam", *(other.name for other in found)):
+            if candidate.name in (*taken, *(other.name for other in found)):
                 raise ValueError(f"the name {candidate.name!r} is taken; put another label in front, LABEL=...")
             _check(candidate, task)
         except (ValueError, OSError, KeyError, TypeError) as error:

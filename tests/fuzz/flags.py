@@ -63,7 +63,7 @@ TRAIN_WORDS = (
     ),
 )
 EVAL_NUMBERS = (
-    *("--seeds {}", "--first-seed {}", "--horizon {}", "--eval-every {}", "--smoothing {}", "--rates-at-once {}"),
+    *("--seeds {}", "--first-seed {}", "--horizon {}", "--eval-every {}", "--smoothing {}", "--trials-at-once {}"),
     *("--timing-rounds {}", "--task linear_regression:batch_size={}", "--transfer linear_regression:horizon={}"),
     *("--optimizer optax:adam:learning_rate={}", "--optimizer default:learning_rate={}"),
     *("--optimizer default:weight_decay={}"),
@@ -73,6 +73,8 @@ EVAL_WORDS = (
     *(
         "--optimizer optax:adam:b1={},learning_rate=0.1",
         "--split {}",
+        "--protocol {}",
+        "--baseline {}",
         "--data-dir {}",
         "--{}",
         "{}",
@@ -106,7 +108,7 @@ def run(name: str, flags: list[str]) -> None:
             command(meta_train.cli, [*TRAIN, *flags])
     else:
         with (
-            mock.patch.object(evaluation, "evaluate", lambda problem: ({}, [])),
+            mock.patch.object(evaluation, "evaluate", lambda problem: ({}, None, [])),
             mock.patch.object(evaluation, "table", lambda report: ""),
             mock.patch.object(evaluation, "transfer_table", lambda reports: ""),
         ):
