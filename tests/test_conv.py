@@ -132,7 +132,7 @@ CASES = [
     ("muon", "grouped"),
     ("ds+gmn", "MobileNet"),
     ("unf+gmn", "haiku ResNet"),
-    ("unf+gmn", "grouped"),
+    ("unf+gmn", "scanned, grouped"),
     ("ds+gmn++", "grouped"),
 ]
 
