@@ -21,8 +21,9 @@ from jaxtyping import PyTree
 from gmn_lopt.meta import metrics
 from gmn_lopt.meta.processes import from_first, is_first
 from gmn_lopt.meta.stages import MOST_META_STEPS
+from gmn_lopt.util.directories import is_litter, remove_litter
 from gmn_lopt.util.errors import FileError, OneLine, first_line
-from gmn_lopt.util.files import is_litter, read_json, read_regular, remove_litter, write_atomically
+from gmn_lopt.util.files import read_json, read_regular, write_atomically
 
 _CONFIG, _COMPLETE, _LOCK, _CHECKSUMS = "config.json", "COMPLETE", ".lock", "checksums.json"
 
