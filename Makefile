@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz lint docs bench clean
+.PHONY: demo test fuzz kill lint docs bench clean
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
@@ -18,13 +18,17 @@ test: $(INSTALLED)
 fuzz: $(INSTALLED)
 	PYTHONPATH=tests:. $(BIN)/python -m fuzz
 
+# A thousand kills of meta-training runs; interrupted, it goes on where it stopped.
+kill: $(INSTALLED)
+	PYTHONPATH=tests:. $(BIN)/python -m fuzz.kills
+
 # mypy is shown the checkout as it is installed, where the folder tasks/ is gmn_lopt.tasks.
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	@rm -rf build/typed && mkdir -p build/typed/gmn_lopt
 	@ln -s $(CURDIR)/gmn_lopt/* $(CURDIR)/tasks build/typed/gmn_lopt
-	@ln -s $(addprefix $(CURDIR)/,bench examples tools eval.py meta_train.py) build/typed
+	@ln -s $(addprefix $(CURDIR)/,bench examples tools gmn_commands.py eval.py meta_train.py) build/typed
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 	$(BIN)/python -m pytest tests/test_imports.py
 

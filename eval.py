@@ -1,6 +1,6 @@
 """``gmn-eval`` in a checkout, see gmn_lopt/cli/eval.py."""
 
-from gmn_lopt.cli.eval import cli
+from gmn_commands import evaluate
 
 if __name__ == "__main__":
-    raise SystemExit(cli())
+    raise SystemExit(evaluate())

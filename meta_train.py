@@ -1,8 +1,6 @@
-"""Meta-train a learned optimizer on a task: gmn_lopt/cli/meta_train.py from a checkout."""
+"""``gmn-meta-train`` in a checkout, see gmn_lopt/cli/meta_train.py."""
 
-import sys
-
-from gmn_lopt.cli.meta_train import cli
+from gmn_commands import meta_train
 
 if __name__ == "__main__":
-    sys.exit(cli())
+    raise SystemExit(meta_train())

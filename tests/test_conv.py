@@ -133,7 +133,7 @@ CASES = [
     ("muon", "grouped"),
     ("ds+gmn", "MobileNet"),
     ("unf+gmn", "haiku ResNet"),
-    ("unf+gmn", "grouped"),
+    ("unf+gmn", "scanned, grouped"),
     ("ds+gmn++", "grouped"),
 ]
 

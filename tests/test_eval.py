@@ -1,7 +1,10 @@
 """The evaluation from the command line to the report: resuming, refusing, and what is written."""
 
 import json
+import os
 import re
+import signal
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +15,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import gmn_lopt
+from gmn_lopt.cli import command_line
 from gmn_lopt.cli import eval as command
 from gmn_lopt.evaluation import evaluate as evaluation
 from gmn_lopt.evaluation import plots, runs
@@ -48,6 +52,14 @@ TASK = two_weights()  # made once: its functions are what compiled programs are 
 def task(monkeypatch):
     monkeypatch.setattr(command, "load_task", lambda name, data_dir: TASK)
     monkeypatch.setattr(command, "task_file", lambda name: Path(__file__))
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    """Ctrl-C is heard, also where the tests run in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture
@@ -115,12 +127,12 @@ def test_a_second_run_computes_only_what_is_new(tmp_path, trained):
     assert trained[4:] == ["other"]
 
 
-def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsys):
+def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capfd):
     train = runs.training_curves
 
     def interrupt(task, candidate, *args, **kwargs):
         if len(trained) == 1:
-            raise KeyboardInterrupt
+            os.kill(os.getpid(), signal.SIGINT)
         return train(task, candidate, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -128,8 +140,12 @@ def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capsy
         with pytest.raises(KeyboardInterrupt):
             command.main(config(tmp_path / "a", LION))
         arguments = f"--task two_weights --out {tmp_path / 'a'} --seeds 2 --protocol paper --trials-at-once 10".split()
-        assert command.cli([*arguments, "--optimizer", LION]) == 130
-    assert "the same command" in capsys.readouterr().err
+        patch.setattr(command_line.os, "_exit", sys.exit)
+        with pytest.raises(SystemExit) as ended:
+            command.cli([*arguments, "--optimizer", LION])
+    assert ended.value.code == 130
+    said = capfd.readouterr().err.splitlines()
+    assert f"gmn-eval: interrupted; the same command goes on from what is in {tmp_path / 'a'}" in said
     resumed = command.main(config(tmp_path / "a", LION))
     assert trained == ["adam", "adam", "lion(learning_rate=0.05)"]
     assert without_times(resumed) == without_times(command.main(config(tmp_path / "b", LION)))

@@ -98,6 +98,7 @@ def test_all_packages_are_installed():
     packages = {module for module, file in modules().items() if file.name == "__init__.py"}
     assert set(config["options"]["packages"].split()) == packages
     assert max(package.count(".") for package in packages) <= 2
+    assert config["options"]["py_modules"].split() == ["gmn_commands"]
 
 
 def test_nothing_is_put_on_the_path():

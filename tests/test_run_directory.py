@@ -161,6 +161,14 @@ def test_litter_is_removed_when_a_run_is_opened(tmp_path):
     assert load_recipe(tmp_path / "optimizer") == load_recipe("default")
 
 
+def test_checkpoints_that_are_not_to_be_kept_go_when_a_run_is_opened(run):
+    """As the next one would have removed them, had the process not been killed before."""
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    for keep_period, left in ((2, {"2", "4"}), (3, {"4"})):
+        RunDirectory(run, settings, {}, True, ("resume",), 1, keep_period).close()
+        assert {path.name for path in (run / "checkpoints").iterdir()} == left
+
+
 def test_litter_of_another_process_stays_while_it_has_the_run(tmp_path):
     with opened(tmp_path):
         (tmp_path / ".config.json.4711.partial").write_text("half")
@@ -194,6 +202,18 @@ def test_a_full_disk_ends_in_one_line(run, tmp_path):
             here._metrics._lines.close()
             here._metrics._lines = open("/dev/full", "w")  # noqa: SIM115
             here.log({"meta_step": 5, "loss": 0.5})
+
+
+def test_a_checkpoint_for_which_the_disk_is_too_full_is_not_begun(run, monkeypatch, capfd):
+    """Begun, it would be orbax that says so, in several threads and a hundred lines."""
+    settings = json.loads((run / "config.json").read_text())["settings"]
+    message = r"^cannot save the checkpoint of meta-step 6 .*: No space left on device; earlier checkpoints are intact"
+    with pytest.raises(RunError, match=message), opened(run, **settings) as here:
+        monkeypatch.setattr(os, "posix_fallocate", full)
+        monkeypatch.setattr(here._checkpoints, "save", None)
+        here.save(6, runs.saved_state(6))
+    monkeypatch.undo()
+    assert runs.read(run)[1] == 4 and not capfd.readouterr().err
 
 
 def test_an_ascii_terminal_gets_one_line():

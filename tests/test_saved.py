@@ -30,7 +30,7 @@ from gmn_lopt import (
     SetReader,
 )
 from gmn_lopt.optimizers import saved as saved_module
-from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, save
+from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, load_recipe, save
 
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)
@@ -113,6 +113,23 @@ def test_a_failing_save_leaves_what_was_there(saved, monkeypatch):
         save(saved, lopt, lopt.init(jax.random.key(0)))
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
     assert [p.name for p in saved.parent.iterdir()] == ["saved"]
+
+
+def test_what_stepped_aside_for_another_is_loaded(saved):
+    """Where a file system cannot exchange directories: the state between two renames, in which a kill may leave it."""
+    expected = load_learned(saved, STRUCTURE)[0]
+    saved.rename(saved.with_name(".saved.old-abcdefgh"))
+    saved.with_name(".saved.old-empty123").mkdir()
+    assert load_learned(saved, STRUCTURE)[0] == expected and load_recipe(saved) == Recipe.of(expected)
+    with pytest.raises(SerializationError, match="other is neither a directory nor a shipped optimizer"):
+        load(saved.with_name("other"), STRUCTURE)
+
+
+def test_more_weights_than_can_be_loaded_are_not_saved(saved, monkeypatch):
+    monkeypatch.setattr(saved_module, "LARGEST_WEIGHTS", 1000)
+    lopt = LearnedOptimizer(STRUCTURE, residual=small())
+    with pytest.raises(SerializationError, match=r"cannot save .*saved: \d+ bytes of weights, more than 1000"):
+        save(saved, lopt, lopt.init(jax.random.key(0)))
 
 
 def test_nothing_else_is_overwritten(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import transformers
 from optimizing import lively, play, relative_difference, small
 
-from gmn_lopt import LearnedOptimizer, SetReader, analyze, value_grad_and_factors
+from gmn_lopt import UNF, LearnedOptimizer, SetReader, analyze, value_grad_and_factors
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 
 LIBRARIES = {"haiku": "haiku", "equinox": "equinox"}
@@ -88,6 +88,23 @@ def test_permuting_neurons_permutes_the_update(scan):
 
     assert relative_difference(updates(move_values(params)), move_values(reference)) < 1e-3
     assert relative_difference(move_values(reference), reference) > 1e-2
+
+
+@pytest.mark.parametrize("reader", [None, SetReader(GradMetaNetConfig(4, 1, product_width=4, out_features=3))])
+def test_neurons_of_each_stacked_layer_permute_the_update_of_unf(reader):
+    """Each layer's in another way, as ``permute.draw`` does where a space has a stack."""
+    loss, params, args = transformers.plain(scan=True)
+    structure = analyze(loss, params, *args)
+    stacked = {i for i, space in enumerate(structure.spaces) if space.stack and space.permutable and space.size > 2}
+    assert len(stacked) > 2
+    lopt = LearnedOptimizer(structure, residual=small(network=UNF(4, 2), gradmetanet=reader))
+    phi = lively(lopt)
+    differentiate = jax.jit(value_grad_and_factors(loss))
+    update = lambda params: play(lopt, phi, [(params, *differentiate(params, *args)[1:])])[0]  # noqa: E731
+    permutations = permute.draw(structure, 3)
+    assert all(np.any(permutations[i][0] != permutations[i][1]) for i in stacked)
+    moved = update(permute.parameters(structure, permutations, params))
+    assert relative_difference(moved, permute.parameters(structure, permutations, update(params))) < 1e-3
 
 
 def test_nothing_of_the_size_of_the_vocabulary_but_parameters_and_the_logits_themselves():

@@ -10,7 +10,7 @@ import unf_reference
 from gmn_lopt.networks.initialization import init_weights
 from gmn_lopt.networks.unf import EquivariantLinear
 
-# The spaces of each leaf, and the sizes of the spaces.
+# The spaces of each leaf, the sizes of the spaces, and along which others a space is stacked.
 CASES = {
     "two layers": (((1,), (0, 1), (2,), (1, 2)), {0: 2, 1: 3, 2: 2}),
     "a space twice in a leaf": (((0, 0), (0,)), {0: 4}),
@@ -19,7 +19,21 @@ CASES = {
     "recurrent, with a scalar": (((0, 1), (1, 1), (1,), ()), {0: 2, 1: 4}),
     "a space thrice in a leaf": (((0, 0, 0),), {0: 3}),
     "heads": (((0, 1, 2), (1, 2), (1, 2, 0)), {0: 3, 1: 2, 2: 2}),
+    "stacked": (((0, 1, 2), (0, 2), (2, 0, 1), (1,)), {0: 2, 1: 2, 2: 2}, {2: (0,)}),
+    "stacked and recurrent": (((0, 1, 1), (0, 1)), {0: 2, 1: 4}, {1: (0,)}),
+    "a stack of stacks": (((0, 1, 2, 3), (0, 1, 3)), {0: 2, 1: 2, 2: 2, 3: 2}, {3: (0, 1)}),
+    "stacked, its stack twice in a leaf": (((0, 0, 1), (0, 1)), {0: 4, 1: 2}, {1: (0,)}),
 }
+
+
+def case(name):
+    """The leaves, the sizes, and the stacks, if there are any."""
+    leaves, sizes, *stacks = CASES[name]
+    return leaves, sizes, stacks[0] if stacks else {}
+
+
+def layer(leaves, stacks, in_features, out_features):
+    return EquivariantLinear(leaves, in_features, out_features, tuple(stacks.items()))
 
 
 def shapes_of(leaves, sizes):
@@ -28,29 +42,29 @@ def shapes_of(leaves, sizes):
 
 def random_case(name, in_features=3, out_features=2):
     """A layer, weights that are all different, and features."""
-    leaves, sizes = CASES[name]
+    leaves, sizes, stacks = case(name)
     rng = np.random.default_rng(0)
     draw = lambda shape: jnp.asarray(rng.normal(size=shape), jnp.float32)  # noqa: E731
     inputs = [draw((*shape, in_features)) for shape in shapes_of(leaves, sizes)]
-    module = EquivariantLinear(leaves, in_features, out_features)
+    module = layer(leaves, stacks, in_features, out_features)
     weights = jax.tree.map(lambda w: draw(w.shape), jax.eval_shape(module.init, jax.random.key(0), inputs)["params"])
     return module, weights, inputs
 
 
-def all_maps(leaves, sizes):
+def all_maps(leaves, sizes, stacks):
     """The matrices of the layer, for each weight alone, and the constants, for each bias alone."""
-    module, shapes = EquivariantLinear(leaves, 1, 1), shapes_of(leaves, sizes)
+    module, shapes = layer(leaves, stacks, 1, 1), shapes_of(leaves, sizes)
     zeros = [np.zeros((*shape, 1), np.float32) for shape in shapes]
     weights = jax.eval_shape(module.init, jax.random.key(0), zeros)
     flat, unflatten = jax.flatten_util.ravel_pytree(jax.tree.map(lambda w: jnp.zeros(w.shape), weights))
     flat_inputs, unflatten_inputs = jax.flatten_util.ravel_pytree(zeros)
 
-    def layer(weights, inputs):
+    def apply(weights, inputs):
         return jax.flatten_util.ravel_pytree(module.apply(unflatten(weights), unflatten_inputs(inputs)))[0]
 
     def one(weights):
-        constant = layer(weights, flat_inputs)
-        return jax.vmap(lambda x: layer(weights, x) - constant)(jnp.eye(flat_inputs.size)), constant
+        constant = apply(weights, flat_inputs)
+        return jax.vmap(lambda x: apply(weights, x) - constant)(jnp.eye(flat_inputs.size)), constant
 
     matrices, constants = jax.jit(jax.vmap(one))(jnp.eye(flat.size))
     return np.asarray(matrices).reshape(flat.size, -1), np.asarray(constants)
@@ -58,8 +72,8 @@ def all_maps(leaves, sizes):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_layer_spans_all_equivariant_maps(name):
-    maps, constants = all_maps(*CASES[name])
-    dimension, constant_dimension = unf_reference.group_dimension(*CASES[name])
+    maps, constants = all_maps(*case(name))
+    dimension, constant_dimension = unf_reference.group_dimension(*case(name))
     assert np.linalg.matrix_rank(maps, tol=1e-4) == dimension
     assert np.linalg.matrix_rank(constants, tol=1e-4) == constant_dimension
     if name not in ("a space smaller than the matchings", "a space thrice in a leaf"):
@@ -68,13 +82,17 @@ def test_the_layer_spans_all_equivariant_maps(name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_layer_is_equivariant(name):
-    leaves, sizes = CASES[name]
+    leaves, sizes, stacks = case(name)
     module, weights, inputs = random_case(name)
     rng = np.random.default_rng(1)
-    permutations = {space: rng.permutation(size) for space, size in sizes.items()}
+    permutations = {
+        space: rng.permuted(np.broadcast_to(np.arange(n), (*(sizes[s] for s in stacks.get(space, ())), n)), axis=-1)
+        for space, n in sizes.items()
+    }
 
     def permute(values):
-        return [x[np.ix_(*(permutations[s] for s in leaf))] for leaf, x in zip(leaves, map(np.asarray, values))]
+        places = [unf_reference.moved(leaf, sizes, stacks, permutations) for leaf in leaves]
+        return [x[place] for place, x in zip(places, map(np.asarray, values))]
 
     apply = jax.jit(lambda x: module.apply({"params": weights}, x))
     for y, expected in zip(apply(permute(inputs)), permute(apply(inputs)), strict=True):
@@ -85,7 +103,8 @@ def test_the_layer_is_equivariant(name):
 def test_the_layer_is_the_sum_over_all_matchings(name):
     module, weights, inputs = random_case(name)
     outputs = jax.jit(lambda x: module.apply({"params": weights}, x))(inputs)
-    expected = unf_reference.apply(CASES[name][0], weights, inputs)
+    leaves, _, stacks = case(name)
+    expected = unf_reference.apply(leaves, stacks, weights, inputs)
     for y, e, x in zip(outputs, expected, inputs, strict=True):
         assert y.shape == (*x.shape[:-1], 2)
         np.testing.assert_allclose(y, e, rtol=1e-4, atol=1e-4)
@@ -102,7 +121,7 @@ def test_a_missing_leaf_counts_as_zero(name):
 
 
 def test_weights_do_not_depend_on_sizes_and_outputs_start_at_the_scale_of_inputs():
-    leaves, sizes = CASES["two layers"]
+    leaves, sizes, _ = case("two layers")
     module, found = EquivariantLinear(leaves, 32, 1), []
     for scale in (1, 8):
         inputs = [jax.random.normal(jax.random.key(0), (*(scale * n for n in s), 32)) for s in shapes_of(leaves, sizes)]

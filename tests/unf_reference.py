@@ -23,9 +23,9 @@ def matching(read, write, in_shape, out_shape):
     return matrix
 
 
-def apply(leaves, weights, inputs):
+def apply(leaves, stacks, weights, inputs):
     """Sum over pairs of leaves and over matchings, one ``[f_in, f_out]`` matrix each; a bias for each leaf."""
-    reads, writes = find_views(tuple(map(tuple, leaves)))
+    reads, writes = find_views(tuple(map(tuple, leaves)), tuple(stacks.items()))
     in_features = inputs[0].shape[-1]
     outputs = []
     for leaf, x in enumerate(inputs):
@@ -53,17 +53,33 @@ def diagonal(view, shape):
     return np.reshape(ones, shape)
 
 
-def group_dimension(leaves, sizes):
+def moved(leaf, sizes, stacks, permutations):
+    """Where each entry of a leaf comes from; a stacked space has a permutation at each position in its stack."""
+    indices = np.indices([sizes[s] for s in leaf])
+    along = [[indices[leaf.index(s)] for s in stacks.get(space, ())] for space in leaf]
+    return tuple(permutations[space][(*at, indices[dim])] for dim, (space, at) in enumerate(zip(leaf, along)))
+
+
+def group(sizes, stacks):
+    """All elements of the group: for each space its permutations, one at each position in its stack."""
+    each = []
+    for space, size in sorted(sizes.items()):
+        positions = [sizes[s] for s in stacks.get(space, ())]
+        choices = itertools.product(itertools.permutations(range(size)), repeat=int(np.prod(positions)))
+        each.append([np.reshape(choice, (*positions, size)) for choice in choices])
+    for permutations in itertools.product(*each):
+        yield dict(zip(sorted(sizes), permutations))
+
+
+def group_dimension(leaves, sizes, stacks):
     """The dimension of all equivariant linear maps, and of all equivariant constants.
 
     It is the trace of the projection onto them, which is the mean over the group of the squared characters: of the
     number of entries that a permutation leaves where they are, squared (for constants: itself).
     """
-    spaces = sorted(sizes)
-    squares, firsts = [], []
-    for permutation in itertools.product(*(itertools.permutations(range(sizes[s])) for s in spaces)):
-        fixed = {s: sum(i == j for i, j in enumerate(p)) for s, p in zip(spaces, permutation)}
-        character = sum(np.prod([fixed[s] for s in leaf], initial=1) for leaf in leaves)
-        squares.append(character**2)
-        firsts.append(character)
-    return round(np.mean(squares)), round(np.mean(firsts))
+    characters = []
+    for permutations in group(sizes, stacks):
+        there = [np.array(moved(leaf, sizes, stacks, permutations)) for leaf in leaves]
+        here = [np.indices([sizes[s] for s in leaf]) for leaf in leaves]
+        characters.append(sum(int((a == b).all(0).sum()) for a, b in zip(there, here)))
+    return round(np.mean(np.square(characters))), round(np.mean(characters))

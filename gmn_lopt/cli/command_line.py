@@ -2,7 +2,10 @@
 
 import contextlib
 import io
+import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
@@ -69,6 +72,30 @@ def _problem(args: Sequence[str]) -> str | None:
         if arg.startswith("-") and (len(flag) > LONGEST_FLAG or not flag.isprintable()):
             return f"{arg[:40]} is not a flag (--help lists all flags)"
     return None
+
+
+@contextlib.contextmanager
+def interrupted_with(message: str) -> Iterator[None]:
+    """Let Ctrl-C end the process with this line on stderr and exit code 130.
+
+    At once, since all files are written atomically: a KeyboardInterrupt would show as a traceback where it is raised in
+    one of JAX's callbacks.
+    """
+
+    def end(number: int, frame: object) -> None:
+        line = f"{printable(message)}\n".encode(sys.stderr.encoding, "backslashreplace")
+        os.write(2, line)  # print may have been interrupted itself
+        os._exit(130)
+
+    # Python listens in no other thread.
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import tyro
 
-from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
+from gmn_lopt.cli.command_line import interrupted_with, one_line_for_the_machine, parse
 from gmn_lopt.evaluation.evaluate import EvaluationConfig, Problem, evaluate, prepare
 from gmn_lopt.evaluation.report import table, transfer_table
 from gmn_lopt.tasks import TASK_ERRORS, load_task
@@ -126,13 +126,11 @@ def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     config = parse(Config, __doc__, args)
     one_blas_thread()
+    interrupted = f"gmn-eval: interrupted; the same command goes on from what is in {config.out}"
     try:
-        with one_line_for_the_machine():
+        with interrupted_with(interrupted), one_line_for_the_machine():
             main(config)
     except UsageError as error:
         print(f"gmn-eval: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f"gmn-eval: interrupted; the same command goes on from what is in {config.out}", file=sys.stderr)
-        return 130
     return 0

@@ -117,7 +117,7 @@ def _exit() -> None:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[Callable[[int], bool]]:
-    """Let SIGINT and SIGTERM end the run early, as long as the context lasts; a second one acts in the usual way.
+    """Let SIGINT and SIGTERM end the run early, as long as the context lasts; a second one of either acts as before.
 
     Yields:
         Whether to stop after this meta-step. Of several processes all stop at the same, whichever was asked; each must
@@ -129,7 +129,9 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
 
     def request(number: int, frame: object) -> None:
         requests.append(number)
-        signal.signal(number, before[signal.Signals(number)])
+        # Among several processes SIGTERM is JAX's, see below.
+        for each in (signal.Signals(number),) if jax.distributed.is_initialized() else before:
+            signal.signal(each, before[each])
 
     def stop(meta_step: int) -> bool:
         if jax.process_count() == 1:

@@ -1,12 +1,14 @@
 """The directory of one meta-training run: settings, metrics, checkpoints, and the current optimizer."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
 import os
 import stat
 import sys
+import tempfile
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +23,12 @@ from jaxtyping import PyTree
 from gmn_lopt.meta import metrics
 from gmn_lopt.meta.processes import from_first, is_first
 from gmn_lopt.meta.stages import MOST_META_STEPS
+from gmn_lopt.util.directories import is_litter, remove_litter
 from gmn_lopt.util.errors import FileError, OneLine, first_line
-from gmn_lopt.util.files import is_litter, read_json, read_regular, remove_litter, write_atomically
+from gmn_lopt.util.files import read_json, read_regular, write_atomically
 
 _CONFIG, _COMPLETE, _LOCK, _CHECKSUMS = "config.json", "COMPLETE", ".lock", "checksums.json"
+OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
 
 
 class RunError(OneLine):
@@ -138,7 +142,11 @@ class RunDirectory:
         try:
             self._checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
             files.callback(self._checkpoints.close)
-            latest: int = self._checkpoints.latest_step() or 0
+            steps = sorted(self._checkpoints.all_steps())
+            for step in steps[:-keep]:  # a process that was killed has not removed them all
+                if step % keep_period:
+                    self._checkpoints.delete(step)
+            latest: int = max(steps, default=0)
         except Exception as error:  # orbax raises many kinds
             raise RunError(f"{checkpoints} cannot be used: {first_line(error)}") from None
         if not 0 <= latest <= MOST_META_STEPS:
@@ -172,6 +180,7 @@ class RunDirectory:
 
         def write() -> None:
             try:
+                _reserve(self.path, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole)) + OVERHEAD)
                 self._note_checksum(meta_step, None)  # of another of this name, should the process be killed below
                 self._checkpoints.save(meta_step, args=ocp.args.StandardSave(whole), force=True)
                 self._checkpoints.wait_until_finished()
@@ -265,6 +274,20 @@ def _writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}; checkpoints are intact") from None
+
+
+def _reserve(directory: Path, size: int) -> None:
+    """Raise an OSError if the disk is too full for so many bytes.
+
+    Orbax would find it out in several threads, which say so in a hundred lines.
+    """
+    if hasattr(os, "posix_fallocate"):
+        with tempfile.TemporaryFile(dir=directory) as file:
+            try:
+                os.posix_fallocate(file.fileno(), 0, size)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT):  # others: it cannot be known
+                    raise
 
 
 def _in_first(action: Callable[[], Any]) -> Any:

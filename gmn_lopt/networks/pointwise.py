@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from gmn_lopt.factors.structure import Parameter
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.networks.initialization import matrix, vector
 from gmn_lopt.util.checks import whole
 
@@ -29,12 +29,13 @@ class PointwiseMLP:
         ValueError: a size is impossible.
 
     Example:
-        >>> import jax, jax.numpy as jnp
-        >>> module = PointwiseMLP(8).module((), (0, 1), channels=3, extra_channels=0, time_channels=2, outputs=1)
-        >>> arguments = [jnp.ones((4, 3)), jnp.ones((5, 3))], [None, None], jnp.ones(2)
+        >>> loss = lambda p, x: jnp.mean(x @ p["w"] + p["b"])
+        >>> structure = gmn_lopt.analyze(loss, {"b": jnp.ones(4), "w": jnp.ones((2, 4))}, jnp.ones((3, 2)))
+        >>> module = PointwiseMLP(8).module(structure, (0, 1), channels=3, extra_channels=0, time_channels=2, outputs=1)
+        >>> arguments = [jnp.ones((4, 3)), jnp.ones((8, 3))], [None, None], jnp.ones(2)
         >>> weights = module.init(jax.random.key(0), *arguments)
         >>> [y.shape for y in module.apply(weights, *arguments)]
-        [(4, 1), (5, 1)]
+        [(4, 1), (8, 1)]
     """
 
     width: int = 32
@@ -47,7 +48,7 @@ class PointwiseMLP:
 
     def module(
         self,
-        parameters: tuple[Parameter, ...],
+        structure: GradientStructure,
         indices: tuple[int, ...],
         channels: int,
         extra_channels: int,
@@ -57,8 +58,8 @@ class PointwiseMLP:
         """The network for some leaves of a model.
 
         Args:
-            parameters: all leaves of the model.
-            indices: which of them are handled.
+            structure: that of the model.
+            indices: which of its leaves are handled.
             channels: number of channels of each parameter entry.
             extra_channels: number of channels that GradMetaNet adds; 0 without it.
             time_channels: number of channels that all entries share.

@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from gmn_lopt.factors.structure import Parameter
+from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.networks.initialization import matrix, vector
 from gmn_lopt.networks.pointwise import PointwiseModule
 from gmn_lopt.util.checks import whole
@@ -19,6 +19,7 @@ from gmn_lopt.util.checks import whole
 # Dimensions of a leaf that have one index in common: one dimension, or a diagonal of several over the same space.
 Block = tuple[int, ...]
 Pattern = tuple[int, ...]
+Stacks = tuple[tuple[int, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class UNF:
         >>> import gmn_lopt
         >>> params = {"w": jnp.ones((3, 2))}
         >>> structure = gmn_lopt.analyze(lambda p, x: jnp.sum((x @ p["w"]) ** 2), params, jnp.ones((4, 3)))
-        >>> module = UNF(8).module(structure.parameters, (0,), 5, extra_channels=0, time_channels=2, outputs=1)
+        >>> module = UNF(8).module(structure, (0,), 5, extra_channels=0, time_channels=2, outputs=1)
         >>> arguments = [jnp.ones((6, 5))], [None], jnp.ones(2)
         >>> [y.shape for y in module.apply(module.init(jax.random.key(0), *arguments), *arguments)]
         [(6, 1)]
@@ -58,7 +59,7 @@ class UNF:
 
     def module(
         self,
-        parameters: tuple[Parameter, ...],
+        structure: GradientStructure,
         indices: tuple[int, ...],
         channels: int,
         extra_channels: int,
@@ -71,28 +72,31 @@ class UNF:
         """
         sizes = (channels, extra_channels, time_channels, self.width, self.hidden_layers - 1, self.width)
         mlp = PointwiseModule(*sizes)
-        return UNFModule(parameters, indices, mlp, outputs)
+        return UNFModule(structure, indices, mlp, outputs)
 
 
 class UNFModule(nn.Module):
     """The flax module of :class:`UNF`: ``mlp`` for each entry, and ``layer`` for all of them."""
 
-    parameters: tuple[Parameter, ...]
+    structure: GradientStructure
     indices: tuple[int, ...]
     mlp: PointwiseModule
     outputs: int
     last_layer: ClassVar[str] = "layer"
 
     def setup(self) -> None:  # noqa: D102
-        self.layer = EquivariantLinear(tuple(p.spaces for p in self.parameters), self.mlp.outputs, self.outputs)
+        leaves = tuple(p.spaces for p in self.structure.parameters)
+        stacks = tuple((i, space.stack) for i, space in enumerate(self.structure.spaces) if space.stack)
+        self.layer = EquivariantLinear(leaves, self.mlp.outputs, self.outputs, stacks)
 
     def __call__(
         self, features: Sequence[Array], extra: Sequence[Array | None], time: Array
     ) -> list[Float[Array, "_ outputs"]]:
         """Compute the outputs for each parameter that is handled (as :class:`PointwiseModule` does)."""
-        inputs: list[Array | None] = [None] * len(self.parameters)
+        parameters = self.structure.parameters
+        inputs: list[Array | None] = [None] * len(parameters)
         for index, x in zip(self.indices, self.mlp(features, extra, time), strict=True):
-            inputs[index] = jax.nn.relu(x).reshape(*self.parameters[index].cut_shape, self.mlp.outputs)
+            inputs[index] = jax.nn.relu(x).reshape(*parameters[index].cut_shape, self.mlp.outputs)
         outputs = self.layer(inputs)
         return [y.reshape(-1, self.outputs) for y in (outputs[index] for index in self.indices) if y is not None]
 
@@ -127,7 +131,9 @@ def partitions(spaces: Sequence[int]) -> list[tuple[Block, ...]]:
 
 
 @functools.lru_cache(maxsize=64)
-def find_views(leaves: tuple[tuple[int, ...], ...]) -> tuple[dict[Pattern, list[View]], dict[Pattern, list[View]]]:
+def find_views(
+    leaves: tuple[tuple[int, ...], ...], stacks: Stacks = ()
+) -> tuple[dict[Pattern, list[View]], dict[Pattern, list[View]]]:
     """List what the layer reads and what it writes, by pattern: the spaces, in ascending order, that a view depends on.
 
     Every equivariant map between two leaves is a combination of reading one view and writing its values to another of
@@ -136,19 +142,33 @@ def find_views(leaves: tuple[tuple[int, ...], ...]) -> tuple[dict[Pattern, list[
     """
     reads: dict[Pattern, list[View]] = {}
     writes: dict[Pattern, list[View]] = {}
+    along = dict(stacks)
     for leaf, spaces in enumerate(leaves):
         for blocks in partitions(spaces):
             for count in range(len(blocks) + 1):
                 for chosen in itertools.combinations(blocks, count):
                     rest = tuple(b for b in blocks if b not in chosen)
                     kept = sorted(chosen, key=lambda block: spaces[block[0]])
+                    if not _stacks_are_kept(spaces, kept, along):
+                        continue
                     pattern = tuple(spaces[block[0]] for block in kept)
                     writes.setdefault(pattern, []).append(View(leaf, tuple(kept), rest))
                     same = [list(group) for _, group in itertools.groupby(kept, key=lambda block: spaces[block[0]])]
                     for orders in itertools.product(*map(itertools.permutations, same)):
                         order = tuple(itertools.chain.from_iterable(orders))
-                        reads.setdefault(pattern, []).append(View(leaf, order, rest))
+                        if _stacks_are_kept(spaces, order, along):
+                            reads.setdefault(pattern, []).append(View(leaf, order, rest))
     return reads, writes
+
+
+def _stacks_are_kept(spaces: Sequence[int], kept: Sequence[Block], along: Mapping[int, tuple[int, ...]]) -> bool:
+    """Whether, for each block over a stacked space, the positions in its stack are the first that are kept.
+
+    A leaf with a stacked space has the spaces of its stack once; should one come again, the first is meant.
+    """
+    first = {spaces[block[0]]: block for block in reversed(kept)}
+    wanted = {s for block in kept for s in along.get(spaces[block[0]], ())}
+    return all(s in first and spaces.index(s) in first[s] for s in wanted)
 
 
 class EquivariantLinear(nn.Module):
@@ -160,6 +180,9 @@ class EquivariantLinear(nn.Module):
     each leaf (one more for each of its diagonals). The number of weights does not depend on the sizes of spaces. That
     these maps span all equivariant ones is shown there (by Maron et al. 2019 for one space); where a space has fewer
     neurons than there are dimensions to match, they are not independent.
+
+    Neurons of a stacked space, such as the hidden ones of layers that are scanned over, may be permuted at each
+    position in its stack by themselves: they are matched only where these positions are.
 
     **Every** space counts as permutable here, also inputs and outputs, whose neurons the loss uses by position: the
     convention of Zhou et al. The most general map for those would have a matrix for each index, as many weights as
@@ -173,6 +196,8 @@ class EquivariantLinear(nn.Module):
         leaves: for each leaf the spaces of its dimensions (arbitrary numbers, equal where the space is the same).
         in_features: number of features of each entry.
         out_features: number of features after the layer.
+        stacks: pairs of a space and the spaces that it is stacked along, as in
+            :class:`~gmn_lopt.factors.spaces.Space`; every leaf that has the space has those, too.
 
     Example:
         >>> layer = EquivariantLinear(((0, 1), (1,)), in_features=4, out_features=2)  # a kernel and its bias
@@ -185,9 +210,10 @@ class EquivariantLinear(nn.Module):
     leaves: tuple[tuple[int, ...], ...]
     in_features: int
     out_features: int
+    stacks: Stacks = ()
 
     def setup(self) -> None:  # noqa: D102
-        reads, writes = find_views(self.leaves)
+        reads, writes = find_views(self.leaves, self.stacks)
         terms = [0] * len(self.leaves)  # number of terms that each leaf is the sum of
         rows: dict[View, int] = {}
         for pattern, views in writes.items():
@@ -216,7 +242,7 @@ class EquivariantLinear(nn.Module):
         pooled: dict[tuple, jax.Array] = {}
         outputs: dict[int, jax.Array] = {}
         constants = [0] * len(inputs)  # number of biases of each leaf that have been used
-        reads, writes = find_views(self.leaves)
+        reads, writes = find_views(self.leaves, self.stacks)
         for pattern, views in writes.items():
             wanted = [view for view in views if view.leaf in shapes]
             if not wanted:

@@ -135,7 +135,7 @@ class Residual:
         return made, ResidualState(gradient.like_grads(averages), remembered)
 
     def _module(self, structure: GradientStructure, indices: Sequence[int], outputs: int) -> nn.Module:
-        return self.network.module(structure.parameters, tuple(indices), *self._channels, outputs)
+        return self.network.module(structure, tuple(indices), *self._channels, outputs)
 
     @property
     def _channels(self) -> tuple[int, int, int]:

@@ -24,15 +24,16 @@ from gmn_lopt.optimizers.leaves import tied_leaves
 from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util.checks import settings_of_steps
 from gmn_lopt.util.codec import from_json, to_json
+from gmn_lopt.util.directories import read_directory, stepped_aside, write_directory
 from gmn_lopt.util.errors import FileError, OneLine, first_line
-from gmn_lopt.util.files import read_json, read_regular, write_directory
+from gmn_lopt.util.files import parse_object
 
 FORMAT = "gmn_lopt learned optimizer"
 VERSION = 2
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
-LARGEST_CONFIG, LARGEST_WEIGHTS = 2**20, 2**30  # bytes
+LARGEST_CONFIG, LARGEST_WEIGHTS = 2**20, 2**26  # bytes; more weights would take more than a second to check
 ENTRIES = {"format", "version", "optimizer", "leaves", "checksum"}
 LAYERS = ("hidden_layers", "set_layers", "neuron_layers", "blocks")
 MOST_AXES = 64
@@ -78,6 +79,8 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
     arrays = {name: np.asarray(array) for name, array in _named_arrays(phi).items()}
     _check_arrays(arrays, lopt, f"cannot save {path}: phi")
     weights = safetensors.numpy.save(arrays)
+    if len(weights) > LARGEST_WEIGHTS:
+        raise SerializationError(f"cannot save {path}: {len(weights)} bytes of weights, more than {LARGEST_WEIGHTS}")
     config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "optimizer": to_json(Recipe.of(lopt))}
     if _is_tied(lopt):
         leaves = zip(lopt.structure.parameters, tied_leaves(lopt.structure))
@@ -149,9 +152,10 @@ def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> 
     """
     directory = _find(path)
     file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    config, recipe = _read_config(file)
     with _refusing("", FileError):
-        content = read_regular(weights, LARGEST_WEIGHTS)
+        contents = read_directory(directory, {CONFIG_FILE: LARGEST_CONFIG, WEIGHTS_FILE: LARGEST_WEIGHTS})
+    config, recipe = _parse_config(contents[CONFIG_FILE], file)
+    content = contents.pop(WEIGHTS_FILE)
     with _refusing(f"{weights} is damaged or not a safetensors file:", *DAMAGED):
         arrays = safetensors.numpy.load(content)
     if config.pop("checksum", None) != _checksum(config, content):
@@ -174,13 +178,12 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         >>> load_recipe("default").residual is None
         True
     """
-    return _read_config(_find(path) / CONFIG_FILE)[1]
+    return _read_config(path)[2]
 
 
 def load_spaces(path: str | os.PathLike[str]) -> list[tuple[int, ...]] | None:
     """Of a saved optimizer that belongs to one model, the spaces of its leaves; of another None; raises like `load`."""
-    file = _find(path) / CONFIG_FILE
-    config, _ = _read_config(file)
+    file, config, _ = _read_config(path)
     return [spaces for _, spaces in _leaves(config, file)] if "leaves" in config else None
 
 
@@ -208,7 +211,9 @@ def _is_tied(lopt: LearnedOptimizer) -> bool:
 
 
 def _checksum(config: Mapping[str, Any], weights: bytes) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()
+    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
+    found.update(weights)
+    return found.hexdigest()
 
 
 def _layers(recipe: Any) -> int:
@@ -251,9 +256,17 @@ def _refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
         raise SerializationError(f"{what} {first_line(error)}".strip()) from error
 
 
-def _read_config(file: Path) -> tuple[dict[str, Any], Recipe]:
+def _read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], Recipe]:
+    """Of a saved optimizer its configuration, the file that has it, and the recipe in it."""
+    directory = _find(path)
     with _refusing("", FileError):
-        config = read_json(file, LARGEST_CONFIG)
+        content = read_directory(directory, {CONFIG_FILE: LARGEST_CONFIG})[CONFIG_FILE]
+    return directory / CONFIG_FILE, *_parse_config(content, directory / CONFIG_FILE)
+
+
+def _parse_config(content: bytes, file: Path) -> tuple[dict[str, Any], Recipe]:
+    with _refusing("", FileError):
+        config = parse_object(content, file)
     if config.get("format") != FORMAT:
         raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
     version = config.get("version")
@@ -300,12 +313,13 @@ def _check_leaves(there: Sequence[tuple[str, tuple[int, ...]]], lopt: LearnedOpt
 
 def _find(path: str | os.PathLike[str]) -> Path:
     """The directory of a saved optimizer, or of one that ships with the package."""
-    if not os.path.lexists(path):  # False, too, for what no file system takes as a name
+    replaced = stepped_aside(Path(path)) is not None
+    if not os.path.lexists(path) and not replaced:  # lexists is False, too, for what no file system takes as a name
         names = shipped_names()
         if str(path) in names:
             return Path(str(resources.files("gmn_lopt") / SHIPPED / str(path)))
         ships = f"are {', '.join(names)}" if names else "do not exist in this version"
         raise SerializationError(f"{path} is neither a directory nor a shipped optimizer (those {ships})")
-    if not os.path.isdir(path):
+    if not os.path.isdir(path) and not replaced:
         raise SerializationError(f"{path} is not a directory: give the one that gmn_lopt.save wrote")
     return Path(path)

@@ -2,12 +2,8 @@
 
 import json
 import os
-import re
-import shutil
 import stat
-import tempfile
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +11,6 @@ from gmn_lopt.util.errors import FileError, first_line
 
 LARGEST_JSON = 4 * 2**20  # bytes
 DEEPEST_JSON = 64
-# What a process that was killed leaves behind: the partial files and new directories below, and replaced directories.
-_LITTER = re.compile(r"\.(?P<name>.+)\.(\d+\.partial|new-\w{8}|(?P<old>old-\w{8}))")
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -36,71 +30,13 @@ def write_atomically(file: Path, content: bytes) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
-    """Write a directory of files in place of the one that is there, so that a reader never sees half of it.
-
-    Raises:
-        OSError: it cannot be written; the old one is intact.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
-    try:
-        for name, content in files.items():
-            write_atomically(new / name, content)
-        new.chmod(0o755)
-        _replace_directory(new, path)
-    except OSError:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-
-
-def _replace_directory(new: Path, path: Path) -> None:
-    """Rename ``new`` to ``path``; a directory cannot be renamed onto a full one, so the old one steps aside first."""
-    if not path.exists():
-        new.rename(path)
-        return
-    old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old-"))
-    path.rename(old)
-    try:
-        new.rename(path)
-    except OSError:
-        old.rename(path)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def is_litter(name: str) -> bool:
-    """Whether a file or directory of this name was being written when its process ended.
-
-    Example:
-        >>> is_litter(".config.json.4711.partial"), is_litter("config.json")
-        (True, False)
-    """
-    return _LITTER.fullmatch(name) is not None
-
-
-def remove_litter(directory: Path) -> None:
-    """Remove what killed processes left in a directory that no other process writes to.
-
-    A directory that had stepped aside, and was not replaced any more, comes back.
-
-    Raises:
-        OSError: it cannot be removed.
-    """
-    for entry in sorted(directory.iterdir()) if directory.is_dir() else ():
-        found = _LITTER.fullmatch(entry.name)
-        if found is None:
-            continue
-        if not entry.is_dir() or entry.is_symlink():
-            entry.unlink()
-        elif found["old"] and any(entry.iterdir()) and not (directory / found["name"]).exists():
-            entry.rename(directory / found["name"])
-        else:
-            shutil.rmtree(entry)
-
-
-def read_regular(file: Path, most: int) -> bytes:
+def read_regular(file: Path, most: int, directory: int | None = None) -> bytes:
     """Read a regular file of at most so many bytes; a pipe or a device would wait, or never end.
+
+    Args:
+        file: its path.
+        most: bytes that it may have.
+        directory: descriptor of the directory in which it is looked for, whatever has its path now.
 
     Raises:
         FileError: in one line, if it is missing, no regular file, too large, or cannot be read.
@@ -111,7 +47,8 @@ def read_regular(file: Path, most: int) -> bytes:
         gmn_lopt.util.errors.FileError: nowhere is missing
     """
     try:
-        descriptor = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC
+        descriptor = os.open(file if directory is None else file.name, flags, dir_fd=directory)
         try:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode):
@@ -134,7 +71,11 @@ def read_json(file: Path, most: int = LARGEST_JSON) -> dict[str, Any]:
     Raises:
         FileError: in one line that names the file, if it is not there, or does not hold one.
     """
-    content = read_regular(file, most)
+    return parse_object(read_regular(file, most), file)
+
+
+def parse_object(content: bytes, file: Path) -> dict[str, Any]:
+    """Parse the JSON object that a file holds; raises like :func:`read_json`."""
     try:
         found = parse_json(content)
     except ValueError as error:

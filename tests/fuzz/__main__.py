@@ -22,6 +22,7 @@ import conftest  # noqa: F401  sets JAX up like for the tests
 from . import documents, flags, runs, saved
 from .mutations import FILES
 from .outcomes import FINE, Outcome, damaged
+from .table import print_table
 
 AT_ONCE = 40  # mutations of each kind in a round
 Found = Iterator[tuple[str, Outcome]]
@@ -75,7 +76,7 @@ def main(count: int, out: Path) -> int:
                 for case, kind, details in faults:
                     print(f"{name}, {case}: {kind}: {details}")
         seed += 1
-    return print_table(out)
+    return report(out)
 
 
 def sum_of(file: Path) -> int:
@@ -83,19 +84,13 @@ def sum_of(file: Path) -> int:
     return sum(json.loads(file.read_text())["counts"].values())
 
 
-def print_table(out: Path) -> int:
+def report(out: Path) -> int:
     """Print how often what came of which kind of input; return the number of faults."""
-    table: dict[str, Counter[str]] = {}
+    found: dict[str, Counter[str]] = {}
     for file in sorted(out.glob("*.json")):
         content = json.loads(file.read_text())
-        table.setdefault(content["name"], Counter()).update(content["counts"])
-    kinds = [*FINE, *sorted({kind for counts in table.values() for kind in counts} - set(FINE))]
-    print("| input | mutations | " + " | ".join(kinds) + " |")
-    print("|---" * (2 + len(kinds)) + "|")
-    table["all"] = sum(table.values(), Counter())
-    for name, counts in table.items():
-        print(f"| {name} | {counts.total()} | " + " | ".join(str(counts[kind]) for kind in kinds) + " |")
-    return table["all"].total() - sum(table["all"][kind] for kind in FINE)
+        found.setdefault(content["name"], Counter()).update(content["counts"])
+    return print_table(found, FINE, "input", {"mutations": Counter({name: x.total() for name, x in found.items()})})
 
 
 if __name__ == "__main__":
