@@ -44,7 +44,7 @@ class Config(EvaluationConfig):
         optimizer: An optimizer to compare with the baselines; repeat the flag for several. A run directory of
             gmn-meta-train, a directory saved by gmn_lopt.save, the name of a shipped optimizer, or
             optax:NAME:setting=value,setting=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4).
-            Learned optimizers take learning_rate and weight_decay in the same way, runs/c10:learning_rate=3e-3. LABEL=
+            Learned optimizers take total_steps, learning_rate and weight_decay alike, default:total_steps=2000. LABEL=
             in front of it sets its name in the report.
         transfer: Another task on which to evaluate the same optimizers, written like --task; repeat the flag for
             several. Each gets a report of its own in the directory transfer/ of the report, and transfer.md puts them

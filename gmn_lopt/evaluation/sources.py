@@ -43,7 +43,7 @@ def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ())
     Args:
         specs: what names one each, ``[LABEL=]SOURCE[:setting=value,...]``. A source is ``optax:NAME``, a run directory
             of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
-            ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer.
+            ``total_steps``, ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer.
         task: the task they are to train. Its model is analysed if there is a learned optimizer.
         taken: names that are not theirs to have, those of the baselines.
 
