@@ -168,7 +168,7 @@ def test_with_a_known_number_of_steps_it_warms_up_falls_to_nothing_and_decays_we
         return first(start, learning_rate=rate, weight_decay=WEIGHT_DECAY, **settings)
 
     half = WARMUP + (1 - WARMUP) / 2  # of the steps: there the cosine is half way down
-    for start, rate in ((0, PEAK / 10), (9, PEAK), (round(200 * half) - 1, PEAK * 0.5**POWER), (199, 0), (999, 0)):
+    for start, rate in ((0, PEAK / 10), (9, PEAK), (round(200 * half) - 1, PEAK * 0.5**POWER), (199, 0.0), (999, 0.0)):
         assert jnp.allclose(first(start, total_steps=199), given(start, rate), rtol=1e-2, atol=1e-8), start
     assert jnp.allclose(first(9, total_steps=199, learning_rate=0.5), given(9, 0.5), rtol=1e-3)
     undecayed = first(9, total_steps=199, weight_decay=0.0)
