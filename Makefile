@@ -9,7 +9,7 @@ INSTALLED := .venv/.installed
 demo: $(INSTALLED)
 	$(BIN)/python meta_train.py --task digits_mlp --out runs/demo --resume
 	$(BIN)/python eval.py --task digits_mlp --out report/demo --baseline adamw --baseline muon \
-		--optimizer "meta-trained=runs/demo" --optimizer default
+		--optimizer "meta-trained=runs/demo" --optimizer default --optimizer default:total_steps=500
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
