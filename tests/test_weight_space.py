@@ -20,7 +20,7 @@ READERS = {
     "gradmetanet": gmn_lopt.GradMetaNetConfig(width=4, set_layers=1, product_width=4, out_features=3),
     "gradmetanet++": gmn_lopt.GradMetaNetPlusPlusConfig(width=4, blocks=1, heads=2, product_width=4, out_features=3),
 }
-NETWORKS = {"dws": DeepWeightSpace(6, 2), "gmn": GraphNetwork(6, 2)}
+NETWORKS = {"dws": DeepWeightSpace(6, 1), "gmn": GraphNetwork(6, 2)}
 
 
 def forward(params, points):
@@ -70,10 +70,8 @@ def allclose(found, expected, atol=2e-5):
     [
         ("dws", 1, "gradmetanet++"),
         ("dws", 3, "probing"),
-        ("dws", 3, "gradmetanet"),
         ("gmn", 1, "gradmetanet"),
         ("gmn", 3, "told"),
-        ("gmn", 3, "probing"),
     ],
 )
 def test_editors_are_equivariant(network, channels, reads):
@@ -105,9 +103,9 @@ def test_inputs_and_outputs_are_told_apart(network):
     assert difference > 1e-3, "the two inputs are handled alike"
 
 
-@pytest.mark.parametrize(("reads", "used"), [("weights", False), ("told", True), *((name, True) for name in READERS)])
+@pytest.mark.parametrize(("reads", "used"), [("weights", False), ("gradmetanet", True)])
 def test_known_values_reach_only_methods_that_read_them(reads, used):
-    editor = Editor(NETWORKS["gmn"], POINTS, reader=READERS.get(reads), told=reads == "told")
+    editor = Editor(NETWORKS["gmn"], POINTS, reader=READERS.get(reads))
     params, values = draw(), values_of(3)
     module = editor.module(forward, params)
     weights = random_weights(module, params, values)
@@ -167,7 +165,7 @@ def test_a_weight_space_network_learns(network):
         return optax.apply_updates(weights, updates), state
 
     before, state = loss(weights), tx.init(weights)
-    for _ in range(100):
+    for _ in range(60):
         weights, state = step(weights, state)
     assert loss(weights) < 0.5 * before
 
