@@ -1,7 +1,8 @@
 """Edit one's own SIREN, a network that shows an image: ``python examples/edit_inr.py``.
 
-The editor was trained on other digits' networks, to dilate what they show. It reads the network's weights and, by
-GradMetaNet, gradients at 32 pixels whose values in the edited image are known. ``fit`` is any training of a SIREN.
+The editor is the one that ``make experiments`` trains on digits' networks, to dilate what they show. It reads the
+network's weights and, by GradMetaNet, gradients at 32 pixels whose values in the edited image are known. ``fit`` is any
+training of a SIREN.
 """
 
 from pathlib import Path
@@ -15,7 +16,7 @@ from sklearn.datasets import load_digits
 import gmn_lopt
 from gmn_lopt.tasks.data.images import resize
 
-EDITOR = Path(__file__).parents[1] / "experiments" / "inr_editing" / "digits_editor"
+EDITOR = Path("runs/inr_editing/quick/gmn_gradmetanet_seed_0/editor")
 PIXELS = jnp.stack(jnp.meshgrid(*2 * [jnp.linspace(-1, 1, 16)], indexing="ij"), -1).reshape(-1, 2)
 
 

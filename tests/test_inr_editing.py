@@ -1,6 +1,7 @@
 """The experiment on implicit neural representations: its edits, its data, its training, and what it refuses."""
 
 import json
+import re
 from dataclasses import replace
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples import edit_inr
 from experiments.inr_editing import __main__ as command
 from experiments.inr_editing import data, edits, report, siren, train
 from gmn_lopt.networks.saved_editor import load_editor
@@ -184,6 +186,13 @@ def test_training_lowers_the_error_that_the_saved_editor_has(splits, trained):
 
 def unstacked(params):
     return [jax.tree.map(lambda x, i=i: x[i], params) for i in range(len(params["b0"]))]
+
+
+def test_the_example_edits_a_network_with_it(trained, monkeypatch, capsys):
+    monkeypatch.setattr(edit_inr, "EDITOR", trained[0] / "editor")
+    error = edit_inr.main(steps=200)
+    before, after = map(float, re.findall(r"0\.\d+", capsys.readouterr().out))
+    assert after < before and f"{error:.3f}" == f"{after:.3f}"
 
 
 def test_an_interrupted_run_goes_on_bit_for_bit(splits, trained, tmp_path, monkeypatch):
