@@ -3,13 +3,17 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz kill lint docs bench clean
+.PHONY: demo experiments test fuzz kill lint docs bench clean
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
 	$(BIN)/python meta_train.py --task digits_mlp --out runs/demo --resume
 	$(BIN)/python eval.py --task digits_mlp --out report/demo --baseline adamw --baseline muon \
 		--optimizer "meta-trained=runs/demo" --optimizer default --optimizer default:total_steps=500
+
+# The quick settings; interrupted, they go on where they stopped. The full ones: docs/inr_editing.md.
+experiments: $(INSTALLED)
+	$(BIN)/python -m experiments.inr_editing --out runs/inr_editing
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
@@ -28,7 +32,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	@rm -rf build/typed && mkdir -p build/typed/gmn_lopt
 	@ln -s $(CURDIR)/gmn_lopt/* $(CURDIR)/tasks build/typed/gmn_lopt
-	@ln -s $(addprefix $(CURDIR)/,bench examples tools gmn_commands.py eval.py meta_train.py) build/typed
+	@ln -s $(addprefix $(CURDIR)/,bench examples experiments tools gmn_commands.py eval.py meta_train.py) build/typed
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 	$(BIN)/python -m pytest tests/test_imports.py
 

@@ -15,12 +15,18 @@ from gmn_lopt.factors import (
 )
 from gmn_lopt.networks import (
     UNF,
+    DeepWeightSpace,
+    Editor,
+    EditorError,
     GradMetaNet,
     GradMetaNetConfig,
     GradMetaNetPlusPlus,
     GradMetaNetPlusPlusConfig,
+    GraphNetwork,
     InvariantGradMetaNet,
     PointwiseMLP,
+    load_editor,
+    save_editor,
 )
 from gmn_lopt.optimizers import (
     Additive,
@@ -55,7 +61,10 @@ __all__ = [
     "UNF",
     "Additive",
     "Constant",
+    "DeepWeightSpace",
     "Denoised",
+    "Editor",
+    "EditorError",
     "Factors",
     "Feedback",
     "GradMetaNet",
@@ -63,6 +72,7 @@ __all__ = [
     "GradMetaNetPlusPlus",
     "GradMetaNetPlusPlusConfig",
     "GradientStructure",
+    "GraphNetwork",
     "InvariantGradMetaNet",
     "Layer",
     "LearnedOptimizer",
@@ -91,7 +101,9 @@ __all__ = [
     "gather_factors",
     "list_pretrained",
     "load",
+    "load_editor",
     "recipe",
     "save",
+    "save_editor",
     "value_grad_and_factors",
 ]

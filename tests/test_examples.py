@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("[a-z]*.py"))
+NAMES = sorted(path.stem for path in EXAMPLES.glob("[a-z]*_digits.py"))
+FILES = sorted(path.stem for path in EXAMPLES.glob("[a-z]*.py"))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -23,8 +24,9 @@ def test_example(name, capsys):
 def test_there_is_one_for_each_library():
     libraries = ["cnn", "equinox", "haiku", "linen", "nnx", "optax", "shard_map"]
     assert [f"{name}_digits" for name in libraries] == NAMES
+    assert sorted([*NAMES, "edit_inr"]) == FILES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_file_can_be_copied(name):
     assert not re.search(r"\b(from|import) examples\b|sys\.path", (EXAMPLES / f"{name}.py").read_text())

@@ -20,7 +20,7 @@ ROOMS = (
     "tasks",
     "cli",
 )  # each imports those before it
-OUTSIDE = ("bench", "examples", "tests", "tools", "eval", "meta_train")  # not installed
+OUTSIDE = ("bench", "examples", "experiments", "tests", "tools", "eval", "meta_train")  # not installed
 
 
 @cache
