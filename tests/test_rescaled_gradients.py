@@ -67,12 +67,11 @@ def test_the_factor_is_found_in_transformers(name):
     assert found(jax.tree.map(jnp.zeros_like, grads)) == 1.0
 
 
-def features(size, steps=4):
+def features(size, steps=4, name="default", **settings):
     """Updates of a network whose features are multiplied by a number, and whose first kernel is divided by it."""
     loss, params, (x, labels) = MODEL
     params = [params[0] | {"w": params[0]["w"] / size}, params[1]]
-    # The feedback on the step size takes gradients whose squares are not finite for ones without a direction.
-    tx = gmn_lopt.load("default", STRUCTURE, learning_rate=0.05)
+    tx = gmn_lopt.load(name, STRUCTURE, **settings)
     state, made = tx.init(params), []
     update = jax.jit(lambda g, s, p, f: tx.update(g, s, p, factors=f))
     for step in range(steps):
@@ -84,11 +83,18 @@ def features(size, steps=4):
 
 
 def test_features_whose_squares_are_not_finite_are_like_others():
-    huge, large = features(1e20), features(1e10)
+    # The feedback on the step size takes gradients whose squares are not finite for ones without a direction.
+    huge, large = (features(size, learning_rate=0.05) for size in (1e20, 1e10))
     assert all(jnp.isfinite(u).all() for u in jax.tree.leaves(huge))
     by = lambda made, size: [size * step[0]["w"] for step in made]  # noqa: E731
     np.testing.assert_allclose(by(huge, 1e20), by(large, 1e10), rtol=2e-3, atol=2e-3 * np.abs(by(large, 1e10)).max())
     np.testing.assert_allclose([s[1]["w"] for s in huge], [s[1]["w"] for s in large], rtol=2e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["default", "default+celo", "default+gmn", "cifar10_mlp-ds", "cifar10_mlp-ds+gmn"])
+def test_with_their_own_step_sizes_too_steps_are_finite_and_not_zero(name):
+    for step in features(1e20, name=name):
+        assert all(jnp.isfinite(u).all() and jnp.abs(u).max() > 0 for u in jax.tree.leaves(step))
 
 
 @pytest.mark.parametrize("bad", [jnp.inf, jnp.nan])

@@ -213,8 +213,9 @@ def adapt_step_size(
 
 
 def _cosines(a: Sequence[Float[Array, "..."]], b: Sequence[Float[Array, "..."]]) -> Float[Array, " n"]:
-    """The cosines of the angles between tensors; zero where one of them is zero, or its squares are in float32."""
+    """The cosines of the angles between tensors; zero where one is zero, or its squares are zero or none in float32."""
     products = inner_products([x[None] for x in a], [x[None] for x in b])
     aa, ab, bb = products[:, 0, 0], products[:, 0, 1], products[:, 1, 1]
     tiny = jnp.finfo(jnp.float32).tiny
-    return ab * jax.lax.rsqrt(jnp.maximum(aa, tiny)) * jax.lax.rsqrt(jnp.maximum(bb, tiny))
+    cosines = ab * jax.lax.rsqrt(jnp.maximum(aa, tiny)) * jax.lax.rsqrt(jnp.maximum(bb, tiny))
+    return jnp.where(jnp.isfinite(ab) & jnp.isfinite(aa) & jnp.isfinite(bb), cosines, 0.0)

@@ -21,6 +21,8 @@ SQUARES_DECAY = 0.999
 # Relative to the mean of the second moment over the tensor.
 RELATIVE_EPSILON = 1e-6
 TINY = 1e-30
+# Entries of the gradient above it count as so large in the second moment: float32 ends at 3e38.
+LARGE = 1e15
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,8 @@ class ScaleFree(Features):
     def advance(self, averages: Array, gradient: Array) -> Array:
         """Advance the three momenta and, last, the average squared gradient."""
         momenta = update_averages(averages[:-1], gradient, MOMENTUM_DECAYS)
-        return jnp.concatenate([momenta, update_averages(averages[-1:], gradient**2, (SQUARES_DECAY,))])
+        squares = jnp.clip(gradient, -LARGE, LARGE) ** 2
+        return jnp.concatenate([momenta, update_averages(averages[-1:], squares, (SQUARES_DECAY,))])
 
     def of_entries(self, parameter: Array, gradient: Array, averages: Array, count: Array) -> Array:
         """The channels of one tensor's entries."""
