@@ -1,5 +1,6 @@
 """GradMetaNet as a drop-in optax optimizer: learned optimizers that read sets of decomposed gradients."""
 
+from gmn_lopt.curvature import empirical_fisher_vector_product, fisher_diagonal, fisher_trace
 from gmn_lopt.factors import (
     Factors,
     GradientStructure,
@@ -87,7 +88,10 @@ __all__ = [
     "apply_gradients",
     "card",
     "denoised",
+    "empirical_fisher_vector_product",
     "explain",
+    "fisher_diagonal",
+    "fisher_trace",
     "gather_factors",
     "list_pretrained",
     "load",

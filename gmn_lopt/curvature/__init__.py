@@ -1,0 +1,10 @@
+"""Curvature of a loss from rank-1 factors: the empirical Fisher matrix (arXiv:2507.01649, section 7.1)."""
+
+from gmn_lopt.curvature.fisher import fisher_diagonal, fisher_trace
+from gmn_lopt.curvature.products import empirical_fisher_vector_product
+
+__all__ = [
+    "empirical_fisher_vector_product",
+    "fisher_diagonal",
+    "fisher_trace",
+]
