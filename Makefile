@@ -3,13 +3,18 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo test fuzz lint docs bench clean
+.PHONY: demo experiments test fuzz lint docs bench clean
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
 	$(BIN)/python meta_train.py --task digits_mlp --out runs/demo --resume
 	$(BIN)/python eval.py --task digits_mlp --out report/demo --smoothing 10 \
 		--optimizer "meta-trained=runs/demo" --optimizer default
+
+# The quick settings; interrupted, they go on where they stopped. The full ones: docs/curvature.md.
+experiments: $(INSTALLED)
+	$(BIN)/python -m experiments.curvature.train --quick
+	$(BIN)/python -m experiments.curvature.report --out runs/curvature-quick
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n auto --dist loadscope --durations 15
@@ -24,7 +29,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	@rm -rf build/typed && mkdir -p build/typed/gmn_lopt
 	@ln -s $(CURDIR)/gmn_lopt/* $(CURDIR)/tasks build/typed/gmn_lopt
-	@ln -s $(addprefix $(CURDIR)/,bench examples tools eval.py meta_train.py) build/typed
+	@ln -s $(addprefix $(CURDIR)/,bench examples experiments tools eval.py meta_train.py) build/typed
 	cd build/typed && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 	$(BIN)/python -m pytest tests/test_imports.py
 

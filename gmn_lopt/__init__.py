@@ -1,6 +1,15 @@
 """GradMetaNet as a drop-in optax optimizer: learned optimizers that read sets of decomposed gradients."""
 
-from gmn_lopt.curvature import empirical_fisher_vector_product, fisher_diagonal, fisher_trace
+from gmn_lopt.curvature import (
+    FisherPredictor,
+    empirical_fisher_vector_product,
+    fisher_diagonal,
+    fisher_trace,
+    fit_standardization,
+    load_predictor,
+    save_predictor,
+    standardize,
+)
 from gmn_lopt.factors import (
     Factors,
     GradientStructure,
@@ -59,6 +68,7 @@ __all__ = [
     "Denoised",
     "Factors",
     "Feedback",
+    "FisherPredictor",
     "GradMetaNet",
     "GradMetaNetConfig",
     "GradMetaNetPlusPlus",
@@ -92,10 +102,14 @@ __all__ = [
     "explain",
     "fisher_diagonal",
     "fisher_trace",
+    "fit_standardization",
     "gather_factors",
     "list_pretrained",
     "load",
+    "load_predictor",
     "recipe",
     "save",
+    "save_predictor",
+    "standardize",
     "value_grad_and_factors",
 ]
