@@ -12,6 +12,7 @@ import pytest
 import gmn_lopt
 from experiments.curvature import data, report, train
 from experiments.curvature.models import GMN, MODELS, OURS, SAVED, count
+from experiments.curvature.problem import Problem, drawn
 from gmn_lopt.util.errors import FileError, UsageError
 
 DATA = data.DataConfig(width=5, points=6, target_points=40, train=12, valid=4, test=4)
@@ -65,37 +66,33 @@ def test_inputs_are_of_the_mixture():
     np.testing.assert_allclose(jnp.abs(points).mean(1), 0.5, atol=0.03)
 
 
-def test_the_standard_estimator_tends_to_the_target(splits, cache):
-    many = data.load(replace(DATA, points=400), cache)
+def test_the_standard_estimator_tends_to_the_target(cache):
     losses = []
-    for config, networks in ((DATA, splits), (replace(DATA, points=400), many)):
-        run = train.Run(replace(FEW, data=config), "mlp", 8, 1, networks)
-        losses.append(float(jax.jit(run.mean_loss)(None, networks["train"])))
-    assert losses[1] < losses[0] / 5
+    for points in (6, 600):
+        config = replace(DATA, points=points, target_points=2000, train=8, valid=1, test=1)
+        networks = data.load(config, cache)["train"]
+        problem = Problem(config, networks)
+        losses.append(float(jax.jit(lambda x, p=problem: p.mean_loss(None, None, x))(networks)))
+    assert losses[1] < losses[0] / 10
 
 
 @pytest.fixture(scope="module")
-def fitted(splits):
-    """Each method on one network, with weights that are all different, and what permutes its inputs."""
-    runs = {}
-    for name in MODELS:
-        run = train.Run(FEW, name, 8, 1, splits)
-        weights = run.init().weights
-        noise = lambda x: x + 0.3 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)  # noqa: E731
-        runs[name] = run, jax.tree.map(noise, weights)
-    return runs
+def problem(splits):
+    return Problem(DATA, drawn(splits, 8, 1))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_symmetries(name, fitted, splits):
-    run, weights = fitted[name]
+def test_symmetries(name, problem, splits):
+    run = train.Run(FEW, name, 1, problem, splits["valid"])
+    noise = lambda x: x + 0.3 * np.random.default_rng(x.size).normal(size=x.shape).astype(np.float32)  # noqa: E731
+    weights = jax.tree.map(noise, run.init().weights)  # all different
     network, points = (x[0] for x in splits["train"][:2])
-    apply = jax.jit(lambda w, x: run.module.apply({"params": weights}, run.inputs(w, x)))
+    apply = jax.jit(lambda w, x: run.module.apply({"params": weights}, problem.inputs(w, x)))
     found = np.asarray(apply(network, points))
-    permutations = permute.draw(run.structure, 1)
-    permuted = permute.parameters(run.structure, permutations, data.as_tree(network, 5))
+    permutations = permute.draw(problem.structure, 1)
+    permuted = permute.parameters(problem.structure, permutations, data.as_tree(network, 5))
     flat = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])  # noqa: E731
-    expected = flat(permute.parameters(run.structure, permutations, data.as_tree(jnp.asarray(found), 5)))
+    expected = flat(permute.parameters(problem.structure, permutations, data.as_tree(jnp.asarray(found), 5)))
     error = np.abs(np.asarray(apply(jnp.asarray(flat(permuted)), points)) - expected).max() / found.std()
     assert (error < 1e-3) if name in SYMMETRIC | NEURONS_ONLY else (error > 1e-2), "neurons"
     error = np.abs(np.asarray(apply(network, points[::-1])) - found).max() / found.std()
@@ -105,13 +102,14 @@ def test_symmetries(name, fitted, splits):
 def test_weights_are_about_15_000_where_the_input_allows(cache):
     config = train.Config(data=replace(DATA, width=32, points=128, target_points=2, train=2, valid=2, test=2))
     splits = data.load(config.data, cache)
+    problem = Problem(config.data, splits["train"])
     for name in MODELS:
-        run = train.Run(config, name, 2, 1, splits)
+        run = train.Run(config, name, 1, problem, splits["valid"])
         counted = count(jax.eval_shape(run.init).weights)
         assert name == "mlp" or 13_500 <= counted <= 16_500, (name, counted)
 
 
-def test_an_interrupted_run_ends_as_it_would_have(splits, tmp_path, cache):
+def test_an_interrupted_run_ends_as_it_would_have(problem, splits, tmp_path):
     class Stop(Exception):
         pass
 
@@ -124,11 +122,11 @@ def test_an_interrupted_run_ends_as_it_would_have(splits, tmp_path, cache):
             if self.left < 0:
                 raise Stop
 
-    run = train.Run(FEW, "neuron-asymmetric", 8, 1, splits)
+    run = train.Run(FEW, "neuron-asymmetric", 1, problem, splits["valid"])
     whole = run.train(tmp_path / "whole.npz", Bar(10))
     with pytest.raises(Stop):
         run.train(tmp_path / "cut.npz", Bar(1))
-    resumed = train.Run(FEW, "neuron-asymmetric", 8, 1, splits).train(tmp_path / "cut.npz", Bar(10))
+    resumed = train.Run(FEW, "neuron-asymmetric", 1, problem, splits["valid"]).train(tmp_path / "cut.npz", Bar(10))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(resumed), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -161,13 +159,13 @@ def test_report(finished, capsys):
     assert (out / "fisher.png").stat().st_size > 10_000
 
 
-def test_the_saved_predictor_is_what_was_trained(finished, splits):
-    out, config = finished
+def test_the_saved_predictor_is_what_was_trained(finished, problem, splits):
+    out, _ = finished
     structure = data.structure_of(DATA)
     predict = gmn_lopt.load_predictor(out / "predictors" / "gradmetanet-8-1", structure)
     result = json.loads((out / "results" / "gradmetanet-8-1.json").read_text())
-    run = train.Run(config, "gradmetanet", 8, 1, splits)
-    target = run.statistics["target"]
+    target = problem.statistics["target"]
+    predict = jax.jit(predict)
     losses = []
     for network, points, expected in zip(*splits["test"]):
         diagonal = predict(data.factors_of(network, points, 5))

@@ -20,30 +20,30 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
 import gmn_lopt
-from experiments.curvature.data import DataConfig, Networks, factors_of, load, structure_of
-from experiments.curvature.models import MODELS, SAVED, Inputs, count, standard
+from experiments.curvature.data import DataConfig, Networks, load
+from experiments.curvature.models import MODELS, SAVED, count
+from experiments.curvature.problem import Problem, drawn
 from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
 from gmn_lopt.util.errors import FileError, UsageError, first_line
 from gmn_lopt.util.files import read_json, read_regular, write_atomically
 from gmn_lopt.util.progress import progress
 
 LARGEST = 2**28  # bytes of a checkpoint
-CHUNK = 50  # networks that are evaluated at a time
 
 
 @dataclass(frozen=True)
 class Config:
-    """What to train, and how. Defaults are the paper's setting (about 100 core hours); --quick is a small one."""
+    """What to train, and how. Defaults are the paper's setting, for an accelerator; --quick is a small one."""
 
     out: Path = Path("runs/curvature")
     """Directory of the results."""
     cache: Path = Path("runs/data")
     """Directory of the data, which is made there."""
     quick: bool = False
-    """Smaller networks and sets, fewer of them: about seven minutes on two cores."""
+    """Smaller networks, sets of few gradients, less training."""
     models: tuple[str, ...] = ()
     """Methods by name; none: all."""
     sizes: tuple[int, ...] = (10, 30, 100, 300, 1000, 2000)
@@ -62,13 +62,14 @@ class Config:
     """What the data are."""
 
 
+# So few gradients of each network that little training tells the methods from the standard estimator.
 QUICK: dict[str, Any] = {
     "out": Path("runs/curvature-quick"),
-    "sizes": (50, 1000),
+    "sizes": (100, 2000),
     "seeds": (1,),
-    "epochs": 60,
+    "epochs": 40,
     "validate_every": 10,
-    "data": DataConfig(width=8, points=32, train=1000, valid=200, test=200),
+    "data": DataConfig(width=8, points=4, train=2000, valid=500, test=500),
 }
 
 
@@ -83,102 +84,32 @@ class State(NamedTuple):
 
 
 class Run:
-    """One method on one set of networks.
+    """One method on one training set."""
 
-    Attributes:
-        losses: of the standard estimator, on the test set.
-    """
-
-    def __init__(self, config: Config, model: str, size: int, seed: int, splits: dict[str, Networks]) -> None:
-        self.config, self.model, self.size, self.seed = config, model, size, seed
-        self.structure = structure_of(config.data)
-        self.single = structure_of(replace(config.data, points=1))
-        self.module = MODELS[model](self.structure)
-        order = jax.random.permutation(jax.random.key(1000 + seed), len(splits["train"].weights))[:size]
-        self.splits = splits | {"train": Networks(*(x[order] for x in splits["train"]))}
-        self.statistics = jax.jit(self._statistics)(self.splits["train"])
+    def __init__(self, config: Config, model: str, seed: int, problem: Problem, valid: Networks) -> None:
+        self.config, self.problem, self.valid = config, problem, valid
+        self.module = MODELS[model](problem.structure)
         self.optimizer = optax.adam(config.learning_rate)
         self.key = jax.random.key(seed)
 
     def init(self) -> State:
         """The state before the first epoch."""
-        first = tuple(x[0] for x in self.splits["train"][:2])
-        weights = jax.jit(lambda key: self.module.init(key, self.inputs(*first)))(self.key)["params"]
+        first = self.problem.train.weights[0], self.problem.train.inputs[0]
+        weights = jax.jit(lambda key: self.module.init(key, self.problem.inputs(*first)))(self.key)["params"]
         return State(jnp.zeros((), int), weights, self.optimizer.init(weights), weights, jnp.asarray(jnp.inf))
-
-    def _statistics(self, train: Networks) -> dict[str, Any]:
-        """Means and deviations over the training set."""
-        width = self.config.data.width
-
-        def moments(weights: Array, inputs: Array) -> tuple[Any, Any]:
-            factors = factors_of(weights, inputs, width)
-            gradients = self.gradients(factors)
-            seen = (factors, gradients, [g.mean(0) for g in gradients])
-            return jax.tree.map(jnp.mean, seen), jax.tree.map(lambda x: jnp.mean(x**2), seen)
-
-        first, second = jax.lax.map(lambda x: moments(*x), train[:2], batch_size=CHUNK)
-        means = jax.tree.map(jnp.mean, first)
-
-        def deviation(square: Array, mean: Array) -> Array:
-            variance = square.mean() - mean**2
-            return jnp.where(variance > 1e-6 * square.mean(), jnp.sqrt(jnp.maximum(variance, 0.0)), 1.0)
-
-        return {
-            "input": {"mean": means, "deviation": jax.tree.map(deviation, second, means)},
-            "target": gmn_lopt.fit_standardization(train.targets),
-        }
-
-    def gradients(self, factors: gmn_lopt.Factors) -> list[Float[Array, "S ..."]]:
-        """The gradient of each element, of each leaf."""
-        each = jax.tree.map(lambda x: x[:, None], factors)  # sets of one element
-        found: list[Array] = jax.vmap(lambda f: jax.tree.leaves(self.single.reconstruct(f)))(each)
-        return found
-
-    def inputs(self, weights: Float[Array, "P"], points: Float[Array, "S"]) -> Inputs:
-        """What the methods see of one network."""
-        factors = factors_of(weights, points, self.config.data.width)
-        gradients = self.gradients(factors)
-        seen = (factors, gradients, [g.mean(0) for g in gradients])
-        of, target = self.statistics["input"], self.statistics["target"]
-        read, each, mean = jax.tree.map(lambda x, m, d: (x - m) / d, seen, of["mean"], of["deviation"])
-        squared = jax.tree.map(jnp.square, factors)
-
-        def squares(w: Float[Array, "S"]) -> Float[Array, "P"]:
-            weighted = gmn_lopt.Factors(squared.activations, tuple(g * w[:, None] for g in squared.tangents))
-            found = jnp.concatenate([x.ravel() for x in jax.tree.leaves(self.structure.reconstruct(weighted))])
-            return (found - target["mean"]) / target["deviation"]
-
-        return Inputs(read, each, [m[None] for m in mean], squares)
-
-    def loss(self, weights: PyTree | None, networks: Networks) -> Float[Array, "n"]:
-        """The squared error on each network, in units of the target; without weights the standard estimator's."""
-
-        def one(*network: Array) -> Array:
-            inputs = self.inputs(*network[:2])
-            found = standard(inputs) if weights is None else self.module.apply({"params": weights}, inputs)
-            target = (network[2] - self.statistics["target"]["mean"]) / self.statistics["target"]["deviation"]
-            return jnp.mean((found - target) ** 2)
-
-        return jax.vmap(one)(*networks)
-
-    def mean_loss(self, weights: PyTree | None, networks: Networks) -> Float[Array, ""]:
-        """The mean over many networks."""
-        losses = jax.lax.map(
-            lambda x: self.loss(weights, jax.tree.map(lambda y: y[None], x))[0], networks, batch_size=CHUNK
-        )
-        return losses.mean()
 
     def epoch(self, state: State, train: Networks) -> State:
         """One pass over the training set; the last batch is filled up from its beginning."""
-        batch = min(self.config.batch, self.size)
-        steps = math.ceil(self.size / batch)
-        order = jax.random.permutation(jax.random.fold_in(self.key, state.epoch), self.size)
+        size = len(train.weights)
+        batch = min(self.config.batch, size)
+        steps = math.ceil(size / batch)
+        order = jax.random.permutation(jax.random.fold_in(self.key, state.epoch), size)
         order = jnp.concatenate([order, order])[: steps * batch].reshape(steps, batch)
 
         def step(carry: tuple[PyTree, PyTree], index: Array) -> tuple[tuple[PyTree, PyTree], None]:
             weights, optimizer = carry
             networks = Networks(*(x[index] for x in train))
-            gradient = jax.grad(lambda w: self.loss(w, networks).mean())(weights)
+            gradient = jax.grad(lambda w: self.problem.loss(self.module, w, networks).mean())(weights)
             updates, optimizer = self.optimizer.update(gradient, optimizer)
             return (optax.apply_updates(weights, updates), optimizer), None
 
@@ -188,7 +119,7 @@ class Run:
     def round(self, state: State, train: Networks, valid: Networks) -> State:
         """Epochs up to the next validation, and it."""
         state, _ = jax.lax.scan(lambda s, _: (self.epoch(s, train), None), state, length=self.config.validate_every)
-        loss = self.mean_loss(state.weights, valid)
+        loss = self.problem.mean_loss(self.module, state.weights, valid)
         better = loss < state.best_loss
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), state.weights, state.best)
         return state._replace(best=best, best_loss=jnp.where(better, loss, state.best_loss))
@@ -202,19 +133,10 @@ class Run:
         rounds = math.ceil(self.config.epochs / self.config.validate_every)
         bar.update(done := int(state.epoch) // self.config.validate_every)
         for _ in range(done, rounds):
-            state = advance(state, self.splits["train"], self.splits["valid"])
+            state = advance(state, self.problem.train, self.valid)
             store(checkpoint, state)
             bar.update()
         return state
-
-    def save(self, path: Path, weights: PyTree) -> None:
-        """Save a predictor that gmn_lopt.load_predictor reads, where the method is one."""
-        if self.model in SAVED:
-            mean, deviation = (self.statistics["input"][name][0] for name in ("mean", "deviation"))
-            statistics = {"mean": (mean.activations, mean.tangents)}
-            statistics["deviation"] = (deviation.activations, deviation.tangents)
-            saved = {"network": weights["network"], "input": statistics, "target": self.statistics["target"]}
-            gmn_lopt.save_predictor(path, SAVED[self.model], self.structure, saved)
 
 
 def store(file: Path, state: State) -> None:
@@ -300,6 +222,8 @@ def main(config: Config) -> None:
     config = checked(config)
     claim(config)
     splits = load(config.data, config.cache)
+    valid, test = splits["valid"], splits["test"]
+    problem, of = None, None
     rounds = math.ceil(config.epochs / config.validate_every)
     todo = list(runs(config))
     with progress(len(todo) * rounds, "curvature", "rounds") as bar:
@@ -310,12 +234,17 @@ def main(config: Config) -> None:
                 bar.update(rounds)
                 continue
             bar.set_description(f"{model}, {size} networks, seed {seed}")
-            run = Run(config, model, size, seed, splits)
+            if problem is None or of != (seed, size):
+                problem, of = Problem(config.data, drawn(splits, size, seed)), (seed, size)
+            run = Run(config, model, seed, problem, valid)
             state = run.train(checkpoint, bar)
-            test, reference = (jax.jit(run.mean_loss)(w, splits["test"]) for w in (state.best, None))
+            loss = jax.jit(problem.mean_loss, static_argnums=0)
             found = {"model": model, "size": size, "seed": seed, "weights": count(state.best)}
-            found |= {"test": float(test), "valid": float(state.best_loss), "standard": float(reference)}
-            run.save(config.out / "predictors" / name, state.best)
+            found |= {"test": float(loss(run.module, state.best, test)), "valid": float(state.best_loss)}
+            found |= {"standard": float(loss(None, None, test))}
+            if model in SAVED:
+                weights = problem.predictor_weights(state.best["network"])
+                gmn_lopt.save_predictor(config.out / "predictors" / name, SAVED[model], problem.structure, weights)
             write_atomically(result, (json.dumps(found, indent=2) + "\n").encode())
             checkpoint.unlink(missing_ok=True)
             jax.clear_caches()
