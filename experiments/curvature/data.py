@@ -10,6 +10,7 @@ inputs and targets, from which gradients are computed where they are needed.
 import hashlib
 import io
 import json
+import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -135,5 +136,5 @@ def load(config: DataConfig, cache: Path) -> dict[str, Networks]:
     try:
         arrays = dict(np.load(io.BytesIO(read_regular(file, LARGEST)), allow_pickle=False))
         return {s: Networks(*(jnp.asarray(arrays[f"{s}_{f}"]) for f in Networks._fields)) for s in SPLITS}
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise FileError(f"{file} is damaged; remove it, and it is made again ({type(error).__name__})") from None

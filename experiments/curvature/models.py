@@ -91,7 +91,7 @@ class Reweighted(nn.Module):
             h = jax.nn.relu(nn.Dense(self.width, name=f"site_{i}")(site)).mean(1)
             x = x + nn.Dense(self.width, name=f"read_{i}")(h)
         for i in range(self.blocks):
-            x = SelfAttention(self.width, 4, name=f"over_set_{i}")(x[None])[0]
+            x = SelfAttention(self.width, 5, name=f"over_set_{i}")(x[None])[0]
             hidden = jax.nn.relu(nn.Dense(self.width, name=f"own_{i}")(normalize(x)))
             x = x + nn.Dense(self.width, name=f"out_{i}")(hidden)
         scores = nn.Dense(1, kernel_init=nn.initializers.zeros, name="score")(normalize(x))[:, 0]
@@ -182,11 +182,11 @@ MODELS: dict[str, Callable[[gmn_lopt.GradientStructure], nn.Module]] = {
     "neuron-asymmetric": lambda s: NeuronAsymmetric(s, 10),
     "batch-asymmetric": lambda s: BatchAsymmetric(s, 24),
     "mlp": lambda s: Perceptron(s, 32),
-    "weight-space, mean": lambda s: WeightSpace(s, 14, average=True),
-    "weight-space, all": lambda s: WeightSpace(s, 13, average=False),
+    "weight-space, mean": lambda s: WeightSpace(s, 15, average=True),
+    "weight-space, all": lambda s: WeightSpace(s, 11, average=False),
     "gradmetanet, residual": lambda s: GradMetaNet(s, GMN, residual=True),
     "gradmetanet++, residual": lambda s: GradMetaNet(s, GMN_PP, residual=True),
-    "reweighted": lambda s: Reweighted(s, 28, 2),
+    "reweighted": lambda s: Reweighted(s, 30, 2),
 }
 """By name: the paper's first, then ours."""
 OURS = ("gradmetanet, residual", "gradmetanet++, residual", "reweighted")

@@ -11,6 +11,7 @@ import json
 import math
 import re
 import sys
+import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -156,7 +157,7 @@ def restore(file: Path, like: State) -> State:
     try:
         arrays = np.load(io.BytesIO(read_regular(file, LARGEST)), allow_pickle=False)
         found = [jnp.asarray(arrays[f"arr_{i}"]) for i in range(len(leaves))]
-    except (ValueError, KeyError, OSError, EOFError) as error:
+    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
         raise FileError(f"{file} is damaged; remove it to train from the beginning ({type(error).__name__})") from None
     if [x.shape for x in found] != [x.shape for x in leaves]:
         raise FileError(f"{file} belongs to another setting; remove it, or choose another --out")

@@ -123,7 +123,13 @@ def save_predictor(
         FileError: in one line, if ``path`` is something else, or cannot be written.
 
     Example:
-        See :func:`load_predictor`.
+        >>> loss = lambda params, x: jnp.sum(jnp.sin(x @ params["w"]))
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+        >>> structure = gmn_lopt.analyze(loss, params, x)
+        >>> several = jax.tree.map(lambda x: x[None], gmn_lopt.value_grad_and_factors(loss)(params, x)[2])
+        >>> predictor = FisherPredictor(GradMetaNetConfig(width=8))
+        >>> weights = predictor.init(jax.random.key(0), structure, several, {"w": jnp.arange(6.0).reshape(1, 2, 3)})
+        >>> gmn_lopt.save_predictor("my-predictor", predictor, structure, weights)
     """
     path = Path(path)
     if path.exists() and not (path / CONFIG_FILE).is_file():
