@@ -11,8 +11,10 @@ demo: $(INSTALLED)
 	$(BIN)/python eval.py --task digits_mlp --out report/demo --baseline adamw --baseline muon \
 		--optimizer "meta-trained=runs/demo" --optimizer default --optimizer default:total_steps=500
 
-# The quick settings; interrupted, they go on where they stopped. The full ones: docs/inr_editing.md.
+# The quick settings; interrupted, they go on where they stopped. The full ones: docs/curvature.md, docs/inr_editing.md.
 experiments: $(INSTALLED)
+	$(BIN)/python -m experiments.curvature.train --quick
+	$(BIN)/python -m experiments.curvature.report --out runs/curvature-quick
 	$(BIN)/python -m experiments.inr_editing --out runs/inr_editing
 
 test: $(INSTALLED)

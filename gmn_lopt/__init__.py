@@ -1,5 +1,15 @@
 """GradMetaNet as a drop-in optax optimizer: learned optimizers that read sets of decomposed gradients."""
 
+from gmn_lopt.curvature import (
+    FisherPredictor,
+    empirical_fisher_vector_product,
+    fisher_diagonal,
+    fisher_trace,
+    fit_standardization,
+    load_predictor,
+    save_predictor,
+    standardize,
+)
 from gmn_lopt.factors import (
     Factors,
     GradientStructure,
@@ -67,6 +77,7 @@ __all__ = [
     "EditorError",
     "Factors",
     "Feedback",
+    "FisherPredictor",
     "GradMetaNet",
     "GradMetaNetConfig",
     "GradMetaNetPlusPlus",
@@ -97,13 +108,20 @@ __all__ = [
     "apply_gradients",
     "card",
     "denoised",
+    "empirical_fisher_vector_product",
     "explain",
+    "fisher_diagonal",
+    "fisher_trace",
+    "fit_standardization",
     "gather_factors",
     "list_pretrained",
     "load",
     "load_editor",
+    "load_predictor",
     "recipe",
     "save",
     "save_editor",
+    "save_predictor",
+    "standardize",
     "value_grad_and_factors",
 ]

@@ -4,7 +4,12 @@ from gmn_lopt.factors.kinds import KINDS, Conv, Dense, Embedding, LayerKind
 from gmn_lopt.factors.parallel import gather_factors
 from gmn_lopt.factors.spaces import Parameter, Site, SiteRef, Space, StructureError
 from gmn_lopt.factors.structure import Factors, GradientStructure, Layer
-from gmn_lopt.factors.value_and_grad import analyze, value_grad_and_extra, value_grad_and_factors
+from gmn_lopt.factors.value_and_grad import (
+    analyze,
+    factors_and_remainder,
+    value_grad_and_extra,
+    value_grad_and_factors,
+)
 
 __all__ = [
     "KINDS",
@@ -21,6 +26,7 @@ __all__ = [
     "Space",
     "StructureError",
     "analyze",
+    "factors_and_remainder",
     "gather_factors",
     "value_grad_and_extra",
     "value_grad_and_factors",

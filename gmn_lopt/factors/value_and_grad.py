@@ -110,26 +110,49 @@ def value_grad_and_factors(loss_fn: LossFunction, has_aux: bool = False) -> Call
         traced, out_tree = _trace(loss_fn, params, args, kwargs, has_aux)
         leaves, treedef = jax.tree.flatten(params)
         dynamic, _ = split_arguments((args, kwargs))
-
-        def tapped(leaves: list[Array], perturbations: dict[Path, Array]) -> tuple[Array, Any]:
-            run = Replay(traced.taps, perturbations)
-            outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*leaves, *dynamic], ())
-            loss, aux = jax.tree.unflatten(out_tree, outputs)
-            return loss, (aux, {i: as_in_context(activation) for i, activation in run.recorded.items()})
-
-        perturbations = {path: zeros_like(*of) for path, of in traced.perturbed.items()}
-        differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
-        leaves = [jnp.asarray(leaf) for leaf in leaves]
-        (loss, (aux, recorded)), (grads, tangents) = differentiate(leaves, perturbations)
-        tangents = {path: at_scale_of_shard(tangent, loss, leaves) for path, tangent in tangents.items()}
-        factors = Factors(
-            tuple(read.canonical(recorded) for read in traced.reads),
-            tuple(write.canonical(tangents) for write in traced.writes),
-            traced.without_batch,
-        )
+        loss, aux, grads, factors = _differentiate(traced, out_tree, leaves, range(len(leaves)), dynamic)
         return ((loss, aux) if has_aux else loss), jax.tree.unflatten(treedef, grads), factors
 
     return wrapped
+
+
+def factors_and_remainder(loss_fn: LossFunction, params: PyTree, *args: Any) -> tuple[Factors, dict[int, Array]]:
+    """The factors of a gradient, and the gradients of the leaves that they do not give whole, by index.
+
+    One backward pass, in which no gradient of a factored leaf is built. Raises as :func:`analyze` does.
+    """
+    traced, out_tree = _trace(loss_fn, params, args, {}, False)
+    rest = [i for i, p in enumerate(traced.structure.parameters) if p.status not in ("factored", "unused")]
+    dynamic, _ = split_arguments((args, {}))
+    _, _, grads, factors = _differentiate(traced, out_tree, jax.tree.leaves(params), rest, dynamic)
+    return factors, dict(zip(rest, grads))
+
+
+def _differentiate(
+    traced: Traced, out_tree: Any, leaves: Sequence[Any], wanted: Sequence[int], dynamic: Sequence[Any]
+) -> tuple[Array, Any, list[Array], Factors]:
+    """The loss, what comes with it, the gradients of the wanted leaves, and the factors."""
+    leaves = [jnp.asarray(leaf) for leaf in leaves]
+
+    def tapped(given: list[Array], perturbations: dict[Path, Array]) -> tuple[Array, Any]:
+        run = Replay(traced.taps, perturbations)
+        filled = list(leaves)
+        for i, leaf in zip(wanted, given):
+            filled[i] = leaf
+        outputs = run.jaxpr(traced.closed.jaxpr, traced.closed.consts, [*filled, *dynamic], ())
+        loss, aux = jax.tree.unflatten(out_tree, outputs)
+        return loss, (aux, {i: as_in_context(activation) for i, activation in run.recorded.items()})
+
+    perturbations = {path: zeros_like(*of) for path, of in traced.perturbed.items()}
+    differentiate = jax.value_and_grad(tapped, argnums=(0, 1), has_aux=True)
+    (loss, (aux, recorded)), (grads, tangents) = differentiate([leaves[i] for i in wanted], perturbations)
+    tangents = {path: at_scale_of_shard(tangent, loss, leaves) for path, tangent in tangents.items()}
+    factors = Factors(
+        tuple(read.canonical(recorded) for read in traced.reads),
+        tuple(write.canonical(tangents) for write in traced.writes),
+        traced.without_batch,
+    )
+    return loss, aux, grads, factors
 
 
 def value_grad_and_extra(loss_fn: Callable[..., Any], needs_factors: bool) -> Callable[..., Any]:

@@ -133,12 +133,13 @@ class Trunk(nn.Module):
     structure: GradientStructure
     config: GradMetaNetConfig
     channels: int = 1
+    normalize: bool = True
 
     @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "neurons width"], ...]:
         """Compute the features of the neurons of each site (``factors`` as for :class:`GradMetaNet`)."""
         width, groups = self.config.width, group_sites(self.structure)
-        x: list = [FactorFeatures(self.structure, group, factors) for group in groups]
+        x: list = [FactorFeatures(self.structure, group, factors, self.normalize) for group in groups]
         encodings = [group.encodings(self.structure) for group in groups]
         for i in range(self.config.set_layers):
             size = SLOTS * self.channels if i == 0 else width
@@ -181,6 +182,8 @@ class GradMetaNet(nn.Module):
         structure: the structure of the model whose factors are read.
         config: the architecture.
         channels: number of channels of each activation and each tangent.
+        normalize: whether the channels are normalised (step 0). Where the size of gradients matters, as for curvature,
+            they are not; what is read is then standardised before (:func:`gmn_lopt.fit_standardization`).
 
     Example:
         >>> import gmn_lopt
@@ -199,6 +202,7 @@ class GradMetaNet(nn.Module):
     structure: GradientStructure
     config: GradMetaNetConfig = GradMetaNetConfig()
     channels: int = 1
+    normalize: bool = True
 
     @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "..."] | None, ...]:
@@ -213,7 +217,7 @@ class GradMetaNet(nn.Module):
         """
         c = self.config
         product = c.product_layer(self.structure, c.width, c.product_width, c.out_features, name="product")
-        return product(c.trunk(self.structure, c, self.channels, name="trunk")(factors))
+        return product(c.trunk(self.structure, c, self.channels, self.normalize, name="trunk")(factors))
 
 
 # Weights do not depend on the model, so they are drawn for the smallest one: a single neuron.

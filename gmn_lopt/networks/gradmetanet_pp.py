@@ -131,6 +131,7 @@ class AttentionTrunk(nn.Module):
     structure: GradientStructure
     config: GradMetaNetPlusPlusConfig
     channels: int = 1
+    normalize: bool = True
 
     @nn.compact
     def __call__(self, factors: Factors) -> tuple[Float[Array, "S neurons width"], ...]:
@@ -142,7 +143,7 @@ class AttentionTrunk(nn.Module):
         blocks = [Block(width, self.config.heads, name=f"blocks_{i}") for i in range(self.config.blocks)]
         sites: dict[int, jax.Array] = {}
         for group in group_sites(self.structure):
-            read = FactorFeatures(self.structure, group, factors)
+            read = FactorFeatures(self.structure, group, factors, self.normalize)
             x = read.after_layer(read.product(m_own) + (group.encodings(self.structure) @ m_encoding + bias))
             for block in blocks:
                 x = block(x)
@@ -195,7 +196,7 @@ class GradMetaNetPlusPlus(GradMetaNet):
     """GradMetaNet++: used as :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`, with the same symmetries.
 
     Attributes:
-        structure, channels: see there.
+        structure, channels, normalize: see there.
         config: the architecture.
 
     Example:

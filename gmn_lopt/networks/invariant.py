@@ -21,6 +21,7 @@ class InvariantGradMetaNet(nn.Module):
         structure: the structure of the model whose factors are read.
         config: the architecture; ``out_features`` is the number of outputs.
         channels: number of channels of each activation and each tangent.
+        normalize: whether they are normalised, as for :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`.
 
     Example:
         >>> import gmn_lopt, jax
@@ -34,11 +35,12 @@ class InvariantGradMetaNet(nn.Module):
     structure: GradientStructure
     config: GradMetaNetConfig | GradMetaNetPlusPlusConfig = GradMetaNetConfig()
     channels: int = 1
+    normalize: bool = True
 
     @nn.compact
     def __call__(self, factors: Factors) -> Float[Array, "out"]:
         """Compute the vector (``factors`` as for :class:`~gmn_lopt.networks.gradmetanet.GradMetaNet`)."""
         trunk: Any = self.config.trunk
-        neurons = trunk(self.structure, self.config, self.channels, name="trunk")(factors)
+        neurons = trunk(self.structure, self.config, self.channels, self.normalize, name="trunk")(factors)
         sites = [x if x.ndim == 2 else x.mean(0) for x in neurons]
         return nn.Dense(self.config.out_features, name="head")(jnp.concatenate(sites).mean(0))

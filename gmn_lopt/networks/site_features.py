@@ -132,11 +132,11 @@ class FactorFeatures(NeuronFeatures):
     The slots are the site's activation and its tangent.
 
     A one-sided site repeats its only factor in the other slot. Each channel of each site is divided by its root mean
-    square over set and neurons (``EPSILON`` inside the root). Nothing of this is built: the division is folded into the
-    small matrices and means, and a repeated factor is read once, with the sum of its two matrices.
+    square over set and neurons (``EPSILON`` inside the root), if ``normalize``. Nothing of this is built: the division
+    is folded into the small matrices and means, and a repeated factor is read once, with the sum of its two matrices.
     """
 
-    def __init__(self, structure: GradientStructure, group: SetGroup, factors: Factors) -> None:
+    def __init__(self, structure: GradientStructure, group: SetGroup, factors: Factors, normalize: bool = True) -> None:
         self.structure, self.group = structure, group
         # For each site its distinct factors, each with the slots that it fills.
         self.slots: list[list[tuple[Float[Array, "channels S d"], tuple[int, ...]]]] = []
@@ -145,7 +145,8 @@ class FactorFeatures(NeuronFeatures):
             arrays = [(factors.activations, factors.tangents)[slot][i] for slot, i in present]
             filled = [(slot,) for slot, _ in present] if len(present) == SLOTS else [tuple(range(SLOTS))]
             self.slots.append(list(zip(arrays, filled)))
-        self.scales = [[jax.lax.rsqrt((x**2).mean((1, 2)) + EPSILON) for x, _ in slots] for slots in self.slots]
+        scale = lambda x: jax.lax.rsqrt((x**2).mean((1, 2)) + EPSILON) if normalize else jnp.ones(len(x))  # noqa: E731
+        self.scales = [[scale(x) for x, _ in slots] for slots in self.slots]
 
     def set_mean(self) -> Array:  # noqa: D102
         return jnp.concatenate([self._per_site(site, lambda x: x.mean(1)).T for site in range(len(self.slots))])

@@ -1,0 +1,215 @@
+"""A network that predicts the diagonal of the Fisher matrix from the gradients of a few examples, and its files.
+
+:func:`gmn_lopt.load` returns an optimizer, whatever it is given; a predictor is none, so :func:`load_predictor` reads
+its files, which are of the same kind: JSON and safetensors, nothing executable.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+from jaxtyping import PyTree
+
+from gmn_lopt.curvature.standardization import fit_standardization, standardize
+from gmn_lopt.factors import Factors, GradientStructure
+from gmn_lopt.networks import GradMetaNetConfig, GradMetaNetPlusPlusConfig, init_gradmetanet
+from gmn_lopt.util.codec import from_json, to_json
+from gmn_lopt.util.errors import FileError, first_line
+from gmn_lopt.util.files import read_json, read_regular, write_directory
+
+FORMAT, VERSION = "gmn_lopt Fisher predictor", 1
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
+LARGEST = 2**30  # bytes
+
+
+@dataclass(frozen=True)
+class FisherPredictor:
+    """GradMetaNet or GradMetaNet++ as an estimator of the Fisher diagonal (arXiv:2507.01649, section 7.1).
+
+    It reads the factors of a few examples and has one output for each parameter entry, in units of the target: its
+    mean and deviation over a training set.
+
+    Attributes:
+        network: the architecture; its ``out_features`` do not matter, there is one.
+        residual: whether the output is added to the standard estimator, the mean over the examples that are read. The
+            paper's is not.
+
+    Example:
+        >>> loss = lambda params, x: jnp.sum(jnp.sin(x @ params["w"]))
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+        >>> structure = gmn_lopt.analyze(loss, params, x)
+        >>> _, _, factors = gmn_lopt.value_grad_and_factors(loss)(params, x)
+        >>> several = jax.tree.map(lambda x: x[None], factors)  # of one network
+        >>> predictor = FisherPredictor(GradMetaNetConfig(width=8))
+        >>> weights = predictor.init(jax.random.key(0), structure, several, {"w": jnp.arange(6.0).reshape(1, 2, 3)})
+        >>> predictor.predict(structure, weights, factors)["w"].shape
+        (2, 3)
+    """
+
+    network: GradMetaNetConfig | GradMetaNetPlusPlusConfig
+    residual: bool = False
+
+    def module(self, structure: GradientStructure) -> nn.Module:
+        """The network, for one model."""
+        return replace(self.network, out_features=1).module(structure).clone(normalize=False)
+
+    def init(self, key: jax.Array, structure: GradientStructure, factors: Factors, targets: PyTree) -> dict[str, Any]:
+        """Draw weights, and fit the standardisation.
+
+        Args:
+            key: a random key.
+            structure: the structure of the model.
+            factors: those of a training set, ``[networks, S, d]``, tangents at per-element scale.
+            targets: its diagonals, a tree like the parameters with arrays ``[networks, ...]``.
+
+        Returns:
+            The weights: ``network``, and the statistics ``input`` and ``target``.
+        """
+        flat = jnp.concatenate([x.ravel() for x in jax.tree.leaves(targets)])
+        statistics = fit_standardization((factors.activations, factors.tangents))
+        network = init_gradmetanet(self.module(structure), key)
+        return {"network": network, "input": statistics, "target": fit_standardization(flat)}
+
+    def standardized(self, structure: GradientStructure, weights: dict[str, Any], factors: Factors) -> list[jax.Array]:
+        """What is trained: the diagonal of each leaf in units of the target, of the factors of one network."""
+        of = weights["input"]
+        statistics = {name: Factors(of[name][0], of[name][1], factors.without_batch) for name in of}
+        read = jax.tree.map(lambda x: x[None], standardize(statistics, factors))  # one channel
+        outputs: Any = self.module(structure).apply({"params": weights["network"]}, read)
+        shapes = [p.shape for p in structure.parameters]
+        found = [jnp.zeros(shape) if y is None else y[..., 0] for y, shape in zip(outputs, shapes)]
+        if self.residual:
+            target = weights["target"]
+            means = standard_estimate(structure, factors)
+            found = [y + (x - target["mean"]) / target["deviation"] for y, x in zip(found, means)]
+        return found
+
+    def predict(self, structure: GradientStructure, weights: dict[str, Any], factors: Factors) -> PyTree:
+        """The diagonal, a tree like the parameters, from the factors ``[S, d]`` at per-element scale."""
+        found = self.standardized(structure, weights, factors)
+        target = weights["target"]
+        return jax.tree.unflatten(structure.treedef, [y * target["deviation"] + target["mean"] for y in found])
+
+
+def standard_estimate(structure: GradientStructure, factors: Factors) -> list[jax.Array]:
+    """The mean over the set of the squared gradients, for models whose set are examples: of each leaf."""
+    squared = jax.tree.map(jnp.square, factors)
+    size = len(factors.tangents[0])
+    return [x / size for x in jax.tree.leaves(structure.reconstruct(squared))]
+
+
+def save_predictor(
+    path: str | os.PathLike[str], predictor: FisherPredictor, structure: GradientStructure, weights: dict[str, Any]
+) -> None:
+    """Save a predictor as a directory: ``config.json`` and ``weights.safetensors``.
+
+    Args:
+        path: the directory; one that holds a saved predictor is replaced.
+        predictor: the predictor.
+        structure: that of the model whose factors it was trained on; the statistics are those of its layers.
+        weights: its weights.
+
+    Raises:
+        FileError: in one line, if ``path`` is something else, or cannot be written.
+
+    Example:
+        >>> loss = lambda params, x: jnp.sum(jnp.sin(x @ params["w"]))
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+        >>> structure = gmn_lopt.analyze(loss, params, x)
+        >>> several = jax.tree.map(lambda x: x[None], gmn_lopt.value_grad_and_factors(loss)(params, x)[2])
+        >>> predictor = FisherPredictor(GradMetaNetConfig(width=8))
+        >>> weights = predictor.init(jax.random.key(0), structure, several, {"w": jnp.arange(6.0).reshape(1, 2, 3)})
+        >>> gmn_lopt.save_predictor("my-predictor", predictor, structure, weights)
+    """
+    path = Path(path)
+    if path.exists() and not (path / CONFIG_FILE).is_file():
+        raise FileError(f"cannot save {path}: it exists and is not a saved predictor; choose another path")
+    content = safetensors.numpy.save({name: np.asarray(x) for name, x in _named(weights).items()})
+    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "predictor": to_json(predictor)}
+    config["checksum"] = hashlib.sha256(content).hexdigest()
+    try:
+        write_directory(path, {WEIGHTS_FILE: content, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()})
+    except OSError as error:
+        raise FileError(f"cannot save {path}: {first_line(error)}") from None
+
+
+def load_predictor(path: str | os.PathLike[str], structure: GradientStructure) -> Callable[[Factors], PyTree]:
+    """Load a saved predictor for the model with this structure.
+
+    Args:
+        path: a directory that :func:`save_predictor` wrote.
+        structure: the structure of the model, from :func:`gmn_lopt.analyze`; widths and the number of examples may be
+            others than in training, layers not.
+
+    Returns:
+        ``factors -> diagonal``, a tree like the parameters; factors of :func:`gmn_lopt.value_grad_and_factors` with a
+        loss that is a *sum* over the examples, so that they are at per-element scale.
+
+    Raises:
+        FileError: in one line, if there is no such predictor, its files are damaged or of another version, or it was
+            trained on a model with other layers.
+
+    Example:
+        >>> loss = lambda params, x: jnp.sum(jnp.sin(x @ params["w"]))
+        >>> params, x = {"w": jnp.ones((2, 3))}, jnp.linspace(-1.0, 1.0, 8).reshape(4, 2)
+        >>> structure = gmn_lopt.analyze(loss, params, x)
+        >>> _, _, factors = gmn_lopt.value_grad_and_factors(loss)(params, x)
+        >>> predictor = gmn_lopt.FisherPredictor(gmn_lopt.GradMetaNetConfig(width=8))
+        >>> several = jax.tree.map(lambda x: x[None], factors)
+        >>> weights = predictor.init(jax.random.key(0), structure, several, {"w": jnp.arange(6.0).reshape(1, 2, 3)})
+        >>> gmn_lopt.save_predictor("my-predictor", predictor, structure, weights)
+        >>> gmn_lopt.load_predictor("my-predictor", structure)(factors)["w"].shape
+        (2, 3)
+    """
+    directory = Path(path)
+    if not directory.is_dir():
+        raise FileError(f"{path} is not a directory: give the one that gmn_lopt.save_predictor wrote")
+    file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+    config = read_json(file)
+    if config.get("format") != FORMAT or config.get("version") != VERSION:
+        raise FileError(f"{file} does not describe a Fisher predictor that this gmn_lopt reads")
+    content = read_regular(weights_file, LARGEST)
+    if hashlib.sha256(content).hexdigest() != config.get("checksum"):
+        raise FileError(f"{weights_file} is damaged: it is not what was saved")
+    try:
+        predictor = from_json(config.get("predictor"), FisherPredictor, "predictor")
+        arrays = safetensors.numpy.load(content)
+    except (ValueError, KeyError, OverflowError, safetensors.SafetensorError) as error:
+        raise FileError(f"{directory} is damaged: {first_line(error)}") from None
+    template = _template(predictor, structure)
+    for name, like in _named(template).items():
+        if name not in arrays or arrays[name].shape != like.shape:
+            raise FileError(
+                f"{weights_file} has no {name} of shape {like.shape}: it belongs to a model of other layers"
+            )
+    if unknown := sorted(arrays.keys() - _named(template).keys()):
+        raise FileError(f"{weights_file} holds {unknown[0]}: it belongs to a model of other layers")
+    weights = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(arrays[name]) for name in _named(template)])
+    return lambda factors: predictor.predict(structure, weights, factors)
+
+
+def _template(predictor: FisherPredictor, structure: GradientStructure) -> dict[str, Any]:
+    """Shapes of the weights."""
+    shapes = tuple(
+        tuple(jax.ShapeDtypeStruct((1, *shape), jnp.float32) for shape in of)
+        for of in (structure.activation_shapes, structure.tangent_shapes)
+    )
+    targets = [jax.ShapeDtypeStruct((1, *p.shape), jnp.float32) for p in structure.parameters]
+    found: dict[str, Any] = jax.eval_shape(
+        lambda key, a, g, y: predictor.init(key, structure, Factors(a, g), y), jax.random.key(0), *shapes, targets
+    )
+    return found
+
+
+def _named(tree: PyTree) -> dict[str, Any]:
+    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
