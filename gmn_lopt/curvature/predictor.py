@@ -24,8 +24,9 @@ from gmn_lopt.curvature.standardization import fit_standardization, standardize
 from gmn_lopt.factors import Factors, GradientStructure
 from gmn_lopt.networks import GradMetaNetConfig, GradMetaNetPlusPlusConfig, init_gradmetanet
 from gmn_lopt.util.codec import from_json, to_json
+from gmn_lopt.util.directories import write_directory
 from gmn_lopt.util.errors import FileError, first_line
-from gmn_lopt.util.files import read_json, read_regular, write_directory
+from gmn_lopt.util.files import read_json, read_regular
 
 FORMAT, VERSION = "gmn_lopt Fisher predictor", 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"

@@ -24,8 +24,9 @@ from jaxtyping import Array, Float, PyTree
 from gmn_lopt.factors.names import leaf_name
 from gmn_lopt.networks.editor import Editor, EditorModule, Forward
 from gmn_lopt.util.codec import from_json, to_json
+from gmn_lopt.util.directories import write_directory
 from gmn_lopt.util.errors import FileError, OneLine, first_line
-from gmn_lopt.util.files import read_json, read_regular, write_directory
+from gmn_lopt.util.files import read_json, read_regular
 
 FORMAT, VERSION = "gmn_lopt editor", 1
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
