@@ -22,7 +22,7 @@ def test_both_forms_agree(name):
 
 
 def test_table_and_figures(tmp_path, capsys):
-    figures = main(Config(examples=16, widths=(64, 96, 10), repeats=1, out=tmp_path))
+    figures = main(Config(examples=128, widths=(64, 256, 10), repeats=1, out=tmp_path))
     printed = capsys.readouterr().out
     assert [f["name"] for f in figures] == list(FORMS) and all(f"| {name} |" in printed for name in FORMS)
     assert json.loads((tmp_path / "fisher.json").read_text()) == figures

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import safetensors
 import safetensors.numpy
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import ArrayLike, Float, PyTree
 
 from gmn_lopt.factors.names import leaf_name
 from gmn_lopt.networks.editor import Editor, EditorModule, Forward
@@ -64,8 +64,12 @@ class LoadedEditor:
         """Where the edited image has to be known, as the network's coordinates."""
         return np.asarray(self.module.config.points, np.float32)
 
-    def __call__(self, params: PyTree, values: Float[Array, "points outputs"]) -> PyTree:
+    def __call__(self, params: PyTree, values: ArrayLike) -> PyTree:
         """Change a network's parameters.
+
+        Args:
+            params: those of the network.
+            values: what its edited image holds at :attr:`points`, ``[points, outputs]``.
 
         Returns:
             The changed parameters, with one more axis in front: the heads, whose values are to be averaged
