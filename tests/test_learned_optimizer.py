@@ -132,7 +132,7 @@ def numpy_network(network, w, inputs):
     if not network.tied:
         return [x @ w["kernel_3"] + w["bias_3"] for x in inputs]
     shaped = [x.reshape(*p.shape, -1) for x, p in zip(inputs, STRUCTURE.parameters)]
-    return unf_reference.apply([p.spaces for p in STRUCTURE.parameters], w["layer"], shaped)
+    return unf_reference.apply([p.spaces for p in STRUCTURE.parameters], {}, w["layer"], shaped)
 
 
 @pytest.mark.parametrize("residual", RESIDUALS)

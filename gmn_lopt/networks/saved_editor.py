@@ -146,7 +146,11 @@ def load_editor(path: str | os.PathLike[str], forward: Forward, params: PyTree) 
             trained on networks of another architecture.
 
     Example:
-        See :func:`save_editor`.
+        >>> try:
+        ...     load_editor("nowhere", lambda p, x: (x @ p["w"],), {"w": jnp.ones((2, 3))})
+        ... except EditorError:
+        ...     print("no such editor")
+        no such editor
     """
     file, weights_file = Path(path) / CONFIG_FILE, Path(path) / WEIGHTS_FILE
     try:

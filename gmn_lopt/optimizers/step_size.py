@@ -188,7 +188,7 @@ def known_horizon(
     """
 
     def rate(step: Array) -> Array:
-        share = jnp.clip((step + 1) / (total_steps + 1), 0.0, 1.0)
+        share = jnp.clip(jnp.asarray(step + 1, jnp.float32) / (total_steps + 1), 0.0, 1.0)
         falling = jnp.clip((share - warmup) / (1 - warmup), 0.0, 1.0)
         rising = jnp.minimum(1.0, share / jnp.maximum(warmup, 1 / (total_steps + 1)))
         return peak * rising * (0.5 + 0.5 * jnp.cos(jnp.pi * falling)) ** power

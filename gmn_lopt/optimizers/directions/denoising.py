@@ -181,7 +181,7 @@ def _gram(
     noise = noise * _column(_read(group, scale) ** 2, noise)
     if group.tall:
         return jnp.einsum("kio,kip->kop", momentum, natural) + _column(inputs, noise) * noise
-    identity = jnp.eye(group.inputs) * (jnp.arange(group.inputs) < inputs[:, None])[:, None]
+    identity = jnp.eye(group.inputs, dtype=noise.dtype) * (jnp.arange(group.inputs) < inputs[:, None])[:, None]
     return jnp.einsum("kio,kjo->kij", natural, momentum) + _column(noise, natural) * identity
 
 
