@@ -2,7 +2,7 @@
 
 To add a task, copy the file that is nearest to yours. Nothing else has to be told about it: tasks are found by the name
 of their file. The files without a ``make`` hold what tasks share. A task may also live anywhere that Python can import:
-``package.module:make`` names it.
+``package.module:make`` names it, and ``learned_optimization:MODULE:NAME`` one of google/learned_optimization.
 """
 
 import importlib
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 # Relative: this folder is installed as gmn_lopt.tasks, and ``import tasks`` fails rather than make a second copy of it.
+from ..interop import learned_optimization
 from ..meta.task import Task
 from ..util.checks import plain_numbers
 from ..util.codec import from_json, to_json
@@ -34,8 +35,10 @@ def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
     """Make a task.
 
     Args:
-        spec: one of :func:`task_names`, or ``package.module:make`` for a function of any module that can be imported.
+        spec: one of :func:`task_names`, or ``package.module:make`` for a function of any module that can be imported,
+            or ``learned_optimization:MODULE:NAME`` (:func:`gmn_lopt.interop.learned_optimization.load_task`).
         data_dir: the TensorFlow Datasets directory that holds the task's data; None for its default place.
+            learned_optimization's tasks look in ``$TFDS_DATA_DIR`` instead.
         **settings: handed on to the task's ``make``, e.g. ``hidden=(64,)`` for another width (``hidden=64``
             says the same).
 
@@ -49,6 +52,8 @@ def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
         >>> task.name, task.horizon, task.data["test"]["image"].shape
         ('digits_mlp', 500, (360, 64))
     """
+    if spec.startswith(learned_optimization.PREFIX):
+        return learned_optimization.load_task(spec, **settings)
     make = _find(spec)
     parameters = inspect.signature(make).parameters
     known = [parameter for parameter in parameters if parameter != "data_dir"]
@@ -63,6 +68,18 @@ def load_task(spec: str, data_dir: str | None = None, **settings: Any) -> Task:
     if task.name != spec and ":" not in spec:
         raise ValueError(f"tasks/{spec}.py makes a task named {task.name!r}; a task is named like its file")
     return task
+
+
+def task_module(spec: str) -> str:
+    """The name of the module in which a task is made.
+
+    Example:
+        >>> task_module("digits_mlp"), task_module("mine:make")
+        ('gmn_lopt.tasks.digits_mlp', 'mine')
+    """
+    if spec.startswith(learned_optimization.PREFIX):
+        return learned_optimization.module_of(spec)
+    return spec.partition(":")[0] if ":" in spec else f"{__name__}.{spec}"
 
 
 def _checked(make: Any, settings: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +110,7 @@ def _find(spec: str) -> Any:
         if spec not in task_names():
             names = ", ".join(task_names())
             raise ValueError(f"unknown task {spec!r}; there are: {names}; or any as package.module:make")
-        return importlib.import_module(f"{__name__}.{spec}").make
+        return importlib.import_module(task_module(spec)).make
     try:
         make = getattr(importlib.import_module(module), function, None)
     except (ImportError, TypeError, ValueError) as error:

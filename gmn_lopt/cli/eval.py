@@ -25,7 +25,7 @@ import tyro
 from gmn_lopt.cli.command_line import interrupted_with, one_line_for_the_machine, parse
 from gmn_lopt.evaluation.evaluate import EvaluationConfig, Problem, evaluate, prepare
 from gmn_lopt.evaluation.report import table, transfer_table
-from gmn_lopt.tasks import TASK_ERRORS, load_task
+from gmn_lopt.tasks import TASK_ERRORS, load_task, task_module
 from gmn_lopt.util.checks import path
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.files import write_atomically
@@ -39,11 +39,13 @@ class Config(EvaluationConfig):
 
     Attributes:
         task: NAME or NAME:setting=value,setting=value, such as cifar10_mlp:hidden=64. The name of a file in tasks/,
-            without .py, or package.module:make; the settings are the arguments of make().
+            without .py, or package.module:make; the settings are the arguments of make(). Or
+            learned_optimization:MODULE:NAME, a task of google/learned_optimization.
         out: Directory for report.json, report.md, the pictures, and results/ (what an evaluation resumes from).
         optimizer: An optimizer to compare with the baselines; repeat the flag for several. A run directory of
             gmn-meta-train, a directory saved by gmn_lopt.save, the name of a shipped optimizer, or
-            optax:NAME:setting=value,setting=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4).
+            optax:NAME:setting=value,setting=value (any optimizer of optax, as in optax:lion:learning_rate=3e-4), or
+            learned_optimization:MODULE:NAME:setting=value (one of google/learned_optimization).
             Learned optimizers take total_steps, learning_rate and weight_decay alike, default:total_steps=2000. LABEL=
             in front of it sets its name in the report.
         transfer: Another task on which to evaluate the same optimizers, written like --task; repeat the flag for
@@ -118,8 +120,7 @@ def problem_of(config: Config, out: Path, flag: str, name: str, settings: Mappin
 
 def task_file(name: str) -> Path:
     """The file in which a task is made."""
-    module = name.partition(":")[0] if ":" in name else f"gmn_lopt.tasks.{name}"
-    return Path(str(inspect.getsourcefile(importlib.import_module(module))))
+    return Path(str(inspect.getsourcefile(importlib.import_module(task_module(name)))))
 
 
 def cli(args: Sequence[str] | None = None) -> int:

@@ -1,7 +1,9 @@
-"""Where optimizers under evaluation come from: ``optax:NAME:...``, a run, a saved optimizer, a shipped name."""
+"""Where optimizers under evaluation come from: optax, a run, a saved optimizer, a shipped name, learned_optimization."""
 
 import difflib
 import hashlib
+import importlib
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +15,7 @@ import optax
 
 from gmn_lopt.evaluation.training import Candidate, train_step
 from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.interop import learned_optimization
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import CONFIG_FILE, WEIGHTS_FILE, digest, load_learned, make_optimizer
@@ -43,7 +46,8 @@ def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ())
     Args:
         specs: what names one each, ``[LABEL=]SOURCE[:setting=value,...]``. A source is ``optax:NAME``, a run directory
             of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
-            ``total_steps``, ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer.
+            ``total_steps``, ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer. Or
+            ``learned_optimization:MODULE:NAME`` (:func:`gmn_lopt.interop.learned_optimization.load_optimizer`).
         task: the task they are to train. Its model is analysed if there is a learned optimizer.
         taken: names that are not theirs to have, those of the baselines.
 
@@ -57,6 +61,8 @@ def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ())
             label, source, place, settings = parse_source(spec)
             if place.startswith(OPTAX):
                 candidate = _from_optax(source, place, settings)
+            elif place.startswith(learned_optimization.PREFIX):
+                candidate = _theirs(source, place, settings, task.horizon)
             else:
                 structure = structure or task_structure(task)
                 candidate = _learned(source, place, settings, structure, found)
@@ -120,6 +126,17 @@ def optax_transformation(name: str, settings: Mapping[str, Any]) -> optax.Gradie
 def _from_optax(source: str, place: str, settings: Mapping[str, Any]) -> Candidate:
     tx = optax_transformation(place, settings)
     return Candidate(place.removeprefix(OPTAX) + _shown(settings), source, _digest(source.encode()), lambda _: tx)
+
+
+def _theirs(source: str, place: str, settings: Mapping[str, Any], steps: int) -> Candidate:
+    """One of learned_optimization; those that have to know the number of steps get the horizon."""
+    opt_fn, theta = learned_optimization.load_optimizer(place, **settings)
+    code = inspect.getsourcefile(importlib.import_module(learned_optimization.module_of(place)))
+    own = digest(theta) if jax.tree.leaves(theta) else ""
+    fingerprint = _digest(source.encode(), Path(str(code)).read_bytes(), own.encode())
+    name = place.rpartition(":")[2] + (_shown(settings) if settings else "")
+    make = lambda theta: learned_optimization.to_optax(opt_fn(theta), steps)  # noqa: E731
+    return Candidate(name, source, fingerprint, make, theta, False, own)
 
 
 def _learned(
