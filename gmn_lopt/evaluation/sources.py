@@ -1,4 +1,4 @@
-"""Where optimizers under evaluation come from: optax, a run, a saved optimizer, a shipped name, learned_optimization."""
+"""Where optimizers under evaluation come from: optax, runs, saved and shipped optimizers, learned_optimization."""
 
 import difflib
 import hashlib

@@ -1,6 +1,7 @@
 """Their tasks as ours."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -16,7 +17,8 @@ from gmn_lopt.meta.task import Task
 from gmn_lopt.util.checks import LONGEST_HORIZON, plain_numbers, shown
 from gmn_lopt.util.errors import first_line
 
-OURS = ("horizon", "batches", "seed")
+RANGES = {"horizon": (1, LONGEST_HORIZON), "batches": (1, 10**6), "seed": (0, 2**31 - 1)}
+"""Of the settings that are ours."""
 
 
 def load_task(place: str, **settings: Any) -> Task:
@@ -30,8 +32,9 @@ def load_task(place: str, **settings: Any) -> Task:
         ValueError: in one line, if it is not there, or no task can be made of it.
     """
     plain_numbers(settings)
-    ours = {key: value for key, value in settings.items() if key in OURS}
-    theirs = make(place, {key: value for key, value in settings.items() if key not in OURS})
+    ours = {key: value for key, value in settings.items() if key in RANGES}
+    _check_numbers(ours)
+    theirs = make(place, {key: value for key, value in settings.items() if key not in RANGES})
     return to_task(theirs, name=place.rpartition(":")[2], **ours)
 
 
@@ -67,15 +70,7 @@ def to_task(theirs: Any, name: str | None = None, horizon: int = 1000, batches: 
         >>> float(task.loss(jnp.ones(10), batch))
         10.0
     """
-    for what, value, least, most in (
-        ("horizon", horizon, 1, LONGEST_HORIZON),
-        ("batches", batches, 1, 10**6),
-        ("seed", seed, 0, 2**31 - 1),
-    ):
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise ValueError(
-                f"{what} must be a whole number of at least {least} and at most {most}, not {shown(value)}"
-            )
+    _check_numbers({"horizon": horizon, "batches": batches, "seed": seed})
     if not (interface.is_family(theirs) or interface.is_task(theirs)):
         raise ValueError(
             f"{type(theirs).__name__} is neither a Task (init, loss) nor a TaskFamily (sample, task_fn) of "
@@ -100,7 +95,7 @@ def to_task(theirs: Any, name: str | None = None, horizon: int = 1000, batches: 
         return interface.init(chosen, interface.raw_key(key))[0]
 
     def loss(params: PyTree, batch: PyTree) -> Float[Array, ""]:
-        return interface.loss(chosen, params, state, batch["key"][0], batch["data"])[0]
+        return interface.loss(chosen, params, state, jnp.asarray(batch["key"])[0], batch["data"])[0]
 
     def sample(key: jax.Array, split: PyTree) -> PyTree:
         take, own = jax.random.split(key)
@@ -109,7 +104,7 @@ def to_task(theirs: Any, name: str | None = None, horizon: int = 1000, batches: 
         raw = interface.raw_key(own)
         return {"data": batch, "key": jnp.broadcast_to(raw, (batch_size, *raw.shape))}
 
-    first = jax.tree.map(lambda array: array[:batch_size], data["train"])
+    first = jax.tree.map(lambda array: jnp.asarray(array[:batch_size]), data["train"])
     try:
         if _reads_state(chosen, init, state, first):
             raise ValueError(
@@ -156,3 +151,12 @@ def _loss_cap(task: Any, init: Any, loss: Any, batch: PyTree) -> float:
     if not math.isfinite(start):
         raise ValueError(f"its loss at the start is {start}")
     return 10 * max(start, 1e-6)
+
+
+def _check_numbers(settings: Mapping[str, Any]) -> None:
+    for name, value in settings.items():
+        least, most = RANGES[name]
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+            raise ValueError(
+                f"{name} must be a whole number of at least {least} and at most {most}, not {shown(value)}"
+            )
