@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from gmn_lopt import recipe, value_grad_and_factors
+from gmn_lopt.cli import eval as eval_
+from gmn_lopt.cli import meta_train
 from gmn_lopt.evaluation.training import mean_loss
 from gmn_lopt.interop.learned_optimization import to_task
 from gmn_lopt.meta import PES, TrainingProblem
@@ -171,3 +173,23 @@ def test_meta_training_on_them(name, recipe_name):
     state, estimate = jax.jit(estimator.estimate)(phi, state, data, jax.random.key(2))
     leaves = jax.tree.leaves(estimate.gradient)
     assert all(jnp.isfinite(x).all() for x in leaves) and any(x.any() for x in leaves)
+
+
+def test_the_commands_take_them(tmp_path, capsys):
+    spec, out = named("Quadratic") + ":dim=3,horizon=4", str(tmp_path / "run")
+    command = ["--task", spec, "--out", out, "--optimizer", "sgdm", "--stage", "pes:meta_steps=1,truncation=2,pairs=2"]
+    assert meta_train.main(meta_train.from_command_line(None, command))
+    optimizers = (out, f"{named('SGD')}:learning_rate=0.1")
+    report = eval_.main(
+        eval_.Config(
+            task=spec,
+            out=tmp_path / "report",
+            optimizer=optimizers,
+            baseline=("adamw",),
+            seeds=1,
+            trials_at_once=3,
+            timing_rounds=1,
+        )
+    )
+    assert [row["name"] for row in report["optimizers"]] == ["adamw", "run", "SGD(learning_rate=0.1)"]
+    assert "Quadratic" in (tmp_path / "report" / "report.md").read_text()

@@ -7,11 +7,11 @@ import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.factors.value_and_grad import value_grad_and_factors
 from gmn_lopt.interop.learned_optimization import interface
-from gmn_lopt.interop.learned_optimization.optimizers import LearnedOptimizer, OptimizerState
+from gmn_lopt.interop.learned_optimization.optimizers import LearnedOptimizer
 
 
 @flax.struct.dataclass
@@ -19,19 +19,19 @@ class UnrollState:
     """State of one inner problem.
 
     Attributes:
-        inner_opt_state: parameters, model state and the optimizer's state.
-        inner_step: number of steps of the episode.
+        inner_opt_state: an ``OptimizerState``: parameters, model state and the optimizer's state.
+        inner_step: number of steps of the episode; a scalar, int32, but that ``vmap`` stacks it.
         task_param: what the family makes the task of.
     """
 
-    inner_opt_state: OptimizerState
-    inner_step: Int[Array, ""]
+    inner_opt_state: PyTree
+    inner_step: Array
     task_param: PyTree
 
 
 @flax.struct.dataclass
 class UnrollOut:
-    """What their estimators read of one step: the fields of their ``TruncatedUnrollOut``.
+    """What their estimators read of one step, scalars: the fields of their ``TruncatedUnrollOut``.
 
     Attributes:
         loss: before the step, normalised by the task; 0 where the step begins a new episode.
@@ -41,11 +41,11 @@ class UnrollOut:
         mask: whether the loss counts.
     """
 
-    loss: Float[Array, ""]
-    is_done: Bool[Array, ""]
+    loss: Any
+    is_done: Any
     task_param: PyTree
-    iteration: Int[Array, ""]
-    mask: Bool[Array, ""]
+    iteration: Any
+    mask: Any
 
 
 @dataclass(frozen=True, eq=False)
