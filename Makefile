@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: demo experiments test fuzz kill lint docs bench clean
+.PHONY: demo experiments test fuzz kill interop lint docs bench clean
 
 # Interrupted, it goes on where it stopped; remove runs/demo and report/demo to begin again.
 demo: $(INSTALLED)
@@ -27,6 +27,17 @@ fuzz: $(INSTALLED)
 # A thousand kills of meta-training runs; interrupted, it goes on where it stopped.
 kill: $(INSTALLED)
 	PYTHONPATH=tests:. $(BIN)/python -m fuzz.kills
+
+# The tests of what stands beside learned_optimization, with the package itself, in an environment of its own. Of its own
+# requirements one is on PyPI no more: --no-deps, and the others by name, in setup.cfg.
+interop: build/interop/.installed
+	build/interop/bin/python -m pytest tests/interop
+
+build/interop/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv build/interop
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,learned_optimization]'
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps learned_optimization==0.0.1
+	@touch $@
 
 # mypy is shown the checkout as it is installed, where the folder tasks/ is gmn_lopt.tasks.
 lint: $(INSTALLED)

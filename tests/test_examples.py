@@ -24,7 +24,7 @@ def test_example(name, capsys):
 def test_there_is_one_for_each_library():
     libraries = ["cnn", "equinox", "haiku", "linen", "nnx", "optax", "shard_map"]
     assert [f"{name}_digits" for name in libraries] == NAMES
-    assert sorted([*NAMES, "edit_inr"]) == FILES
+    assert sorted([*NAMES, "edit_inr", "learned_optimization_tasks"]) == FILES
 
 
 @pytest.mark.parametrize("name", FILES)
