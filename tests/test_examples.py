@@ -30,3 +30,10 @@ def test_there_is_one_for_each_library():
 @pytest.mark.parametrize("name", FILES)
 def test_a_file_can_be_copied(name):
     assert not re.search(r"\b(from|import) examples\b|sys\.path", (EXAMPLES / f"{name}.py").read_text())
+
+
+def test_without_learned_optimization_its_example_says_so(monkeypatch, capsys):
+    example = importlib.import_module("examples.learned_optimization_tasks")
+    monkeypatch.setattr(example.importlib.util, "find_spec", lambda name: None)
+    assert example.main() is None
+    assert capsys.readouterr().out.strip() == example.MISSING
