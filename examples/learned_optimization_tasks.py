@@ -1,6 +1,7 @@
 """learned_optimization, both ways: ``python examples/learned_optimization_tasks.py``."""
 
 import importlib.util
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,7 +56,7 @@ def main(steps: int = 200) -> float | None:
         state, loss = update(state, key)
         losses.append(float(loss))
     print(f"loss {losses[0]:.3f} before, {losses[-1]:.3f} after {steps} steps")
-    quick = {"baseline": ("adamw",), "seeds": 2, "trials_at_once": 3, "timing_rounds": 1}
+    quick: dict[str, Any] = {"baseline": ("adamw",), "seeds": 2, "trials_at_once": 3, "timing_rounds": 1}
     print(compare(task, ["default", ADAM], **quick).table)
     return losses[-1]
 

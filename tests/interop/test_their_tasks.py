@@ -138,6 +138,7 @@ def test_settings_go_where_they_belong():
         ("learned_optimization:interop.stubs", {}, "write learned_optimization:MODULE:NAME"),
         ("learned_optimization::MLP", {}, "write learned_optimization:MODULE:NAME"),
         ("learned_optimization:nowhere.at_all:MLP", {}, "No module named 'nowhere'; docs/learned_optimization.md"),
+        ("learned_optimization:subprocess:getoutput", {"cmd": "true"}, "subprocess is of Python's own library"),
         (named("MPL"), {}, "module interop.stubs has no MPL; did you mean MLP?"),
         (named("MLP"), {"width": 3}, "MLP cannot be made: TypeError: MLP() got an unexpected keyword argument 'width'"),
         (named("QUADRATIC"), {"dim": 3}, "QUADRATIC is an object, made already"),

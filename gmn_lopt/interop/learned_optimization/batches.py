@@ -42,7 +42,7 @@ def _draw_split(datasets: Any, split: str, batches: int, seed: int) -> PyTree:
     np.random.seed(seed)
     if "tensorflow" in sys.modules:
         sys.modules["tensorflow"].random.set_seed(seed)
-    iterator, found = iter(datasets.split(split)), []
+    iterator, found = iter(datasets.split(split)), list[PyTree]()
     for taken in range(batches):
         try:
             batch = jax.tree.map(np.asarray, next(iterator))

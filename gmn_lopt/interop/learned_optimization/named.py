@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,7 +37,8 @@ def module_of(place: str) -> str:
 def make(place: str, settings: Mapping[str, Any]) -> Any:
     """Import what is named, and call it with the settings; what is no class or function is taken as it is.
 
-    Beside that, names are put back into ``jax`` that it no longer has and version 0.0.1 calls.
+    Beside that, names are put back into ``jax`` that it no longer has and version 0.0.1 calls. Modules of Python's own
+    library are refused: the name may be that of a task in a run directory, which may be somebody else's.
 
     Args:
         place: ``learned_optimization:MODULE:NAME``.
@@ -46,17 +48,19 @@ def make(place: str, settings: Mapping[str, Any]) -> Any:
         ValueError: in one line, if the module cannot be imported, has no such name, or refuses the settings.
 
     Example:
-        >>> make("learned_optimization:fractions:Fraction", {"numerator": 3, "denominator": 6})
-        Fraction(1, 2)
-        >>> make("learned_optimization:fractions:Faction", {})
+        >>> make("learned_optimization:jax.numpy:ones", {"shape": 2})
+        Array([1., 1.], dtype=float32)
+        >>> make("learned_optimization:jax.numpy:onse", {})
         Traceback (most recent call last):
-        ValueError: module fractions has no Faction; did you mean Fraction?
+        ValueError: module jax.numpy has no onse; did you mean ones or insert or choose?
     """
     module, _, name = place.removeprefix(PREFIX).partition(":")
     if not name.isidentifier() or name.startswith("_") or not all(part.isidentifier() for part in module.split(".")):
         raise ValueError(
             f"write {PREFIX}MODULE:NAME, such as {PREFIX}learned_optimization.tasks.quadratics:QuadraticTask"
         )
+    if module.split(".")[0] in sys.stdlib_module_names:
+        raise ValueError(f"{module} is of Python's own library, where there are no tasks or optimizers")
     found = _find(module, name)
     if not callable(found) or _has_methods(found):
         if settings:

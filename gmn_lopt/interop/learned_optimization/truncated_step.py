@@ -93,7 +93,8 @@ class TruncatedStep:
         state = self._begin(theta, own)
         if not self.random_initial_iteration_offset:
             return state
-        return state.replace(inner_step=jax.random.randint(offset, (), 0, self.random_initial_iteration_offset))
+        step = jax.random.randint(offset, (), 0, self.random_initial_iteration_offset)
+        return UnrollState(state.inner_opt_state, step, state.task_param)
 
     def unroll_step(
         self, theta: PyTree, unroll_state: UnrollState, key: jax.Array, data: PyTree, outer_state: Any
