@@ -35,7 +35,8 @@ interop: build/interop/.installed
 
 build/interop/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv build/interop
-	build/interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,learned_optimization]'
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	build/interop/bin/python -m pip install --quiet --disable-pip-version-check -e '.[test,learned-optimization]'
 	build/interop/bin/python -m pip install --quiet --disable-pip-version-check --no-deps learned_optimization==0.0.1
 	@touch $@
 
