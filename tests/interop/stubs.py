@@ -214,6 +214,13 @@ def other_batch():
     return task
 
 
+def different_sizes():
+    task = Quadratic()
+    sizes = {"train": 8, "outer_valid": 8, "test": 6}
+    task.datasets = SimpleNamespace(split=lambda name: iter([np.ones((sizes[name], 2))] * 1000))
+    return task
+
+
 def short():
     task = MLP()
     task.datasets.length = 3

@@ -150,6 +150,7 @@ def test_settings_go_where_they_belong():
         (named("no_common_axis"), {}, "no common first axis of examples"),
         (named("scalars"), {}, "no common first axis of examples"),
         (named("other_batch"), {}, "but abstract_batch says image float32[8, 9, 9, 1]"),
+        (named("different_sizes"), {}, "batches of different sizes: train 8, outer_valid 8, test 6"),
         (named("short"), {}, "the split train ends after 3 batches; give batches=3"),
         (named("MLP"), {"horizon": 0}, "horizon must be a whole number of at least 1"),
         (named("MLP"), {"batches": 2.5}, "batches must be a whole number"),

@@ -25,17 +25,23 @@ def draw(datasets: Any, batches: int) -> dict[str, PyTree]:
         ``"train"``, ``"valid"`` and ``"test"``: each leaf ``[batches * batch size, ...]``, a NumPy array.
 
     Raises:
-        ValueError: in one line, if a split has fewer batches, leaves have no common first axis, or batches are not
-            like the data set's ``abstract_batch``.
+        ValueError: in one line, if a split has fewer batches, leaves have no common first axis, splits have batches
+            of different sizes, or batches are not like the data set's ``abstract_batch``.
     """
+    counts = {ours: batches if ours == "train" else max(1, batches // 10) for ours in SPLITS}
     before = np.random.get_state()
     try:
-        return {
-            ours: _draw_split(datasets, theirs, batches if ours == "train" else max(1, batches // 10), seed)
+        drawn = {
+            ours: _draw_split(datasets, theirs, counts[ours], seed)
             for seed, (ours, theirs) in enumerate(SPLITS.items())
         }
     finally:
         np.random.set_state(before)
+    sizes = {ours: jax.tree.leaves(split)[0].shape[0] // counts[ours] for ours, split in drawn.items()}
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"{SPLITS[ours]} {size}" for ours, size in sizes.items())
+        raise ValueError(f"the splits have batches of different sizes: {shown}")
+    return drawn
 
 
 def _draw_split(datasets: Any, split: str, batches: int, seed: int) -> PyTree:

@@ -142,9 +142,8 @@ def _loss_cap(task: Any, init: Any, loss: Any, batch: PyTree) -> float:
     """Where their ``normalizer`` cuts the loss, if that is all that it does."""
     most = float(np.finfo(np.float32).max)
     if hasattr(task, "normalizer"):
-        cap, half = (float(task.normalizer(jnp.float32(x))) for x in (most, 0.0))
-        half = float(task.normalizer(jnp.float32(cap / 2))) if 0 < cap < most / 4 else math.nan
-        if math.isclose(half, cap / 2, rel_tol=1e-5):
+        cap = float(task.normalizer(jnp.float32(most)))
+        if 0 < cap < most / 4 and math.isclose(float(task.normalizer(jnp.float32(cap / 2))), cap / 2, rel_tol=1e-5):
             return cap
     keys = jax.random.split(jax.random.key(0), 8)
     start = float(np.mean([np.abs(loss(init(key), batch)) for key in keys]))
