@@ -11,8 +11,8 @@ from sklearn.datasets import load_digits
 import gmn_lopt
 from gmn_lopt.evaluation.training import Candidate, training_curves
 from gmn_lopt.meta.task import task_structure
+from gmn_lopt.optimizers.horizon import PEAK, POWER, WARMUP, WEIGHT_DECAY
 from gmn_lopt.optimizers.saved import load_learned
-from gmn_lopt.optimizers.step_size import PEAK, POWER, WARMUP, WEIGHT_DECAY
 from gmn_lopt.tasks import load_task
 
 IMAGES, LABELS = load_digits(return_X_y=True)

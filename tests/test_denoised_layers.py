@@ -27,8 +27,27 @@ def embedding_with_bias():
     return loss, params, (jnp.array([[0, 1, 1], [3, 1, 0]]),)
 
 
+def differential_equation():
+    """A network whose derivatives in the input are in the loss: those pass by its kernels, and not by its biases."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"v": jax.random.normal(keys[0], (3, 4)), "w": jax.random.normal(keys[1], (4, 1))}
+    params |= {"b": jax.random.normal(keys[2], (4,)), "c": jnp.ones(1)}
+    u = lambda p, x: (jnp.tanh(x @ p["v"] + p["b"]) @ p["w"] + p["c"])[:, 0]  # noqa: E731
+
+    def loss(p, x):
+        value, slope = jax.jvp(lambda x: u(p, x), (x,), (jnp.ones_like(x),))
+        return jnp.mean((slope - value) ** 2) + jnp.mean(u(p, x[:2] + 1) ** 2)
+
+    return loss, params, (jax.random.normal(keys[3], (6, 3)),)
+
+
+def one_output():
+    _, params, batch = differential_equation()
+    return lambda p, x: jnp.mean((jnp.tanh(x @ p["v"] + p["b"]) @ p["w"] + p["c"] - 1) ** 2), params, batch
+
+
 PROBLEMS = (
-    {"embedding with bias": embedding_with_bias}
+    {"embedding with bias": embedding_with_bias, "equation": differential_equation, "one output": one_output}
     | models.MODELS
     | {name: make for name, (make, _) in transformers.MODELS.items()}
 )
@@ -62,11 +81,42 @@ def test_matrices_of_the_gradient_are_the_products_of_those_of_the_factors(name)
             if layer.kind == Embedding():
                 activation = np.eye(group.inputs)[activation[:, 0]]
             elif layer.bias is not None:
-                activation = np.concatenate([activation, np.ones((len(activation), 1))], 1)
+                activation = np.concatenate([activation, layer.bias_inputs(len(activation))[:, None]], 1)
             np.testing.assert_allclose(
                 activation.T @ tangent, matrix[: layer.inputs, : layer.outputs], rtol=1e-4, atol=1e-6
             )
             assert not matrix[layer.inputs :].any() and not matrix[:, layer.outputs :].any()
+
+
+@pytest.mark.parametrize("name", ["equation", "one output"])
+def test_biases_and_kernels_of_one_output_take_the_denoised_step(name):
+    loss, params, batch = PROBLEMS[name]()
+    structure = gmn_lopt.analyze(loss, params, *batch)
+    assert gmn_lopt.explain(structure).startswith("21 of 21 entries: the denoised step")
+    unbiased = {layer.unbiased for layer in structure.layers}
+    assert unbiased == {()} if name == "one output" else all(unbiased)
+
+
+def test_moments_of_a_bias_count_only_where_it_is_added():
+    """Beside a literal mean of ``[a, 1][a, 1]^T``, with a zero for the one where a derivative passes."""
+    loss, params, batch = differential_equation()
+    structure = gmn_lopt.analyze(loss, params, *batch)
+    _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *batch)
+    tx = gmn_lopt.load("default", structure)
+    _, state = tx.update(grads, tx.init(params), params, factors=factors)
+    (preconditioner,), (group,) = state.direction.preconditioners, layer_groups(structure, range(4))
+    for layer, found in zip(group.readers, np.asarray(preconditioner.activation)):
+        of_layer = next(x for x in structure.layers if x.activation == layer.activation)
+        a = np.asarray(factors.activations[layer.activation])
+        one = np.ones(len(a))
+        for start, stop in of_layer.unbiased:
+            one[start:stop] = 0
+        assert 0 < one.sum() < len(a)
+        rows = np.concatenate([a, one[:, None]], axis=1)
+        n = rows.shape[1]
+        np.testing.assert_allclose(
+            found.reshape(group.inputs, -1)[:n, :n], rows.T @ rows / len(a), rtol=1e-4, atol=1e-6
+        )
 
 
 @pytest.mark.parametrize(

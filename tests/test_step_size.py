@@ -29,7 +29,7 @@ from gmn_lopt import (
     PowerLaw,
     ScaleFree,
 )
-from gmn_lopt.optimizers.step_size import adapt_step_size, known_horizon
+from gmn_lopt.optimizers.step_size import adapt_step_size
 
 MODEL = mlp(5, 6, 3)
 STRUCTURE, RECORDED = analyzed(MODEL), record(MODEL, steps=8)
@@ -43,7 +43,7 @@ def coefficients(gain=GAIN, overshoot=OVERSHOOT):
 
 
 def start(zeros):
-    return Constant(feedback=ADAPTING).init(zeros)
+    return Constant(feedback=ADAPTING).init(STRUCTURE, zeros)
 
 
 def literal_factors(updates):
@@ -196,20 +196,3 @@ def test_derivatives_go_through_the_coefficients_only():
     value, (by_gain, by_scale) = jax.value_and_grad(total, argnums=(0, 1))(jnp.float32(-1.0), jnp.float32(1.0))
     assert float(by_gain) == pytest.approx(float(value), rel=1e-4)  # c is proportional to the gain
     assert by_scale == 0
-
-
-def test_the_schedule_of_a_known_horizon_is_a_warm_up_and_a_cosine():
-    rate, steps = known_horizon(199, peak=0.02, warmup=0.1), jnp.arange(260)
-    expected = optax.warmup_cosine_decay_schedule(0.0, 0.02, 20, 200)
-    np.testing.assert_allclose(jax.vmap(rate)(steps), jax.vmap(expected)(steps + 1), atol=1e-8)
-    assert known_horizon(1, peak=0.02)(jnp.int32(0)) > 0.01
-    two = jax.vmap(known_horizon(199, peak=0.02, warmup=0.0, power=2.0))(steps)
-    np.testing.assert_allclose(two, 0.02 * np.cos(np.pi / 2 * np.minimum(1, (steps + 1) / 200)) ** 4, atol=1e-8)
-
-
-def test_the_number_of_steps_needs_a_largest_step_size_where_the_direction_has_no_size():
-    lopt = LearnedOptimizer(STRUCTURE, Momentum())
-    phi = lopt.init(jax.random.key(0))
-    with pytest.raises(ValueError, match="total_steps needs a learning_rate"):
-        lopt.optimizer(phi, total_steps=10)
-    assert lopt.optimizer(phi, learning_rate=0.1, total_steps=10).init(MODEL[1]).step_size == ()

@@ -34,6 +34,8 @@ class Layer:
         tangent: index into ``Factors.tangents``.
         leaves: indices of all parameters that its kernel is computed from.
         direct: whether the kernel is the parameter, but for rearrangements.
+        unbiased: elements ``(start, stop)`` of the set to which the bias is not added: of several uses of a kernel some
+            may do without, as those by which a derivative in the input flows.
         gradients: ``(activation, tangent) -> parts of the gradient``; not part of the comparison of structures.
 
     Example:
@@ -51,6 +53,7 @@ class Layer:
     tangent: int
     leaves: tuple[int, ...] = ()
     direct: bool = False
+    unbiased: tuple[tuple[int, int], ...] = ()
     gradients: Callable[[Array, Array], Any] | None = field(default=None, compare=False, repr=False)
 
 

@@ -69,7 +69,7 @@ class AugmentedProblem(TrainingProblem):
         rescaled = self.lopt.direction.rescaled(self.lopt.structure, range(len(leaves)))
         scales = jax.tree.unflatten(treedef, [jnp.ones(()) if i in rescaled else s for i, s in enumerate(drawn)])
         params = jax.tree.map(lambda p, s: p / s, params, scales)
-        optimizer = self.lopt.optimizer(phi).init(params)
+        optimizer = self.optimizer(phi).init(params)
         factor = jnp.exp(_log_uniform(rate_key, (), self.rate_range))
         decays = jax.random.bernoulli(decay_key) & (not self.lopt.step_size.scheduled)
         return AugmentedState(params, optimizer, scales, factor, decays)
@@ -83,7 +83,7 @@ class AugmentedProblem(TrainingProblem):
         cosine = 0.5 * (1 + jnp.cos(math.pi * state.optimizer.step / self.horizon))
         factor = state.factor * jnp.where(state.decays, cosine, 1.0)
         grads = optax.tree.mul(state.scales, grads)
-        updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
+        updates, optimizer = self.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
         updates = optax.tree.scale(factor, updates)
         loss = self.reported(loss, params, data, valid_key)
         return state._replace(params=optax.apply_updates(state.params, updates), optimizer=optimizer), loss

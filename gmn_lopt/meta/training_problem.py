@@ -24,7 +24,12 @@ class Learned(Protocol):
         """Whether the optimizer's ``update`` has to be given ``factors``."""
         ...
 
-    def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
+    @property
+    def wants_total_steps(self) -> bool:
+        """Whether ``optimizer`` has to be given the number of steps, as ``total_steps``."""
+        ...
+
+    def optimizer(self, phi: PyTree, **settings: Any) -> optax.GradientTransformationExtraArgs:
         """Turn meta-parameters into an optimizer."""
         ...
 
@@ -85,10 +90,14 @@ class TrainingProblem:
         names = ("train", "valid") if self.meta_loss == "validation" else ("train",)
         return {name: jax.tree.map(jnp.asarray, self.task.data[name]) for name in names}
 
+    def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
+        """The optimizer, told of the horizon if it wants to know."""
+        return self.lopt.optimizer(phi, **({"total_steps": self.horizon} if self.lopt.wants_total_steps else {}))
+
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
         """Draw new parameters of the model; start the optimizer."""
         params = self.task.init(key)
-        return TrainingState(params, self.lopt.optimizer(phi).init(params))
+        return TrainingState(params, self.optimizer(phi).init(params))
 
     def step(self, phi: PyTree, state: PyTree, data: Any, key: jax.Array) -> tuple[PyTree, Float[Array, ""]]:
         """Train on one batch; return the loss that ``meta_loss`` asks for."""
@@ -96,7 +105,7 @@ class TrainingProblem:
         batch = self.task.sample(train_key, data["train"])
         loss, grads, extra = value_grad_and_extra(self.task.loss, self.lopt.needs_factors)(state.params, batch)
         loss = self.reported(loss, state.params, data, valid_key)
-        updates, optimizer = self.lopt.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
+        updates, optimizer = self.optimizer(phi).update(grads, state.optimizer, state.params, **extra)
         return TrainingState(optax.apply_updates(state.params, updates), optimizer), loss
 
     def reported(self, loss: Float[Array, ""], params: PyTree, data: Any, key: jax.Array) -> Float[Array, ""]:

@@ -4,6 +4,7 @@ from gmn_lopt.optimizers.alias import denoised
 from gmn_lopt.optimizers.directions import Denoised, Direction, Momentum, Muon
 from gmn_lopt.optimizers.explain import explain
 from gmn_lopt.optimizers.features import Features, PaperFeatures, ScaleFree
+from gmn_lopt.optimizers.horizon import Horizon
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
 from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe, recipe
@@ -24,6 +25,7 @@ __all__ = [
     "Features",
     "Feedback",
     "Gradient",
+    "Horizon",
     "LearnedOptimizer",
     "LearnedOptimizerState",
     "Momentum",

@@ -54,7 +54,8 @@ def explain(structure: GradientStructure, optimizer: str | LearnedOptimizer = "d
 def _state(lopt: LearnedOptimizer) -> PyTree:
     leaves = [jax.ShapeDtypeStruct(p.shape, jnp.dtype(p.dtype)) for p in lopt.structure.parameters]
     params = jax.tree.unflatten(lopt.structure.treedef, leaves)
-    return jax.eval_shape(lambda params: lopt.optimizer(lopt.init(jax.random.key(0))).init(params), params)
+    settings = {"total_steps": 1} if lopt.wants_total_steps else {}
+    return jax.eval_shape(lambda params: lopt.optimizer(lopt.init(jax.random.key(0)), **settings).init(params), params)
 
 
 def _bytes(tree: PyTree) -> int:

@@ -14,10 +14,11 @@ from jaxtyping import Array, Float, Int, PyTree
 from gmn_lopt.factors.parallel import leave_to_compiler
 from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.optimizers.directions import Direction, Momentum
+from gmn_lopt.optimizers.horizon import Horizon
 from gmn_lopt.optimizers.leaves import Gradient, check_meta_parameters, factors_per_element, match_leaves
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive, Rule
-from gmn_lopt.optimizers.step_size import WEIGHT_DECAY, Constant, StepSize, StepSizeState, known_horizon
+from gmn_lopt.optimizers.step_size import Constant, Sizes, StepSize, StepSizeState
 
 LearningRate = float | Callable[[Array], Any]
 
@@ -75,8 +76,13 @@ class LearnedOptimizer:
     @property
     def needs_factors(self) -> bool:
         """Whether ``update`` has to be given ``factors``."""
-        residual = self.residual is not None and self.residual.needs_factors(self.structure)
-        return residual or self.direction.needs_factors(self.structure)
+        parts = (self.direction, self.residual, self.step_size)
+        return any(part is not None and part.needs_factors(self.structure) for part in parts)
+
+    @property
+    def wants_total_steps(self) -> bool:
+        """Whether :meth:`optimizer` has to be given ``total_steps``, unless it is given a learning rate."""
+        return self.step_size.wants_total_steps
 
     def init(self, key: jax.Array) -> PyTree:
         """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``UNF``)."""
@@ -88,6 +94,7 @@ class LearnedOptimizer:
         }
         if self.residual is not None:
             phi["residual"] |= self.residual.init_weights(key, self.structure, self.rule.outputs)
+        phi["step_size"] |= self.step_size.init_weights(jax.random.fold_in(key, 1), self.structure)
         return phi
 
     def template(self) -> PyTree:
@@ -128,9 +135,9 @@ class LearnedOptimizer:
             learning_rate: a number or an optax schedule, in place of the learned step size. With ``total_steps`` a
                 number, the largest one.
             weight_decay: decoupled: ``eta * weight_decay * theta`` is subtracted as well. 0 unless given, but with
-                ``total_steps`` what was chosen together with the schedule.
-            total_steps: the number of steps that there will be, where it is known: the step size is then that of
-                :func:`gmn_lopt.optimizers.step_size.known_horizon`.
+                ``total_steps`` one of each tensor, by what the set says (:class:`gmn_lopt.optimizers.Horizon`).
+            total_steps: the number of steps that there will be, where it is known: step sizes are then those of
+                :class:`gmn_lopt.optimizers.Horizon`, unless this optimizer has learned its own for such.
 
         Returns:
             The transformation. Its functions raise :class:`StructureError` where parameters, gradients or factors do
@@ -142,10 +149,9 @@ class LearnedOptimizer:
                 has no size of its own.
         """
         check_meta_parameters(phi, self.template())
-        if total_steps is not None:
-            learning_rate = self._schedule(total_steps, learning_rate)
-        if weight_decay is None:
-            weight_decay = 0.0 if total_steps is None else WEIGHT_DECAY
+        step_size, coefficients = self._step_size(phi, learning_rate, total_steps)
+        if isinstance(weight_decay, float | int) and weight_decay == 0 and total_steps is None:
+            weight_decay = None  # nothing to subtract, and nothing to replace
 
         def init(params: PyTree) -> LearnedOptimizerState:
             indices = match_leaves(self.structure, params, "parameter")
@@ -156,8 +162,8 @@ class LearnedOptimizer:
             first, second, third = (optax.tree.zeros_like(params, dtype=jnp.float32) for _ in range(3))
             direction = self.direction.init(self.structure, indices, first)
             residual = () if self.residual is None else self.residual.init(self.structure, second)
-            step_size = self.step_size.init(third) if learning_rate is None else ()
-            return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, residual, step_size)
+            sizes = step_size.init(self.structure, third) if step_size is not None else ()
+            return LearnedOptimizerState(jnp.zeros((), jnp.int32), direction, residual, sizes)
 
         def update(
             updates: PyTree,
@@ -175,14 +181,13 @@ class LearnedOptimizer:
             read = factors_per_element(self.structure, factors) if self.needs_factors else None
             rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
             # Everything that may be a traced array is an argument.
-            arrays = (phi, rate, weight_decay, updates, state, params, read)
+            arrays = (phi, coefficients, rate, weight_decay, updates, state, params, read)
             return leave_to_compiler(functools.partial(advance, indices), (updates, state), *arrays)
-
-        decays = not isinstance(weight_decay, float | int) or weight_decay != 0
 
         def advance(
             indices: list[int],
             phi: PyTree,
+            coefficients: PyTree,
             rate: Any,
             weight_decay: Any,
             updates: PyTree,
@@ -203,16 +208,16 @@ class LearnedOptimizer:
                     phi["residual"], gradient, values, state.residual, state.step, self.rule.outputs
                 )
                 beta = jnp.exp(phi["residual"]["log_beta"])
-            sizes: Sequence[Any]
-            if rate is None:
-                sizes, size_state = self.step_size.update(phi["step_size"], state.step_size, grads, state.step)
-            else:
-                sizes, size_state = [rate] * len(values), ()
+            sizes = Sizes([rate] * len(values), None, ())
+            if step_size is not None:
+                sizes = step_size.update(coefficients, state.step_size, gradient, values, state.step, total_steps)
+            decays = sizes.decays if weight_decay is None else [weight_decay] * len(values)
             pairs = zip(jax.tree.leaves(direction), outputs, strict=True)
             steps = [self.rule.step(v, out, beta, self.direction.sized) for v, out in pairs]
-            if decays:
-                steps = [d + weight_decay * theta for d, theta in zip(steps, values)]
-            steps = [-size * d for size, d in zip(sizes, steps)]
+            if decays is not None:
+                steps = [d + decay * theta for d, decay, theta in zip(steps, decays, values, strict=True)]
+            steps = [-size * d for size, d in zip(sizes.steps, steps, strict=True)]
+            size_state = sizes.state
             if isinstance(size_state, StepSizeState):
                 size_state = size_state._replace(update=gradient.like_grads(steps))
             typed = [u.astype(jnp.result_type(p)) for u, p in zip(steps, jax.tree.leaves(params))]
@@ -223,13 +228,27 @@ class LearnedOptimizer:
 
         return optax.GradientTransformationExtraArgs(init, update)
 
-    def _schedule(self, total_steps: int, peak: LearningRate | None) -> LearningRate:
-        """The step sizes of a known number of steps."""
-        if callable(peak):
+    def _step_size(
+        self, phi: PyTree, learning_rate: LearningRate | None, total_steps: int | None
+    ) -> tuple[StepSize | None, PyTree]:
+        """What sets the size of steps, with its coefficients; None where a learning rate does it alone."""
+        if total_steps is None:
+            if learning_rate is not None:
+                return None, ()
+            if self.wants_total_steps:
+                raise ValueError("this optimizer was made for a known number of steps: give total_steps")
+            return self.step_size, phi["step_size"]
+        if callable(learning_rate):
             raise ValueError("give total_steps or a schedule as learning_rate, not both: a schedule knows its steps")
-        if peak is None and not self.direction.sized:
+        if self.wants_total_steps:
+            step_size, coefficients = self.step_size, phi["step_size"]
+        elif learning_rate is None and not self.direction.sized:
             raise ValueError("total_steps needs a learning_rate, its largest one, unless the direction is a sized one")
-        return known_horizon(total_steps) if peak is None else known_horizon(total_steps, peak)
+        else:
+            step_size = Horizon()
+            coefficients = {f"log_{name}": jnp.log(start) for name, start in step_size.coefficients().items()}
+        peak = {} if learning_rate is None else {"log_alpha": jnp.log(learning_rate)}
+        return step_size, coefficients | peak
 
 
 @functools.lru_cache(maxsize=64)

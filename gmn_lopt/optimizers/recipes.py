@@ -10,6 +10,7 @@ from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
 from gmn_lopt.networks.pointwise import PointwiseMLP
 from gmn_lopt.networks.unf import UNF
+from gmn_lopt.optimizers.controlled import Controlled
 from gmn_lopt.optimizers.directions import Denoised, Direction, Momentum
 from gmn_lopt.optimizers.features import ScaleFree
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
@@ -66,6 +67,10 @@ DEFAULT = Recipe(Denoised(), None, Normalized(), PowerLaw(0.045, tau=50.0, power
 DEFAULT_CELO = replace(DEFAULT, residual=Residual(ScaleFree(), PointwiseMLP(8, 2), weight=1.0, output_scale=0.0))
 DEFAULT_READER = SetReader(GradMetaNetConfig(width=8, set_layers=1, product_width=8), max_set_size=32)
 
+# Where the number of steps is known: a network for each tensor's step size and weight decay, with the set and without.
+CONTROLLED = Recipe(Denoised(), None, Normalized(), Controlled())
+CONTROLLED_GMN = replace(CONTROLLED, step_size=Controlled(reader=replace(DEFAULT_READER, decays=())))
+
 RECIPES: dict[str, Recipe] = {
     "sgdm": SGDM,
     "ds": DS,
@@ -79,6 +84,8 @@ RECIPES: dict[str, Recipe] = {
     "denoised+ds+gmn": _with(DENOISED_DS, SMALL_GMN),
     "default": DEFAULT,
     "default+celo": DEFAULT_CELO,
+    "controlled": CONTROLLED,
+    "controlled+gmn": CONTROLLED_GMN,
     "default+gmn": _with(DEFAULT_CELO, DEFAULT_READER),
 }
 """The recipes by name."""

@@ -18,25 +18,24 @@ steps are so large that everything is lost. So no step size becomes more than ``
 law, and do more than it, but starts from the largest steps that there will be.
 
 A learning rate that the user gives sets the step size alone, without either. So does the number of steps, where it is
-known (:func:`known_horizon`).
+known (:mod:`gmn_lopt.optimizers.horizon`).
 """
 
 import abc
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, PyTree
 
+from gmn_lopt.factors.structure import GradientStructure
+from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.util.checks import positive
 from gmn_lopt.util.stacks import inner_products
 
 SQUARE_DECAY, TINY = 0.98, 1e-30
-# Of a known horizon: the largest step size, the share of warm-up, the power of the cosine, and the weight decay. One
-# choice for all tasks, by the validation loss at the end of whole episodes (tools/known_horizon.py, docs/findings.md).
-PEAK, WARMUP, POWER, WEIGHT_DECAY = 0.03, 0.05, 1.0, 0.05
 
 
 class StepSizeState(NamedTuple):
@@ -52,6 +51,20 @@ class StepSizeState(NamedTuple):
     update: PyTree
     square: Float[Array, " n"]
     log_factor: Float[Array, " n"]
+
+
+class Sizes(NamedTuple):
+    """The sizes of a step.
+
+    Attributes:
+        steps: of each tensor.
+        decays: the weight decay of each tensor; None: what the user says.
+        state: the new state.
+    """
+
+    steps: list[Array]
+    decays: list[Array] | None
+    state: Any
 
 
 @dataclass(frozen=True)
@@ -91,8 +104,11 @@ class StepSize(abc.ABC):
     initial: float = 0.1
     feedback: Feedback | None = field(default=None, kw_only=True)
 
+    # Whether it can only be used where the number of steps is known.
+    wants_total_steps: ClassVar[bool] = False
+
     def __post_init__(self) -> None:
-        positive(self, *(f.name for f in fields(self) if f.name != "feedback"))
+        positive(self, *(f.name for f in fields(self) if f.type in (float, "float")))
 
     @property
     def scheduled(self) -> bool:
@@ -109,25 +125,45 @@ class StepSize(abc.ABC):
     def schedule(self, phi: Mapping[str, Array], step: Int[Array, ""]) -> Float[Array, ""] | float:
         """What ``alpha`` is multiplied by after ``step`` steps; at most one."""
 
-    def init(self, zeros: PyTree) -> StepSizeState | tuple[()]:
+    def needs_factors(self, structure: GradientStructure) -> bool:
+        """Whether :meth:`update` reads the factors of this model's gradient."""
+        return False
+
+    def init_weights(self, key: jax.Array, structure: GradientStructure) -> dict[str, PyTree]:
+        """Draw the weights of networks, beside the coefficients; most step sizes have none."""
+        return {}
+
+    def init(self, structure: GradientStructure, zeros: PyTree) -> Any:
         """The state before the first step; ``zeros`` are shaped like the parameters."""
         count = len(jax.tree.leaves(zeros))
         each = (jnp.zeros(count, jnp.float32) for _ in range(2))
         return () if self.feedback is None else StepSizeState(zeros, *each)
 
     def update(
-        self, phi: Mapping[str, Array], state: StepSizeState | tuple[()], grads: PyTree, step: Int[Array, ""]
-    ) -> tuple[list[Array], StepSizeState | tuple[()]]:
-        """The step size of each tensor, and the new state, whose update is still that of the step before.
+        self,
+        phi: Mapping[str, Any],
+        state: Any,
+        gradient: Gradient,
+        params: Sequence[Float[Array, "..."]],
+        step: Int[Array, ""],
+        total_steps: int | None,
+    ) -> Sizes:
+        """The sizes of a step; the ``update`` in the new state of feedback is still that of the step before.
 
-        ``phi`` has the coefficients, ``log_NAME`` each; ``step`` is the number of steps taken.
+        Args:
+            phi: the coefficients, ``log_NAME`` each, and the weights.
+            state: the state.
+            gradient: the gradient.
+            params: the parameters that are handled, float32.
+            step: number of steps taken.
+            total_steps: the number of steps that there will be, or None where that is not known.
         """
         scheduled = self.schedule(phi, step)
         size = jnp.exp(phi["log_alpha"]) * scheduled
         if not isinstance(state, StepSizeState):
-            return [size] * len(jax.tree.leaves(grads)), state
-        state = adapt_step_size(phi, state, grads, step, scheduled)
-        return list(size * jnp.exp(state.log_factor)), state
+            return Sizes([size] * len(params), None, state)
+        state = adapt_step_size(phi, state, gradient.grads, step, scheduled)
+        return Sizes(list(size * jnp.exp(state.log_factor)), None, state)
 
 
 @dataclass(frozen=True)
@@ -168,32 +204,6 @@ class PowerLaw(StepSize):
     def schedule(self, phi: Mapping[str, Array], step: Array) -> Array:
         """``(1 + step / tau)^-power``."""
         return (1 + step / jnp.exp(phi["log_tau"])) ** -jnp.exp(phi["log_power"])
-
-
-def known_horizon(
-    total_steps: int,
-    peak: Float[Array, ""] | float = PEAK,
-    warmup: Float[Array, ""] | float = WARMUP,
-    power: Float[Array, ""] | float = POWER,
-) -> Callable[[Array], Array]:
-    """The step size of a direction with a size of its own where the number of steps is known, as an optax schedule.
-
-    It rises in a straight line for a share ``warmup`` of the steps, and falls as a power of a cosine, to zero after the
-    last one.
-
-    Example:
-        >>> rate = known_horizon(99, peak=0.02, warmup=0.1)
-        >>> [round(float(rate(jnp.array(step))), 3) for step in (0, 9, 54, 99)]
-        [0.002, 0.02, 0.01, 0.0]
-    """
-
-    def rate(step: Array) -> Array:
-        share = jnp.clip(jnp.asarray(step + 1, jnp.float32) / (total_steps + 1), 0.0, 1.0)
-        falling = jnp.clip((share - warmup) / (1 - warmup), 0.0, 1.0)
-        rising = jnp.minimum(1.0, share / jnp.maximum(warmup, 1 / (total_steps + 1)))
-        return peak * rising * (0.5 + 0.5 * jnp.cos(jnp.pi * falling)) ** power
-
-    return rate
 
 
 def adapt_step_size(

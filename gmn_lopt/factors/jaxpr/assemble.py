@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax.extend.core import ClosedJaxpr
 from jaxtyping import Array
 
@@ -140,15 +141,20 @@ def _layer(
     layer, leaves = kernel.layers[0], 0
     for use in kernel.layers:
         leaves |= uses.dependence[use.equation.inputs[use.operand]].leaves
-    biases = {None if use.bias is None or use.bias.view is None else use.bias.view.leaf for use in kernel.layers}
+    # A bias that is computed, and no parameter, has no leaf.
+    biases = {use.bias.view and use.bias.view.leaf for use in kernel.layers if use.bias is not None}
+    bias = biases.pop() if len(biases) == 1 else None
+    ends = np.cumsum([layout.canonical_shape[0] for _, layout in writes[kernel.write].parts]).tolist()
+    spans = zip(kernel.layers, [0, *ends], ends)
     return Layer(
         kind=layouts.kind(layer),
         kernel=None if layer.view is None else layer.view.leaf,
-        bias=biases.pop() if len(biases) == 1 else None,
+        bias=bias,
         activation=kernel.read,
         tangent=kernel.write,
         leaves=tuple(leaf for leaf in range(len(program.parameters)) if leaves >> leaf & 1),
         direct=layer.view is not None and all(use.weight.raw for use in kernel.layers),
+        unbiased=() if bias is None else tuple((a, b) for use, a, b in spans if use.bias is None),
         gradients=kernel_gradients(program, kernel, reads[kernel.read], writes[kernel.write]),
     )
 

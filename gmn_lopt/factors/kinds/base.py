@@ -80,10 +80,12 @@ class LayerKind(abc.ABC):
         reads_neurons: whether the activations are neurons. If not they are at no site of the structure, :meth:`record`
             may keep something else than the operand, and a bias is not taken for one more row of the kernel.
         has_diagonal_moment: whether :meth:`second_moment` is a diagonal.
+        rows_are_elements: whether each row of :meth:`activation_rows` is an element of the set.
     """
 
     reads_neurons: ClassVar[bool] = True
     has_diagonal_moment: ClassVar[bool] = False
+    rows_are_elements: ClassVar[bool] = False
 
     @classmethod
     @abc.abstractmethod

@@ -2,12 +2,13 @@
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.kinds.base import KernelDims, LayerKind, Matrices
 from gmn_lopt.factors.kinds.division import DividedKind, divide_neurons, shared_dims
-from gmn_lopt.factors.matrices import is_kernel, stack_layout
+from gmn_lopt.factors.matrices import stack_layout
 from gmn_lopt.factors.program import Equation
 from gmn_lopt.factors.spaces import Parameter
 
@@ -15,6 +16,8 @@ from gmn_lopt.factors.spaces import Parameter
 @dataclass(frozen=True)
 class Dense(DividedKind):
     """A product with a kernel, whose matrices lie between the neurons read and those written."""
+
+    rows_are_elements: ClassVar[bool] = True
 
     @classmethod
     def match(cls, equation: Equation, kernels: Sequence[int]) -> tuple[LayerKind, int] | None:
@@ -52,8 +55,8 @@ class Dense(DividedKind):
         return tuple(activation), (*(kernel[d] for d in batch[operand]), *free[0], *free[1])
 
     def matrices(self, kernel: Parameter) -> Matrices | None:
-        """A stack, if every dimension of the kernel runs over neurons, once on each side."""
-        if not is_kernel(kernel):
+        """A stack, if every dimension of the kernel runs over neurons, once on each side; a side may be one neuron."""
+        if len(kernel.sites) != 2 or max(stack_layout(kernel)[1][1:]) == 1:
             return None
         read, write = (ref.dims for ref in kernel.sites)
         once = len({*read}) == len(read) and len({*write}) == len(write)

@@ -40,6 +40,7 @@ class DenoisedLayer:
         kind: the kind of the layer.
         matrices: what its kernel is as matrices, without the bias.
         direct: whether its gradient is nothing but the outer product of the factors.
+        unbiased: the parts ``(start, stop)`` of the set, as shares of it, to which the bias is not added.
     """
 
     kernel: int
@@ -50,6 +51,7 @@ class DenoisedLayer:
     kind: LayerKind
     matrices: Matrices
     direct: bool
+    unbiased: tuple[tuple[float, float], ...]
 
     @property
     def count(self) -> int:
@@ -74,7 +76,14 @@ class DenoisedLayer:
     @property
     def reads(self) -> Hashable:
         """Equal for layers whose matrices of the activations are the same."""
-        return self.activation, self.kind, self.matrices.cut, self.bias is None
+        return self.activation, self.kind, self.matrices.cut, self.bias is None, self.unbiased
+
+    def bias_inputs(self, elements: int) -> np.ndarray:
+        """What the bias reads at each element of a set: one, or zero where it is not added."""
+        inputs = np.full(elements, self.bias is not None)
+        for start, stop in self.unbiased:
+            inputs[round(start * elements) : round(stop * elements)] = False
+        return inputs
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,10 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         places = position[layer.kernel], None if bias is None else position[bias]
         alone = sum(layer.kernel in other.leaves for other in structure.layers) == 1
         factors = layer.activation, layer.tangent
-        found.append(DenoisedLayer(*places, *factors, kernel, layer.kind, matrices, layer.direct and alone))
+        size = structure.tangent_shapes[layer.tangent][0]
+        unbiased = () if bias is None else tuple((start / size, stop / size) for start, stop in layer.unbiased)
+        direct = layer.direct and alone
+        found.append(DenoisedLayer(*places, *factors, kernel, layer.kind, matrices, direct, unbiased))
     groups = [LayerGroup(tuple(layers), 0) for layers in _together(found)]
     sizes = [_sizes(group) for group in groups]
     others = sum(structure.parameters[i].size for i in indices) - sum(s.parameters for s in sizes)
@@ -233,6 +245,8 @@ def _own_bias(structure: GradientStructure, layer: Layer) -> int | None:
     """The bias, if it is for all outputs, no other layer uses it, and it may be a row of the kernel."""
     if not layer.kind.reads_neurons or layer.bias is None or layer.kernel is None:
         return None
+    if layer.unbiased and not (layer.kind.rows_are_elements and structure.parameters[layer.bias].reason == ""):
+        return None
     bias, write = structure.parameters[layer.bias], structure.parameters[layer.kernel].sites[-1].site
     alone = [other.bias for other in structure.layers].count(layer.bias) == 1
     covers = [ref.site for ref in bias.sites] == [write] and bias.size == structure.sites[write].size
@@ -285,3 +299,10 @@ def activations_and_noise(
         for layer, tangent in zip(group.layers, sets[1], strict=True)
     ]
     return activations, noise
+
+
+def bias_inputs(group: LayerGroup, lengths: Sequence[int], rows: int) -> np.ndarray:
+    """What the biases of all matrices read at each element, padded to so many rows: bools ``[matrices, rows]``."""
+    layers = [layer for layer in group.readers for _ in range(layer.count)]
+    read = [layer.bias_inputs(length) for layer, length in zip(layers, lengths, strict=True)]
+    return np.stack([np.pad(own, (0, rows - len(own))) for own in read])

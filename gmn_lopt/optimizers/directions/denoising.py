@@ -34,7 +34,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
-from gmn_lopt.optimizers.directions.denoised_layers import DenoisedLayer, LayerGroup, Sets, activations_and_noise
+from gmn_lopt.optimizers.directions.denoised_layers import (
+    DenoisedLayer,
+    LayerGroup,
+    Sets,
+    activations_and_noise,
+    bias_inputs,
+)
 from gmn_lopt.util.inverses import in_stacks, inverse, inverse_root
 from gmn_lopt.util.stacks import inner_products, one_stack
 
@@ -221,7 +227,10 @@ def _second_moments(group: LayerGroup, stacks: Sequence[Num[Array, "_ _ _"]], un
     if any(biased):
         place = _per_matrix(group.readers, lambda layer: layer.inputs - 1 if layer.bias is not None else -1)
         at_bias = jnp.arange(rows.shape[2]) == place[:, None, None]
-        rows = jnp.where(at_bias & (jnp.arange(rows.shape[1])[:, None] < counts), 1 / unit, rows)
+        added = jnp.arange(rows.shape[1])[:, None] < counts
+        if any(layer.unbiased for layer in group.readers):
+            added &= jnp.asarray(bias_inputs(group, lengths, rows.shape[1]))[:, :, None]
+        rows = jnp.where(at_bias & added, 1 / unit, rows)
     if group.diagonal:
         return jnp.sum(rows**2, axis=1) / counts[:, 0]
     if group.blocks > 1:
