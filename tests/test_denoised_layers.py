@@ -18,7 +18,7 @@ from gmn_lopt.optimizers.directions.denoised_layers import (
     layer_groups,
     read_sets,
 )
-from gmn_lopt.optimizers.directions.denoising import init_preconditioner
+from gmn_lopt.optimizers.directions.preconditioners import init_preconditioner
 
 
 def embedding_with_bias():

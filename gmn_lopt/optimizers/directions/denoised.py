@@ -18,14 +18,9 @@ from gmn_lopt.optimizers.directions.denoised_layers import (
     read_sets,
     why_not_denoised,
 )
-from gmn_lopt.optimizers.directions.denoising import (
-    MOMENTUM_DECAY,
-    Preconditioner,
-    denoised_steps,
-    init_preconditioner,
-    update_preconditioners,
-)
+from gmn_lopt.optimizers.directions.denoising import denoised_steps, update_preconditioners
 from gmn_lopt.optimizers.directions.muon import OrthogonalDirection, init_squares, muon_steps
+from gmn_lopt.optimizers.directions.preconditioners import MOMENTUM_DECAY, Preconditioner, init_preconditioner
 from gmn_lopt.optimizers.leaves import Gradient
 
 

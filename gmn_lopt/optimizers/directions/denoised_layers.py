@@ -40,6 +40,7 @@ class DenoisedLayer:
         kind: the kind of the layer.
         matrices: what its kernel is as matrices, without the bias.
         direct: whether its gradient is nothing but the outer product of the factors.
+        start: of the matrices that the kernel consists of, the first that is meant; usually all are.
     """
 
     kernel: int
@@ -50,6 +51,7 @@ class DenoisedLayer:
     kind: LayerKind
     matrices: Matrices
     direct: bool
+    start: int = 0
 
     @property
     def count(self) -> int:
@@ -279,9 +281,16 @@ def activations_and_noise(
 ) -> tuple[list[Num[Array, "_ _ _"]], list[Float[Array, "_ _ _"]]]:
     """What the matrices of a group read, and what stands for their noise, each ``[matrices, rows, neurons]``."""
     read = {layer.reads: activation for layer, activation in zip(group.readers, sets[0], strict=True)}
-    activations = [layer.kind.activation_rows(layer.parameter, read[layer.reads]) for layer in group.readers]
+    activations = [
+        _own(layer, layer.kind.activation_rows(layer.parameter, read[layer.reads])) for layer in group.readers
+    ]
     noise = [
-        layer.kind.noise_rows(layer.parameter, read[layer.reads], tangent, layer.bias is not None, damping)
+        _own(layer, layer.kind.noise_rows(layer.parameter, read[layer.reads], tangent, layer.bias is not None, damping))
         for layer, tangent in zip(group.layers, sets[1], strict=True)
     ]
     return activations, noise
+
+
+def _own(layer: DenoisedLayer, stack: Num[Array, "all _ _"]) -> Num[Array, "count _ _"]:
+    """Of all matrices that a kernel consists of those that are meant."""
+    return stack[layer.start : layer.start + layer.count]
