@@ -61,6 +61,11 @@ def parts(groups: Sequence[LayerGroup]) -> tuple[tuple[Part, ...], ...]:
     return tuple(tuple(sorted(turn, key=lambda part: (part.position, part.activations))) for turn in turns)
 
 
+def is_large(groups: Sequence[LayerGroup]) -> bool:
+    """Whether preconditioners are spread over steps."""
+    return len(parts(groups)) > 1
+
+
 def due(step: Int[Array, ""], turn: int, turns: int) -> Bool[Array, ""]:
     """Whether a part is computed anew after ``step`` steps."""
     return (step < EARLY) | (step % EVERY == turn % EVERY)
@@ -106,7 +111,7 @@ def _some(layer: DenoisedLayer, low: int, high: int) -> DenoisedLayer:
     """Some of the matrices of a layer."""
     if (low, high) == (0, layer.count):
         return layer
-    return replace(layer, start=layer.start + low, matrices=layer.matrices._replace(count=high - low))
+    return replace(layer, start=layer.start + low, matrices=replace(layer.matrices, count=high - low))
 
 
 def _distinct(group: LayerGroup) -> int:
