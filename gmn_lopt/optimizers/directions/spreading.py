@@ -92,7 +92,10 @@ def _part(position: int, group: LayerGroup, start: int, end: int) -> Part:
     for layer in group.readers:
         begins[layer.reads] = begin
         begin += layer.count
-    layers, matrices, tangents, seen = [], [], [], 0
+    layers: list[DenoisedLayer] = []
+    matrices: list[int] = []
+    tangents: list[int] = []
+    seen = 0
     for i, layer in enumerate(group.layers):
         first = begins[layer.reads]
         low, high = max(start - first, 0), min(end - first, layer.count)
