@@ -196,7 +196,7 @@ def measure(config: Config, model: Perceptron | Language, tokens: int) -> list[d
         if not all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(run.state[0])):
             raise UsageError(f"{figure['optimizer']} has diverged: times would not be those of training")
         of_steps = {"mean_s": statistics.mean(own), "median_s": statistics.median(own), "slowest_s": max(own)}
-        figures.append(figure | of_steps | {"step_s": own})
+        figures.append(figure | of_steps | {"step_s": list(own)})
     for figure in figures:
         figure["ratio"] = figure["mean_s"] / figures[0]["mean_s"]
     return figures
