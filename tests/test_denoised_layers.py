@@ -18,7 +18,7 @@ from gmn_lopt.optimizers.directions.denoised_layers import (
     layer_groups,
     read_sets,
 )
-from gmn_lopt.optimizers.directions.denoising import init_preconditioner
+from gmn_lopt.optimizers.directions.preconditioners import init_preconditioner
 
 
 def embedding_with_bias():
@@ -80,7 +80,7 @@ def test_matrices_of_the_gradient_are_the_products_of_those_of_the_factors(name)
                 continue
             if layer.kind == Embedding():
                 activation = np.eye(group.inputs)[activation[:, 0]]
-            elif layer.bias is not None:
+            elif layer.bias is not None and not layer.unbiased:
                 activation = np.concatenate([activation, layer.bias_inputs(len(activation))[:, None]], 1)
             np.testing.assert_allclose(
                 activation.T @ tangent, matrix[: layer.inputs, : layer.outputs], rtol=1e-4, atol=1e-6

@@ -17,16 +17,14 @@ from gmn_lopt.factors import Embedding
 from gmn_lopt.factors.matrices import is_kernel, orthogonalize
 from gmn_lopt.factors.structure import Factors
 from gmn_lopt.optimizers.directions.denoised_layers import layer_groups
-from gmn_lopt.optimizers.directions.denoising import (
+from gmn_lopt.optimizers.directions.denoising import denoised_steps, update_preconditioners
+from gmn_lopt.optimizers.directions.preconditioners import (
     DAMPING,
-    EARLY,
-    EVERY,
     MOMENTS_DECAY,
     MOMENTUM_DECAY,
-    denoised_steps,
     init_preconditioner,
-    update_preconditioners,
 )
+from gmn_lopt.optimizers.directions.spreading import EARLY, EVERY
 
 MODEL = mlp(6, 9, 4)
 STRUCTURE = analyzed(MODEL)

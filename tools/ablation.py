@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from gmn_lopt.evaluation.training import mean_loss
-from gmn_lopt.optimizers.directions import denoised, denoising
+from gmn_lopt.optimizers.directions import denoised, denoising, preconditioners, spreading
 from gmn_lopt.tasks import load_task
 from gmn_lopt.util.inverses import inverse_root
 from tools.known_horizon import COEFFICIENTS, episode
@@ -28,20 +28,20 @@ Changes = Mapping[tuple[Any, str], Any]
 
 
 def _noise(weight: float) -> Changes:
-    left = denoising.noise_left
-    return {(denoising, "noise_left"): lambda steps: weight * left(steps)}
+    left = preconditioners.noise_left
+    return {(preconditioners, "noise_left"): lambda steps: weight * left(steps)}
 
 
 def _damping(damping: float) -> Changes:
-    return {(denoising, "DAMPING"): damping}
+    return {(preconditioners, "DAMPING"): damping, (denoising, "DAMPING"): damping}
 
 
 def _momentum(decay: float) -> Changes:
-    return {(denoising, "MOMENTUM_DECAY"): decay, (denoised, "MOMENTUM_DECAY"): decay}
+    return {(preconditioners, "MOMENTUM_DECAY"): decay, (denoised, "MOMENTUM_DECAY"): decay}
 
 
 def _root(function: Callable[[Any], Any]) -> Changes:
-    return {(denoising, "inverse_root"): function}
+    return {(preconditioners, "inverse_root"): function}
 
 
 def _inverse(stack: Any) -> Any:
@@ -65,8 +65,8 @@ VARIANTS: dict[str, Changes] = {
     "noise x 100: C^-1 M G^-1/2": _noise(100.0),
     **{f"damping {damping}": _damping(damping) for damping in (0.1, 0.25, 1.0, 2.0)},
     **{f"momentum {decay}": _momentum(decay) for decay in (0.6, 0.9, 0.95)},
-    **{f"moments {decay}": {(denoising, "MOMENTS_DECAY"): decay} for decay in (0.9, 0.98)},
-    "new at every step": {(denoising, "EVERY"): 1},
+    **{f"moments {decay}": {(preconditioners, "MOMENTS_DECAY"): decay} for decay in (0.9, 0.98)},
+    "new at every step": {(spreading, "EVERY"): 1},
 }
 """What is replaced, by what it is called."""
 

@@ -29,6 +29,10 @@ POLYNOMIALS = (
     (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
     (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
 )
+# Shifts s and weights c with sum_j c_j / (x + s_j) = x^-1/2 up to 1.6 %, for x from 1e-5 to 1: the rational function of
+# elliptic functions (Hale, Higham and Trefethen 2008, doi:10.1137/070700607, method 3, with four poles).
+SHIFTS = (1.03285224e-05, 0.00052540668, 0.0190328756, 0.968192702)
+WEIGHTS = (0.00512556913, 0.026311336, 0.158360662, 1.5692925)
 ROOM = 1.01  # the polynomials want singular values below one
 
 
@@ -114,3 +118,30 @@ def inverse_root(gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
     start = jnp.broadcast_to(identity, gram.shape), gram / size
     (root, _), _ = jax.lax.scan(step, start, jnp.asarray(POLYNOMIALS, gram.dtype))
     return root * jax.lax.rsqrt(size)
+
+
+def inverse_root_of_inverses(
+    gram: Float[Array, "k n n"], bound: Float[Array, " k"], metric: Float[Array, "k n n"] | None = None
+) -> Float[Array, "k n n"]:
+    """About ``(C^-1 B)^-1/2``, a sum of inverses: ``sum_j c_j (B + s_j C)^-1 C``.
+
+    An inverse takes as many operations as one product of matrices. :func:`inverse_root` takes 24 products, and is for
+    small matrices, whose kernels are what they cost.
+
+    Args:
+        gram: ``B``, symmetric.
+        bound: at least the largest eigenvalue of ``C^-1 B``, such as its trace. What is below ``1e-5`` of it counts as
+            if it were about that.
+        metric: ``C``, symmetric and positive definite; None: the identity.
+    """
+    size = jnp.maximum(bound, jnp.finfo(gram.dtype).tiny)[:, None, None]
+    scaled = gram / size
+    base = jnp.eye(gram.shape[-1], dtype=gram.dtype) if metric is None else metric
+
+    def add(total: Array, pole: tuple[Array, Array]) -> tuple[Array, None]:
+        shift, weight = pole
+        return total + weight * inverse(scaled + shift * base), None
+
+    poles = jnp.asarray(SHIFTS, gram.dtype), jnp.asarray(WEIGHTS, gram.dtype)
+    total, _ = jax.lax.scan(add, jnp.zeros_like(gram), poles)
+    return (total if metric is None else total @ metric) * jax.lax.rsqrt(size)

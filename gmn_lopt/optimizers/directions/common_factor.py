@@ -2,6 +2,9 @@
 
 The noise of the momentum is read from the tangents, which such a factor leaves as they were. So the gradients of a few
 small layers are made again from their factors. Where they are the given ones up to a factor, that factor is known.
+
+Of a large model that would cost as much as a part of the backward pass. There gradients are compared by their products
+with a few random vectors, which the factors give without the gradient: ``sum_s a_s (g_s . w)``.
 """
 
 from collections.abc import Sequence
@@ -9,6 +12,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from gmn_lopt.factors.kinds import Dense
@@ -20,6 +24,8 @@ COMPARED = 4
 # The cosine above which gradients are taken to be the same up to a factor. One that something was added to, or the mean
 # over devices that keep factors of their own, may be below; the factor is one then.
 ALIKE = 0.5
+# Of a large model: random vectors of signs.
+VECTORS = 8
 
 
 class Comparison(NamedTuple):
@@ -35,8 +41,11 @@ class Comparison(NamedTuple):
     tangent: Float[Array, "k S o"]
 
 
-def comparisons(groups: Sequence[LayerGroup], gradient: Gradient) -> tuple[Comparison, ...]:
-    """The smallest dense layers whose kernels are parameters and have no other use."""
+def comparisons(groups: Sequence[LayerGroup], gradient: Gradient, large: bool = False) -> tuple[Comparison, ...]:
+    """The smallest dense layers whose kernels are parameters and have no other use.
+
+    Of a large model, with products with random vectors in place of the outputs.
+    """
     factors, parameters, leaves = gradient.factors, gradient.parameters, jax.tree.leaves(gradient.grads)
     layers = [x for group in groups for x in group.layers if x.direct and isinstance(x.kind, Dense)]
     found: list[Comparison] = []
@@ -46,7 +55,11 @@ def comparisons(groups: Sequence[LayerGroup], gradient: Gradient) -> tuple[Compa
         activation = kind.activation_rows(kernel, factors.activations[layer.activation])
         tangent = kind.tangent_rows(kernel, factors.tangents[layer.tangent])
         if kernel.status == "factored":
-            found.append(Comparison(kind.as_matrices(kernel, leaves[layer.kernel]), activation, tangent))
+            whole = kind.as_matrices(kernel, leaves[layer.kernel])
+            if large and tangent.shape[2] > VECTORS:
+                signs = np.random.default_rng(0).choice([-1.0, 1.0], (tangent.shape[2], VECTORS)).astype(np.float32)
+                whole, tangent = whole @ signs, tangent @ signs
+            found.append(Comparison(whole, activation, tangent))
     return tuple(found[:COMPARED])
 
 

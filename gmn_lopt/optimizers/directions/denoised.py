@@ -18,14 +18,10 @@ from gmn_lopt.optimizers.directions.denoised_layers import (
     read_sets,
     why_not_denoised,
 )
-from gmn_lopt.optimizers.directions.denoising import (
-    MOMENTUM_DECAY,
-    Preconditioner,
-    denoised_steps,
-    init_preconditioner,
-    update_preconditioners,
-)
+from gmn_lopt.optimizers.directions.denoising import denoised_steps, update_preconditioners
 from gmn_lopt.optimizers.directions.muon import OrthogonalDirection, init_squares, muon_steps
+from gmn_lopt.optimizers.directions.preconditioners import MOMENTUM_DECAY, Preconditioner, init_preconditioner
+from gmn_lopt.optimizers.directions.spreading import is_large
 from gmn_lopt.optimizers.leaves import Gradient
 
 
@@ -93,7 +89,12 @@ class Denoised(OrthogonalDirection):
             sets = [read_sets(group, gradient.factors) for group in groups]
             matrices = [as_matrices(group, parameters, momenta) for group in groups]
             preconditioners = update_preconditioners(
-                state.preconditioners, groups, sets, matrices, state.step, comparisons(groups, gradient)
+                state.preconditioners,
+                groups,
+                sets,
+                matrices,
+                state.step,
+                comparisons(groups, gradient, is_large(groups)),
             )
             for group, steps in zip(groups, denoised_steps(groups, preconditioners, matrices)):
                 denoised |= from_matrices(group, parameters, steps)

@@ -41,6 +41,7 @@ class DenoisedLayer:
         matrices: what its kernel is as matrices, without the bias.
         direct: whether its gradient is nothing but the outer product of the factors.
         unbiased: the parts ``(start, stop)`` of the set, as shares of it, to which the bias is not added.
+        start: of the matrices that the kernel consists of, the first that is meant; usually all are.
     """
 
     kernel: int
@@ -51,7 +52,8 @@ class DenoisedLayer:
     kind: LayerKind
     matrices: Matrices
     direct: bool
-    unbiased: tuple[tuple[float, float], ...]
+    unbiased: tuple[tuple[float, float], ...] = ()
+    start: int = 0
 
     @property
     def count(self) -> int:
@@ -291,18 +293,30 @@ def read_sets(group: LayerGroup, factors: Factors) -> Sets:
 def activations_and_noise(
     group: LayerGroup, sets: Sets, damping: float
 ) -> tuple[list[Num[Array, "_ _ _"]], list[Float[Array, "_ _ _"]]]:
-    """What the matrices of a group read, and what stands for their noise, each ``[matrices, rows, neurons]``."""
+    """What the matrices of a group read, and what stands for their noise, each ``[matrices, rows, neurons]``.
+
+    Where a bias is added to some elements only, what it reads is one more of the neurons.
+    """
     read = {layer.reads: activation for layer, activation in zip(group.readers, sets[0], strict=True)}
-    activations = [layer.kind.activation_rows(layer.parameter, read[layer.reads]) for layer in group.readers]
+    activations = [
+        _with_bias(layer, _own(layer, layer.kind.activation_rows(layer.parameter, read[layer.reads])))
+        for layer in group.readers
+    ]
     noise = [
-        layer.kind.noise_rows(layer.parameter, read[layer.reads], tangent, layer.bias is not None, damping)
+        _own(layer, layer.kind.noise_rows(layer.parameter, read[layer.reads], tangent, layer.bias is not None, damping))
         for layer, tangent in zip(group.layers, sets[1], strict=True)
     ]
     return activations, noise
 
 
-def bias_inputs(group: LayerGroup, lengths: Sequence[int], rows: int) -> np.ndarray:
-    """What the biases of all matrices read at each element, padded to so many rows: bools ``[matrices, rows]``."""
-    layers = [layer for layer in group.readers for _ in range(layer.count)]
-    read = [layer.bias_inputs(length) for layer, length in zip(layers, lengths, strict=True)]
-    return np.stack([np.pad(own, (0, rows - len(own))) for own in read])
+def _own(layer: DenoisedLayer, stack: Num[Array, "all _ _"]) -> Num[Array, "count _ _"]:
+    """Of all matrices that a kernel consists of those that are meant."""
+    return stack[layer.start : layer.start + layer.count]
+
+
+def _with_bias(layer: DenoisedLayer, stack: Num[Array, "count S n"]) -> Num[Array, "count S _"]:
+    """What a layer reads, and, where that differs between elements, what its bias reads."""
+    if not layer.unbiased:
+        return stack
+    read = jnp.asarray(layer.bias_inputs(stack.shape[1]), stack.dtype)
+    return jnp.concatenate([stack, jnp.broadcast_to(read[:, None], (*stack.shape[:2], 1))], axis=2)

@@ -1,0 +1,296 @@
+"""What stands on both sides of the momentum in a denoised step, from a set of factors; see :mod:`.denoising`.
+
+Of small models all is computed as it stands. Of large ones (:func:`.spreading.parts`) three things are done for less:
+moments are those of some rows of the set, others each time; roots are sums of a few inverses; and where the smaller
+side is that of the inputs, the matrix under the root is made symmetric, which inverses need: with ``C = E_S[a a^T]``
+damped, and ``B = M M^T``, ``(C^-1 B + n)^-1/2`` is a sum of ``(B + (n + s) C)^-1 C`` over shifts ``s``.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int, Num
+
+from gmn_lopt.optimizers.directions.denoised_layers import DenoisedLayer, LayerGroup, Sets, activations_and_noise
+from gmn_lopt.util.inverses import in_stacks, inverse, inverse_root, inverse_root_of_inverses
+from gmn_lopt.util.stacks import inner_products, one_stack
+
+# Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
+MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
+# Rows of a set of a large model that are read: at least so many, fewer than twice as many.
+ROWS = 1024
+# Activations above this are divided by a unit before they are squared: float32 ends at 3e38.
+LARGE = 1e15
+TINY = float(jnp.finfo(jnp.float32).tiny)
+
+
+class Preconditioner(NamedTuple):
+    """What the sets of factors of a group's layers look like, and what follows from it; zeros before the first step.
+
+    For ``k`` matrices that read ``u`` distinct activations, cut into ``b`` blocks of ``w`` (:class:`LayerGroup`).
+
+    Attributes:
+        activation: moving average of ``C = E_S[a a^T]`` in squares of ``unit``, ``[u, b, w, w]``; where that is a
+            diagonal, ``[u, inputs]``.
+        noise: moving average of ``sum_s g_s (x) g_s``, ``[k, outputs, outputs]``, or where there are more outputs than
+            inputs of its trace, ``[k]``.
+        unit: 1, or more where activations are so large that their squares would not be finite, ``[u]``; one number for
+            those that are computed together.
+        scale: the root of the mean of ``C``'s diagonal.
+        inverse: the inverse of ``C / scale^2``, damped, divided by ``unit^2``; likewise.
+        root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``.
+    """
+
+    activation: Float[Array, "u ..."]
+    noise: Float[Array, "k ..."]
+    unit: Float[Array, " u"]
+    scale: Float[Array, " u"]
+    inverse: Float[Array, "u ..."]
+    root: Float[Array, "k n n"]
+
+
+def init_preconditioner(group: LayerGroup) -> Preconditioner:
+    """Zeros."""
+    distinct, count = sum(layer.count for layer in group.readers), len(group.reads)
+    moment = (distinct, group.inputs) if group.diagonal else (distinct, group.blocks, group.rows, group.rows)
+    small = min(group.inputs, group.outputs)
+    noise = (count, group.outputs, group.outputs) if group.tall else (count,)
+    shapes = (moment, noise, (distinct,), (distinct,), moment, (count, small, small))
+    return Preconditioner(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+
+
+def new_preconditioners(
+    groups: Sequence[LayerGroup],
+    old: Sequence[Preconditioner],
+    sets: Sequence[Sets],
+    momenta: Sequence[Float[Array, "_ _ _"]],
+    step: Int[Array, ""],
+    times: Int[Array, ""],
+    largest: Float[Array, ""],
+    factor: Float[Array, ""],
+    large: bool,
+) -> tuple[Preconditioner, ...]:
+    """The preconditioners of groups, computed anew.
+
+    Args:
+        groups, old, sets, momenta, step: as :func:`.denoising.update_preconditioners` takes them.
+        times: how often they have been computed, this time included.
+        largest: the largest neuron among the activations.
+        factor: by what the gradient has been multiplied after the factors were computed.
+        large: whether the model is large.
+    """
+    # A moving average that is corrected for its start as it goes.
+    weight = jnp.minimum(1.0, (1 - MOMENTS_DECAY) / (1 - MOMENTS_DECAY ** times.astype(jnp.float32)))
+    # The unit falls no faster than the average of what it is the unit of.
+    units = [
+        jnp.maximum(jnp.maximum(1.0, largest / LARGE), p.unit[0] * jnp.sqrt(1 - weight))
+        if group.reads_neurons
+        else jnp.ones((), jnp.float32)
+        for group, p in zip(groups, old)
+    ]
+    rows = times if large else None
+    moments = [_moments(*of_group, weight, factor, rows) for of_group in zip(groups, old, sets, units)]
+    inverses = _inverses(groups, [covariance for covariance, _ in moments], units)
+    noises = [noise_left(step + 1) * noise for _, noise in moments]
+    if large:
+        metrics = [_damped(group, covariance) * unit**2 for group, (covariance, _), unit in zip(groups, moments, units)]
+        roots = _roots(groups, noises, inverses, metrics, momenta)
+    else:
+        grams = [_gram(group, n, *i, momentum) for group, n, i, momentum in zip(groups, noises, inverses, momenta)]
+        roots = in_stacks(lambda stack, _: inverse_root(stack), grams)
+    return tuple(
+        Preconditioner(*moment, jnp.broadcast_to(unit, scale.shape), unit * scale, inverted, root)
+        for moment, unit, (inverted, scale), root in zip(moments, units, inverses, roots)
+    )
+
+
+def _gram(
+    group: LayerGroup, noise: Array, inverted: Array, scale: Array, momentum: Float[Array, "k i o"]
+) -> Float[Array, "k n n"]:
+    """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller."""
+    natural = multiply(group, as_read(group, inverted), momentum)
+    inputs = per_matrix(group.layers, lambda layer: layer.inputs)
+    noise = noise * column(as_read(group, scale) ** 2, noise)
+    if group.tall:
+        return jnp.einsum("kio,kip->kop", momentum, natural) + column(inputs, noise) * noise
+    identity = jnp.eye(group.inputs, dtype=noise.dtype) * (jnp.arange(group.inputs) < inputs[:, None])[:, None]
+    return jnp.einsum("kio,kjo->kij", natural, momentum) + column(noise, natural) * identity
+
+
+def _roots(
+    groups: Sequence[LayerGroup],
+    noises: Sequence[Float[Array, "_ ..."]],
+    inverses: Sequence[tuple[Float[Array, "_ ..."], Float[Array, " _"]]],
+    metrics: Sequence[Float[Array, "_ ..."]],
+    momenta: Sequence[Float[Array, "_ _ _"]],
+) -> list[Float[Array, "_ _ _"]]:
+    """The roots of :func:`_gram`, of sums of inverses; ``metrics`` are the damped moments of the activations."""
+    grams, bounds = [], []
+    for group, noise, (inverted, scale), metric, momentum in zip(groups, noises, inverses, metrics, momenta):
+        if group.tall:
+            grams.append(_gram(group, noise, inverted, scale, momentum))
+            bounds.append(jnp.trace(grams[-1], axis1=1, axis2=2))
+            continue
+        noise = noise * as_read(group, scale) ** 2
+        square = jnp.einsum("kio,kjo->kij", momentum, momentum)
+        grams.append(square + noise[:, None, None] * _dense(group, as_read(group, metric)))
+        bounds.append(jnp.sum(_dense(group, as_read(group, inverted)) * square, axis=(1, 2)) + group.inputs * noise)
+
+    def roots(stack: Float[Array, "k n n"], members: Sequence[int]) -> Float[Array, "k n n"]:
+        bound = jnp.concatenate([bounds[i] for i in members])
+        if all(groups[i].tall for i in members):
+            return inverse_root_of_inverses(stack, bound)
+        found = []
+        for group, gram, metric in ((groups[i], grams[i], metrics[i]) for i in members):
+            one = jnp.broadcast_to(jnp.eye(stack.shape[1], dtype=stack.dtype), (len(gram), *stack.shape[1:]))
+            side = gram.shape[1]
+            found.append(one if group.tall else one.at[:, :side, :side].set(_dense(group, as_read(group, metric))))
+        return inverse_root_of_inverses(stack, bound, jnp.concatenate(found))
+
+    return in_stacks(roots, grams)
+
+
+def _moments(
+    group: LayerGroup, old: Preconditioner, sets: Sets, unit: Array, weight: Array, factor: Array, some: Array | None
+) -> tuple[Float[Array, "u ..."], Float[Array, "k ..."]]:
+    scaled = (tuple(a / unit for a in sets[0]), sets[1]) if group.reads_neurons else sets
+    activations, rows = activations_and_noise(group, scaled, DAMPING)
+    counts = [stack.shape[1] for stack in rows for _ in range(len(stack))]
+    if some is not None:
+        activations, rows = ([_some_rows(stack, some) for stack in stacks] for stacks in (activations, rows))
+    covariance = _second_moments(group, activations, unit)
+    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
+    taken = [stack.shape[1] for stack in rows for _ in range(len(stack))]
+    together = one_stack(rows, max(taken), group.outputs)
+    sums = (
+        jnp.einsum("ksi,ksj->kij", together, together)
+        if group.tall
+        else inner_products([together], [together])[:, 0, 0]
+    )
+    noise = column((factor / jnp.asarray(np.sqrt(np.multiply(counts, taken)), jnp.float32)) ** 2, sums) * sums
+    before = (old.unit[0] / unit) ** 2 * old.activation, old.noise
+    new = [m + weight * (x.reshape(m.shape) - m) for m, x in zip(before, (covariance, noise))]
+    return new[0], new[1]
+
+
+def _some_rows(stack: Num[Array, "k S n"], times: Int[Array, ""]) -> Num[Array, "k R n"]:
+    """Every so manieth row, of all if there are few; beginning with another one each time."""
+    size = stack.shape[1]
+    every = size // ROWS
+    if every < 2:
+        return stack
+    number = size // every
+    first = times % (size - every * (number - 1))
+    return jnp.take(stack, first + every * jnp.arange(number), axis=1)
+
+
+def _second_moments(group: LayerGroup, stacks: Sequence[Num[Array, "_ _ _"]], unit: Array) -> Float[Array, "u ..."]:
+    if not group.reads_neurons:
+        of_readers = zip(group.readers, stacks, strict=True)
+        return jnp.concatenate([layer.kind.second_moment(rows, group.inputs) for layer, rows in of_readers])
+    lengths = [stack.shape[1] for stack in stacks for _ in range(len(stack))]
+    counts = jnp.asarray(lengths, jnp.float32)[:, None, None]
+    rows = one_stack(stacks, max(lengths), group.blocks * group.rows)
+    biased = [layer.bias is not None for layer in group.readers]
+    if any(biased):
+        place = per_matrix(group.readers, lambda layer: layer.inputs - 1 if layer.bias is not None else -1)
+        at_bias = jnp.arange(rows.shape[2]) == place[:, None, None]
+        added = jnp.where(jnp.arange(rows.shape[1])[:, None] < counts, 1.0, 0.0)
+        if any(layer.unbiased for layer in group.readers):
+            is_read = per_matrix(group.readers, lambda layer: bool(layer.unbiased)) > 0
+            added = jnp.where(is_read[:, None, None], rows, added)
+        rows = jnp.where(at_bias, added / unit, rows)
+    if group.diagonal:
+        return jnp.sum(rows**2, axis=1) / counts[:, 0]
+    if group.blocks > 1:
+        rows = rows.reshape(*rows.shape[:2], group.blocks, group.rows).transpose(0, 2, 1, 3)
+        rows = rows.reshape(-1, *rows.shape[2:])
+        counts = jnp.repeat(counts, group.blocks, axis=0)
+    return rows.mT @ rows / counts
+
+
+def _inverses(
+    groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "_ ..."]], units: Sequence[Float[Array, ""]]
+) -> list[tuple[Float[Array, "_ ..."], Float[Array, " _"]]]:
+    """Of each group the inverses (:attr:`Preconditioner.inverse`), and the scale in units."""
+    whole = [i for i, group in enumerate(groups) if not group.diagonal]
+
+    def damped(stack: Float[Array, "k n n"], members: Sequence[int]) -> Float[Array, "k n n"]:
+        traces = jnp.trace(stack, axis1=1, axis2=2)
+        means, start = [], 0
+        for i in members:
+            group = groups[whole[i]]
+            of_layers = traces[start : start + len(flat[i])].reshape(-1, group.blocks)
+            start += len(flat[i])
+            mean = of_layers if group.blocks == 1 else of_layers.sum(1, keepdims=True)
+            mean = mean / inputs[whole[i]][:, None]
+            scales[whole[i]] = mean[:, 0]
+            means.append(jnp.broadcast_to(mean, of_layers.shape).ravel())
+        white = stack / jnp.maximum(jnp.concatenate(means), TINY)[:, None, None]
+        return inverse(white + DAMPING * jnp.eye(stack.shape[1], dtype=stack.dtype))
+
+    scales: dict[int, Array] = {}
+    inputs = [per_matrix(group.readers, lambda layer: layer.inputs) for group in groups]
+    flat = [covariances[i].reshape(-1, groups[i].rows, groups[i].rows) for i in whole]
+    inverted = dict(zip(whole, in_stacks(damped, flat)))
+    for i, (group, covariance) in enumerate(zip(groups, covariances)):
+        if group.diagonal:
+            scales[i] = covariance.sum(1) / inputs[i]
+            inverted[i] = 1 / (covariance / jnp.maximum(scales[i], TINY)[:, None] + DAMPING)
+    return [(inverted[i].reshape(c.shape) / units[i] ** 2, jnp.sqrt(scales[i])) for i, c in enumerate(covariances)]
+
+
+def _damped(group: LayerGroup, covariance: Float[Array, "u ..."]) -> Float[Array, "u ..."]:
+    """``C / scale^2`` with damping, of which :attr:`Preconditioner.inverse` is the inverse."""
+    inputs = per_matrix(group.readers, lambda layer: layer.inputs)
+    if group.diagonal:
+        return covariance / jnp.maximum(covariance.sum(1) / inputs, TINY)[:, None] + DAMPING
+    mean = jnp.trace(covariance, axis1=2, axis2=3).sum(1) / inputs
+    return covariance / jnp.maximum(mean, TINY)[:, None, None, None] + DAMPING * jnp.eye(
+        group.rows, dtype=covariance.dtype
+    )
+
+
+def _dense(group: LayerGroup, values: Float[Array, "k ..."]) -> Float[Array, "k n n"]:
+    """Matrices that consist of blocks, or are diagonal, with all their entries."""
+    n = group.inputs
+    if group.diagonal:
+        return values[..., None] * jnp.eye(n, dtype=values.dtype)
+    if group.blocks == 1:
+        return values[:, 0]
+    apart = jnp.eye(group.blocks, dtype=values.dtype)[:, None, :, None]
+    return (values[:, :, :, None, :] * apart).reshape(len(values), *2 * (group.blocks * group.rows,))[:, :n, :n]
+
+
+def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
+    """What the bias-corrected momentum averages the variance of independent noise down by: its squared weights' sum."""
+    power = MOMENTUM_DECAY ** steps.astype(jnp.float32)
+    return (1 - MOMENTUM_DECAY) / (1 + MOMENTUM_DECAY) * (1 + power) / (1 - power)
+
+
+def per_matrix(layers: Sequence[DenoisedLayer], number: Callable[[DenoisedLayer], int]) -> Float[Array, " k"]:
+    """A number of each layer, for each of its matrices."""
+    return jnp.asarray([number(layer) for layer in layers for _ in range(layer.count)], jnp.float32)
+
+
+def as_read(group: LayerGroup, values: Float[Array, "u ..."]) -> Float[Array, "k ..."]:
+    """For each matrix what belongs to the activations that it reads."""
+    return values if group.reads == tuple(range(len(values))) else values[jnp.array(group.reads)]
+
+
+def multiply(group: LayerGroup, matrices: Float[Array, "k ..."], right: Float[Array, "k i o"]) -> Float[Array, "k i o"]:
+    """Products with matrices, which consist of blocks, or are diagonal."""
+    if group.diagonal:
+        return matrices[..., None] * right
+    if group.blocks == 1:
+        return matrices[:, 0] @ right
+    rows = jnp.pad(right, ((0, 0), (0, group.blocks * group.rows - group.inputs), (0, 0)))
+    product = matrices @ rows.reshape(len(right), group.blocks, group.rows, -1)
+    return product.reshape(rows.shape)[:, : group.inputs]
+
+
+def column(values: Float[Array, "k ..."], like: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
+    """A number for each matrix, with axes of length one to multiply the matrices by; matrices as they are."""
+    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))
