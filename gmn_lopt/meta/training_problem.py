@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, PyTree
 
 from gmn_lopt.factors.value_and_grad import value_grad_and_extra
 from gmn_lopt.meta.task import Task
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 
 META_LOSSES = ("train", "validation")
 """The batch the meta-objective is taken on: the one the step trains on, or one of examples it never trains on."""
@@ -24,12 +25,7 @@ class Learned(Protocol):
         """Whether the optimizer's ``update`` has to be given ``factors``."""
         ...
 
-    @property
-    def wants_total_steps(self) -> bool:
-        """Whether ``optimizer`` has to be given the number of steps, as ``total_steps``."""
-        ...
-
-    def optimizer(self, phi: PyTree, **settings: Any) -> optax.GradientTransformationExtraArgs:
+    def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
         """Turn meta-parameters into an optimizer."""
         ...
 
@@ -92,7 +88,9 @@ class TrainingProblem:
 
     def optimizer(self, phi: PyTree) -> optax.GradientTransformationExtraArgs:
         """The optimizer, told of the horizon if it wants to know."""
-        return self.lopt.optimizer(phi, **({"total_steps": self.horizon} if self.lopt.wants_total_steps else {}))
+        if isinstance(self.lopt, LearnedOptimizer) and self.lopt.wants_total_steps:
+            return self.lopt.optimizer(phi, total_steps=self.horizon)
+        return self.lopt.optimizer(phi)
 
     def init(self, phi: PyTree, data: Any, key: jax.Array) -> PyTree:
         """Draw new parameters of the model; start the optimizer."""

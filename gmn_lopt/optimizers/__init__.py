@@ -1,6 +1,7 @@
 """Learned optimizers as optax transformations (arXiv:2507.01649, section 6), composed of parts: one file each."""
 
 from gmn_lopt.optimizers.alias import denoised
+from gmn_lopt.optimizers.controlled import Controlled
 from gmn_lopt.optimizers.directions import Denoised, Direction, Momentum, Muon
 from gmn_lopt.optimizers.explain import explain
 from gmn_lopt.optimizers.features import Features, PaperFeatures, ScaleFree
@@ -20,6 +21,7 @@ __all__ = [
     "RECIPES",
     "Additive",
     "Constant",
+    "Controlled",
     "Denoised",
     "Direction",
     "Features",

@@ -142,7 +142,8 @@ def _layer(
     for use in kernel.layers:
         leaves |= uses.dependence[use.equation.inputs[use.operand]].leaves
     # A bias that is computed, and no parameter, has no leaf.
-    biases = {use.bias.view and use.bias.view.leaf for use in kernel.layers if use.bias is not None}
+    found = [use.bias.view for use in kernel.layers if use.bias is not None]
+    biases = {None if view is None else view.leaf for view in found}
     bias = biases.pop() if len(biases) == 1 else None
     ends = np.cumsum([layout.canonical_shape[0] for _, layout in writes[kernel.write].parts]).tolist()
     spans = zip(kernel.layers, [0, *ends], ends)
