@@ -8,9 +8,7 @@ are not counted: there the denoised direction is computed anew at each. Memory i
 program: its temporaries, and the peak, with parameters, state and batch. Data are random.
 
 On two cores a model of 10,000 parameters takes a minute and a half for all five optimizers, most of it to compile, and
-one of a million three minutes at 2,048 tokens. Beyond, a step of AdamW costs six operations for each parameter and
-token, and `default` reads and writes five times the parameters and more: by that `gpt2`, of 124 million, takes half a
-minute for a step on two cores, `--steps 15` with the first ten an hour for all five, and its state and logits 20 GB.
+one of a million three minutes at 2,048 tokens. `gpt2`, of 124 million, wants a larger machine: it was not run on two.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Where optimizers under evaluation come from, and results on disk."""
 
 import doctest
+import os
 
 import jax
 import jax.numpy as jnp
@@ -176,3 +177,16 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
         write_atomically(file, b"new")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert file.read_bytes() == b"old"
+
+
+def test_what_a_killed_evaluation_left_is_removed_and_what_another_one_writes_is_not(tmp_path):
+    directory = tmp_path / "results"
+    directory.mkdir()
+    litter = [directory / ".a.npz.12.partial", tmp_path / ".report.json.12.partial"]
+    kept = [directory / ".b.npz.13.partial", directory / "c.partial"]
+    for file in (*litter, *kept):
+        file.write_bytes(b"half")
+    for file in (*litter, kept[1]):
+        os.utime(file, (0, 0))
+    Results(directory, {})
+    assert not any(file.exists() for file in litter) and all(file.exists() for file in kept)

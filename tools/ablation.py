@@ -56,7 +56,7 @@ def _identity(stack: Any) -> Any:
 UNWHITE = _damping(30.0)  # beside it C, whose mean of the diagonal is one, hardly counts
 VARIANTS: dict[str, Changes] = {
     "as it is": {},
-    "noise x 0: whitened Muon (Newton-Muon, arXiv:2604.01472)": _noise(0.0),
+    "noise x 0: orthogonal where activations are white": _noise(0.0),
     **{f"noise x {weight}": _noise(weight) for weight in (0.3, 2.0, 4.0)},
     "no whitening": UNWHITE,
     "no whitening, noise x 0: Muon": {**UNWHITE, **_noise(0.0)},

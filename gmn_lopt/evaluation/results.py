@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from gmn_lopt.util.errors import FileError, UsageError
-from gmn_lopt.util.files import read_json, read_regular, write_atomically
+from gmn_lopt.util.files import read_json, read_regular, remove_partials, write_atomically
 
 LARGEST = 2**34  # bytes
 # What damaged archives raise.
@@ -48,6 +48,8 @@ class Results:
             directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write to {directory}: {error.strerror}; choose another --out") from None
+        for place in (directory, directory.parent):
+            remove_partials(place)
         file = directory / "settings.json"
         if any(directory.glob("*.npz")):
             try:

@@ -1,8 +1,10 @@
 """Files: written so that they are never seen half, and read only if they are what they should be."""
 
+import contextlib
 import json
 import os
 import stat
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ from gmn_lopt.util.errors import FileError, first_line
 
 LARGEST_JSON = 4 * 2**20  # bytes
 DEEPEST_JSON = 64
+AN_HOUR = 3600
 
 
 def write_atomically(file: Path, content: bytes) -> None:
@@ -28,6 +31,14 @@ def write_atomically(file: Path, content: bytes) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_partials(directory: Path) -> None:
+    """Remove what :func:`write_atomically` left in a directory when its process was killed: no write takes an hour."""
+    for file in directory.glob(".*.partial"):
+        with contextlib.suppress(OSError):  # another process may be doing the same
+            if time.time() - file.stat().st_mtime > AN_HOUR:
+                file.unlink()
 
 
 def read_regular(file: Path, most: int, directory: int | None = None) -> bytes:
