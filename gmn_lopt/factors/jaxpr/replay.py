@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 from jaxtyping import Array
 
@@ -56,7 +57,8 @@ class Replay:
             here = (*path, index)
             tap = self.taps.get(here, Tap())
             with eqn.ctx.manager:
-                self.recorded.update((key, of(inputs[operand])) for key, operand, of in tap.records)
+                # What a layer reads may be a constant of the loss, a NumPy array.
+                self.recorded.update((key, of(_as_array(inputs[operand]))) for key, operand, of in tap.records)
                 if here in self.inside:
                     outputs = self._enter(eqn, inputs, here)
                 else:
@@ -140,3 +142,7 @@ def _cond(
         return function
 
     return jax.lax.switch(index, [branch(i) for i in range(len(branches))], operands, perturbations)
+
+
+def _as_array(x: Any) -> Any:
+    return jnp.asarray(x) if isinstance(x, np.ndarray) else x
