@@ -118,12 +118,17 @@ def record(model, steps=3, rate=0.3):
 
 @functools.partial(jax.jit, static_argnums=0)
 def _update(lopt, phi, grads, state, params, factors):
-    return lopt.optimizer(phi).update(grads, state, params, factors=factors)
+    return optimizer_of(lopt, phi).update(grads, state, params, factors=factors)
+
+
+def optimizer_of(lopt, phi):
+    """The transformation, told of a number of steps if it wants to know."""
+    return lopt.optimizer(phi, **({"total_steps": 100} if lopt.wants_total_steps else {}))
 
 
 def play(lopt: LearnedOptimizer, phi, recorded):
     """The updates that a learned optimizer makes of recorded steps."""
-    state, updates = lopt.optimizer(phi).init(recorded[0][0]), []
+    state, updates = optimizer_of(lopt, phi).init(recorded[0][0]), []
     for params, grads, factors in recorded:
         step, state = _update(lopt, phi, grads, state, params, factors)
         updates.append(step)

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import unf_reference
-from optimizing import analyzed, lively, mlp, play, record, relative_difference, small
+from optimizing import analyzed, lively, mlp, optimizer_of, play, record, relative_difference, small
 
 import gmn_lopt
 from gmn_lopt import (
@@ -381,8 +381,8 @@ def test_a_fresh_state_can_be_donated_and_lies_where_the_parameters_do(name):
     """No two leaves share a buffer, and what is shaped like a parameter is sharded like it."""
     sharding = jax.sharding.NamedSharding(jax.make_mesh((1,), ("x",)), jax.sharding.PartitionSpec())
     params = jax.device_put(MODEL[1], sharding)
-    tx = (lambda lopt: lopt.optimizer(lopt.init(jax.random.key(0))))(EVERY[name].build(STRUCTURE))
-    state = tx.init(params)
+    lopt = EVERY[name].build(STRUCTURE)
+    state = optimizer_of(lopt, lopt.init(jax.random.key(0))).init(params)
     buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state) if leaf.size]
     assert len(buffers) == len(set(buffers))
     shapes = {p.shape for p in jax.tree.leaves(params)} - {(4,)}  # the step size keeps a number for each leaf
