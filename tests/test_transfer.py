@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 import gmn_lopt
-from experiments.transfer.__main__ import TASKS, Config, row, summary
+from experiments.transfer.__main__ import TASKS, Config, main, row, summary
 from gmn_lopt.evaluation.training import mean_loss
 from gmn_lopt.meta.task import task_structure
+from gmn_lopt.util.errors import UsageError
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -56,5 +57,5 @@ def test_the_table_counts_wins_and_takes_a_miss_for_no_gain():
 
 
 def test_a_task_that_there_is_not_is_refused_with_the_names_of_those_that_are():
-    with pytest.raises(ValueError, match="there is no task 'vitt'; there are vit, cnn"):
-        Config(task=("vitt",))
+    with pytest.raises(UsageError, match="there is no task 'vitt'; there are vit, cnn"):
+        main(Config(task=("vitt",)))

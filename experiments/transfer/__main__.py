@@ -7,6 +7,7 @@ An interrupted run goes on from what is in ``--out``. Each task has a report of 
 """
 
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,10 @@ from experiments.transfer.images import autoencoder, cnn, contrastive, vit
 from experiments.transfer.physics import pinn
 from experiments.transfer.sequences import language_model, lstm
 from experiments.transfer.tables import graph_network, matrix_factorisation, regression
+from gmn_lopt.cli.command_line import interrupted_with, one_line_for_the_machine, parse
 from gmn_lopt.evaluation import compare
+from gmn_lopt.tasks.data.cache import DataError
+from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.files import write_atomically
 
 TASKS = {
@@ -58,9 +62,10 @@ class Config:
     optimizer: Annotated[tuple[str, ...], tyro.conf.UseAppendAction] = ()
     seeds: int = 3
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise :class:`UsageError` if there is no such task."""
         if unknown := sorted(set(self.task) - set(TASKS)):
-            raise ValueError(f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
+            raise UsageError(f"there is no task {unknown[0]!r}; there are {', '.join(TASKS)}")
 
 
 def row(report: dict[str, Any], baselines: int) -> dict[str, Any]:
@@ -83,6 +88,7 @@ def _finite(mean: float | None) -> float:
 
 def main(config: Config) -> None:
     """Evaluate, and write the table."""
+    config.check()
     names = config.task or tuple(TASKS)
     found = {}
     for name in names:
@@ -110,5 +116,18 @@ def summary(rows: dict[str, dict[str, Any]]) -> str:
     return "\n".join([*lines, "", f"Ahead at the end on {ahead} of {len(rows)}; median of the factors {factors:.2f}."])
 
 
+def cli(args: Sequence[str] | None = None) -> int:
+    """Run from the command line; returns the exit code."""
+    config = parse(Config, __doc__, args)
+    try:
+        interrupted = f"experiments.transfer: interrupted; the same command goes on from {config.out}"
+        with interrupted_with(interrupted), one_line_for_the_machine():
+            main(config)
+    except (UsageError, DataError) as error:
+        print(f"experiments.transfer: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 if __name__ == "__main__":
-    main(tyro.cli(Config, description=__doc__))
+    sys.exit(cli())
