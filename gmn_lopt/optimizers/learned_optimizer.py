@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -88,9 +88,7 @@ class LearnedOptimizer:
         """Draw meta-parameters: float32 arrays whose shapes do not depend on the structure (but see ``UNF``)."""
         parts = {"direction": self.direction, "residual": self.residual, "step_size": self.step_size}
         phi: dict[str, Any] = {
-            name: {f"log_{c}": jnp.float32(math.log(start)) for c, start in part.coefficients().items()}
-            for name, part in parts.items()
-            if part is not None
+            name: _logarithms(part.coefficients()) for name, part in parts.items() if part is not None
         }
         if self.residual is not None:
             phi["residual"] |= self.residual.init_weights(key, self.structure, self.rule.outputs)
@@ -135,7 +133,7 @@ class LearnedOptimizer:
             learning_rate: a number or an optax schedule, in place of the learned step size. With ``total_steps`` a
                 number, the largest one.
             weight_decay: decoupled: ``eta * weight_decay * theta`` is subtracted as well. 0 unless given, but with
-                ``total_steps`` one of each tensor, by what the set says (:class:`gmn_lopt.optimizers.Horizon`).
+                ``total_steps`` that of the step size (:class:`gmn_lopt.optimizers.Horizon`).
             total_steps: the number of steps that there will be, where it is known: step sizes are then those of
                 :class:`gmn_lopt.optimizers.Horizon`, unless this optimizer has learned its own for such.
 
@@ -246,9 +244,14 @@ class LearnedOptimizer:
             raise ValueError("total_steps needs a learning_rate, its largest one, unless the direction is a sized one")
         else:
             step_size = Horizon()
-            coefficients = {f"log_{name}": jnp.log(start) for name, start in step_size.coefficients().items()}
+            coefficients = _logarithms(step_size.coefficients())
         peak = {} if learning_rate is None else {"log_alpha": jnp.log(learning_rate)}
         return step_size, coefficients | peak
+
+
+def _logarithms(coefficients: Mapping[str, float]) -> dict[str, Float[Array, ""]]:
+    """Coefficients as they are learned."""
+    return {f"log_{name}": jnp.float32(math.log(start)) for name, start in coefficients.items()}
 
 
 @functools.lru_cache(maxsize=64)
