@@ -1,5 +1,6 @@
 """Updates of all shipped optimizers and of the paper's recipes are what they were before the optimizers were composed
-of parts (version 0.1): twenty steps on three models."""
+of parts (version 0.1): twenty steps on three models. Those of the denoised direction are of 2026-11-28, when residual
+streams got a step of their own."""
 
 import dataclasses
 

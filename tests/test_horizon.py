@@ -11,7 +11,7 @@ import gmn_lopt
 from gmn_lopt import Denoised, LearnedOptimizer, Momentum
 from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
-from gmn_lopt.optimizers.controlled import AGREEMENT_DECAY, LEAST, MOST, Controlled, agreements
+from gmn_lopt.optimizers.controlled import LEAST, MOST, STATISTICS_DECAY, Controlled, statistics
 from gmn_lopt.optimizers.horizon import Horizon, known_horizon
 from gmn_lopt.optimizers.leaves import factors_per_element
 from gmn_lopt.optimizers.set_reader import SetReader
@@ -56,31 +56,37 @@ def test_the_number_of_steps_needs_a_largest_step_size_where_the_direction_has_n
     assert lopt.optimizer(phi, learning_rate=0.1, total_steps=10).init(MODEL[1]).step_size == ()
 
 
-def test_agreement_is_that_of_dense_gradients_of_biases():
+def test_statistics_are_those_of_dense_gradients_of_biases():
     """A bias's gradient of an example is the tangent itself, so a Jacobian of each example is an independent answer."""
     loss, params, (x, labels) = MODEL
     _, _, factors = gmn_lopt.value_grad_and_factors(loss)(params, x, labels)
-    found = agreements(STRUCTURE, factors_per_element(STRUCTURE, factors))
+    found = statistics(STRUCTURE, factors_per_element(STRUCTURE, factors))
     each = jax.vmap(lambda x, y: jax.grad(loss)(params, x[None], y[None]))(x, labels)
     for layer in range(2):
         g = np.asarray(each[layer]["b"], np.float64)
-        literal = np.log(len(g) * np.sum(g.mean(0) ** 2) / np.mean(np.sum(g**2, axis=1)))
+        squares = np.sum(g**2, axis=1)
+        size, fourth = squares.mean(), np.mean(squares**2)
+        literal = np.log([len(g) * np.sum(g.mean(0) ** 2) / size, size, fourth / size**2])
         # The leaves are the bias and the kernel of each layer; both are written by the same tangents.
-        np.testing.assert_allclose(found[2 * layer : 2 * layer + 2], literal, rtol=1e-4)
+        for leaf in (2 * layer, 2 * layer + 1):
+            np.testing.assert_allclose(found[leaf], literal, rtol=1e-4)
 
 
-def test_the_average_of_the_agreement_is_corrected_for_its_start_and_what_is_not_finite_does_not_stay():
+def test_averages_of_statistics_are_corrected_for_their_start_and_what_is_not_finite_does_not_stay():
     lopt = LearnedOptimizer(STRUCTURE, Denoised(), step_size=Controlled(reader=READERS["GradMetaNet"]))
     loss, params, args = MODEL
     _, grads, factors = gmn_lopt.value_grad_and_factors(loss)(params, *args)
-    agreement = np.clip(agreements(STRUCTURE, factors_per_element(STRUCTURE, factors)), LEAST, MOST)
-    assert np.abs(agreement).min() > 0.01
+    now = np.array(statistics(STRUCTURE, factors_per_element(STRUCTURE, factors)))
     phi = lopt.init(jax.random.key(0))
     _, state = step_of(lopt, phi, steps=3)
-    np.testing.assert_allclose(state.step_size.agreement, (1 - AGREEMENT_DECAY**3) * agreement, rtol=1e-4)
+    np.testing.assert_allclose(state.step_size.first, now[:, 1], rtol=1e-5)
+    now[:, 1] = 0.0  # the same batch: nothing is learned
+    assert np.abs(now[:, [0, 2]]).min() > 0.01
+    expected = (1 - STATISTICS_DECAY**3) * np.clip(now, LEAST, MOST)
+    np.testing.assert_allclose(state.step_size.statistics, expected, rtol=1e-4, atol=1e-5)
     tx, broken = lopt.optimizer(phi, total_steps=10), jax.tree.map(lambda x: x * jnp.nan, factors)
     _, state = tx.update(grads, tx.init(params), params, factors=broken)
-    assert jnp.isfinite(state.step_size.agreement).all()
+    assert jnp.isfinite(state.step_size.statistics).all() and jnp.isfinite(state.step_size.first).all()
 
 
 def test_weights_are_decayed_by_the_step_size_times_the_coefficient_unless_the_user_says_otherwise():

@@ -115,6 +115,7 @@ def test_spread_and_unspread_agree_where_all_is_due(name, large, monkeypatch):
 def test_what_is_not_due_is_left_alone_and_runs_under_vmap(large):
     groups, sets, momenta = prepared("scanned")
     start = update_preconditioners(tuple(map(init_preconditioner, groups)), groups, sets, momenta, jnp.int32(0))
+    momenta = [1.5 * momentum for momentum in momenta]
     new = update_preconditioners(start, groups, sets, momenta, jnp.int32(EARLY + 1))
     members = {(part.position, place) for part in parts(groups)[1] for place in part.matrices}
     for i, (a, b) in enumerate(zip(start, new)):

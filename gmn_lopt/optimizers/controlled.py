@@ -7,12 +7,17 @@ tensors share gives ``(f_i, d_i)``; untrained they are zero, so that learning st
 - of the time: the share of the steps that is taken, its square, and how many there are;
 - of the tensor: its size against that of its initialisation, whether the gradient would shrink it, its shape, and
   whether it stands at the model's inputs or outputs;
-- of the set, if there is a ``reader``: how far the examples agree, and what GradMetaNet's trunk makes of the factors
-  (arXiv:2507.01649, section 5, steps 0 to 4), the mean over its neurons.
+- of the set, if there is a ``reader``: three statistics of the tangents ``g`` at the tensor's outputs, averaged over
+  steps, and what GradMetaNet's trunk makes of the factors (arXiv:2507.01649, section 5, steps 0 to 4), the mean over
+  its neurons.
 
-Examples agree by ``log(S |E_S g|^2 / E_S |g|^2)``, for the tangents ``g`` at the tensor's outputs, averaged over steps.
-It is zero where gradients of examples are independent noise, ``log S`` where they are all equal, and negative where
-they cancel. No averaged gradient shows that.
+The statistics are what no averaged gradient shows:
+
+- how far examples agree, ``log(S |E_S g|^2 / E_S |g|^2)``: zero where their gradients are independent noise, ``log S``
+  where they are all equal, and negative where they cancel;
+- how much is left to learn, ``log E_S |g|^2`` against its value at the first step: a classifier that knows all its
+  examples by heart has no tangents left;
+- how few examples it comes from, ``log(E_S |g|^4 / (E_S |g|^2)^2)``.
 
 No network looks at single entries, so the cost does not grow with the model. Without ``reader`` it is the control: what
 a network learns without the set.
@@ -37,12 +42,12 @@ from gmn_lopt.optimizers.horizon import Horizon
 from gmn_lopt.optimizers.leaves import Gradient
 from gmn_lopt.optimizers.set_reader import SetReader
 from gmn_lopt.optimizers.step_size import Sizes
-from gmn_lopt.util.stacks import inner_products
 
 BOUND = 1.5  # of the logarithms of both factors
-OF_TENSOR, OF_SET, OF_TIME, OUTPUTS = 7, 1, 3, 2
-AGREEMENT_DECAY = 0.95
-LEAST, MOST = -1.0, 3.0  # of the agreement that counts
+OF_TENSOR, OF_SET, OF_TIME, OUTPUTS = 7, 3, 3, 2
+STATISTICS_DECAY = 0.95
+LEAST, MOST = np.array([-1.0, -20.0, 0.0], np.float32), np.array([3.0, 20.0, 5.0], np.float32)  # of the statistics
+SCALES = np.array([1.0, 0.25, 1.0], np.float32)  # that what the network reads is of about unit size
 TINY = 1e-30
 
 
@@ -50,12 +55,13 @@ class ControllerState(NamedTuple):
     """What is remembered of the sets.
 
     Attributes:
-        agreement: the moving average of the agreement of each parameter's examples, ``[n]``, not corrected for its
-            start.
+        statistics: the moving average of the statistics of each parameter, ``[n, 3]``, not corrected for its start.
+        first: ``log E_S |g|^2`` at the first step, ``[n]``.
         factors: GradMetaNet's moving averages (:meth:`SetReader.init`).
     """
 
-    agreement: Float[Array, " n"]
+    statistics: Float[Array, "n 3"]
+    first: Float[Array, " n"]
     factors: PyTree
 
 
@@ -119,7 +125,8 @@ class Controlled(Horizon):
         """Zeros; nothing without a reader."""
         if self.reader is None or not self.needs_factors(structure):
             return ()
-        return ControllerState(jnp.zeros(len(structure.parameters), jnp.float32), self.reader.init(structure))
+        n = len(structure.parameters)
+        return ControllerState(jnp.zeros((n, OF_SET)), jnp.zeros(n), self.reader.init(structure))
 
     def update(
         self,
@@ -135,14 +142,14 @@ class Controlled(Horizon):
         structure, indices = gradient.structure, jnp.array(gradient.indices, int)
         features, extra = of_tensors(gradient, params), None
         if self.reader is not None:
-            agreement = jnp.zeros(len(structure.parameters))
+            seen = jnp.zeros((len(structure.parameters), OF_SET))
             if self.needs_factors(structure):
                 assert gradient.factors is not None
-                average, agreement = advance_agreement(state.agreement, structure, gradient.factors, step)
+                statistics, first, seen = advance_statistics(state, structure, gradient.factors, step)
                 channels, averages = self.reader.advance(state.factors, gradient.factors, step)
                 read: Any = self._tensor_reader(structure).apply({"params": phi["gradmetanet"]}, channels)
-                extra, state = jnp.stack(read)[indices], ControllerState(average, averages)
-            features = jnp.concatenate([features, agreement[indices][:, None]], axis=1)
+                extra, state = jnp.stack(read)[indices], ControllerState(statistics, first, averages)
+            features = jnp.concatenate([features, seen[indices]], axis=1)
         share = jnp.asarray(step + 1, jnp.float32) / (total_steps + 1)
         time = jnp.stack([share, share**2, jnp.asarray(np.log10(total_steps / 1000), jnp.float32)])
         outputs: Any = [jnp.zeros((0, OUTPUTS))]
@@ -182,41 +189,45 @@ def of_tensors(gradient: Gradient, params: Sequence[Float[Array, "..."]]) -> Flo
     return jnp.stack(rows) if rows else jnp.zeros((0, OF_TENSOR))
 
 
-def advance_agreement(
-    average: Float[Array, " n"], structure: GradientStructure, factors: Factors, step: Int[Array, ""]
-) -> tuple[Float[Array, " n"], Float[Array, " n"]]:
-    """Advance the moving average by the factors of a step.
+def advance_statistics(
+    state: ControllerState, structure: GradientStructure, factors: Factors, step: Int[Array, ""]
+) -> tuple[Float[Array, "n 3"], Float[Array, " n"], Float[Array, "n 3"]]:
+    """Advance the moving averages by the factors of a step.
 
     Returns:
-        The new average, and the same corrected for its start and bounded.
+        The new :attr:`ControllerState.statistics` and :attr:`ControllerState.first`, and what the network reads.
     """
-    now = agreements(structure, factors)
+    now = statistics(structure, factors)
+    first = jnp.where(step == 0, now[:, 1], state.first)
+    first = jnp.where(jnp.isfinite(first), first, 0.0)
+    now = now.at[:, 1].add(-first)
     # What is not finite, once, would stay in the average.
     now = jnp.where(jnp.isfinite(now), jnp.clip(now, LEAST, MOST), 0.0)
-    average = average + (1 - AGREEMENT_DECAY) * (now - average)
-    return average, average / (1 - AGREEMENT_DECAY ** (step + 1.0))
+    average = state.statistics + (1 - STATISTICS_DECAY) * (now - state.statistics)
+    return average, first, jnp.asarray(SCALES) * average / (1 - STATISTICS_DECAY ** (step + 1.0))
 
 
-def agreements(structure: GradientStructure, factors: Factors) -> Float[Array, " n"]:
-    """Of each parameter ``log(S |E_S g|^2 / E_S |g|^2)`` of the tangents at its outputs; zero without such.
+def statistics(structure: GradientStructure, factors: Factors) -> Float[Array, "n 3"]:
+    """Of each parameter agreement, size and concentration of the tangents at its outputs; zero without such.
+
+    They are ``log(S |E_S g|^2 / E_S |g|^2)``, ``log E_S |g|^2`` and ``log(E_S |g|^4 / (E_S |g|^2)^2)``.
 
     Example:
         >>> structure = gmn_lopt.analyze(lambda w, x: jnp.mean(x @ w), jnp.ones((2, 1)), jnp.ones((8, 2)))
-        >>> agreement = agreements(structure, Factors((jnp.ones((8, 2)),), (jnp.ones((8, 1)),)))
-        >>> bool(jnp.allclose(agreement, jnp.log(8)))
+        >>> found = statistics(structure, Factors((jnp.ones((8, 2)),), (jnp.ones((8, 1)),)))
+        >>> bool(jnp.allclose(found, jnp.array([[jnp.log(8), 0.0, 0.0]]), atol=1e-6))
         True
     """
     places = written_at(structure)
-    read = sorted({place for place in places if place is not None})
-    if not read:
-        return jnp.zeros(len(places))
-    tangents = [factors.tangents[i][None] for i in read]
-    means = [g.mean(1, keepdims=True) for g in tangents]
-    squares = inner_products([*tangents, *means], [*tangents, *means])[:, 0, 0]
-    sizes = jnp.asarray([g.shape[1] for g in tangents], jnp.float32)
-    mean, of_means = squares[: len(read)] / sizes, squares[len(read) :]
-    found = jnp.log((sizes * of_means + TINY) / (mean + TINY))
-    return jnp.stack([jnp.zeros(()) if place is None else found[read.index(place)] for place in places])
+    of_tangents: dict[int, Array] = {}
+    for place in {place for place in places if place is not None}:
+        g = factors.tangents[place]
+        squares = jnp.sum(g**2, axis=1)
+        size, agreeing = squares.mean() + TINY, len(g) * jnp.sum(g.mean(0) ** 2) + TINY
+        # Of squares at a mean of one: their squares are in the range of float32.
+        concentration = jnp.mean((squares / size) ** 2) + TINY
+        of_tangents[place] = jnp.log(jnp.stack([agreeing / size, size, concentration]))
+    return jnp.stack([jnp.zeros(OF_SET) if place is None else of_tangents[place] for place in places])
 
 
 def written_at(structure: GradientStructure) -> list[int | None]:

@@ -61,11 +61,15 @@ class Denoised(OrthogonalDirection):
 
     def treatment(self, structure: GradientStructure) -> list[str]:
         """The denoised step, from the factors, of kernels that are matrices; Muon's or Adam's, and why, of the rest."""
-        places = self.rescaled(structure, range(len(structure.parameters)))
+        steps: dict[int, str] = {}
+        for group in layer_groups(structure, range(len(structure.parameters))):
+            stream = (
+                ", orthogonal where activations and tangents are white: a residual stream" if group.residual else ""
+            )
+            steps |= dict.fromkeys(group.places, "the denoised step, by their factors" + stream)
         others = super().treatment(structure)
         return [
-            "the denoised step, by their factors" if i in places else f"{other}: {why_not_denoised(structure, i)}"
-            for i, other in enumerate(others)
+            steps[i] if i in steps else f"{other}: {why_not_denoised(structure, i)}" for i, other in enumerate(others)
         ]
 
     def init(self, structure: GradientStructure, indices: Sequence[int], zeros: PyTree) -> DenoisedState:

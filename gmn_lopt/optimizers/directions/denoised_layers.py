@@ -41,6 +41,7 @@ class DenoisedLayer:
         matrices: what its kernel is as matrices, without the bias.
         direct: whether its gradient is nothing but the outer product of the factors.
         unbiased: the parts ``(start, stop)`` of the set, as shares of it, to which the bias is not added.
+        residual: whether its outputs are added to a residual stream.
         start: of the matrices that the kernel consists of, the first that is meant; usually all are.
     """
 
@@ -53,6 +54,7 @@ class DenoisedLayer:
     matrices: Matrices
     direct: bool
     unbiased: tuple[tuple[float, float], ...] = ()
+    residual: bool = False
     start: int = 0
 
     @property
@@ -93,7 +95,7 @@ class LayerGroup:
     """Layers that are treated as one stack: ``k`` matrices ``[inputs, outputs]`` in all, small ones padded with zeros.
 
     Attributes:
-        layers: the layers, in their order in the model; all read neurons, or none does, and all are tall, or none is.
+        layers: the layers, in their order in the model; all read neurons, are tall, are residual, or none is.
         rows: rows of the blocks on the diagonal that the activations' matrix is cut into; 1: a diagonal.
     """
 
@@ -131,6 +133,11 @@ class LayerGroup:
         return self.layers[0].tall
 
     @property
+    def residual(self) -> bool:
+        """Whether their outputs are added to residual streams."""
+        return self.layers[0].residual
+
+    @property
     def places(self) -> set[int]:
         """The positions of their parameters among the leaves that are handled."""
         return {place for x in self.layers for place in (x.kernel, x.bias) if place is not None}
@@ -164,6 +171,7 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         indices: the parameters that are handled; a layer of which one is missing is left out.
     """
     position = {index: i for i, index in enumerate(indices)}
+    residual = residual_kernels(structure)
     found: list[DenoisedLayer] = []
     first: dict[int, Layer] = {}
     for layer in sorted(structure.layers, key=lambda layer: not layer.kind.reads_neurons):
@@ -185,7 +193,8 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
         size = structure.tangent_shapes[layer.tangent][0]
         unbiased = () if bias is None else tuple((start / size, stop / size) for start, stop in layer.unbiased)
         direct = layer.direct and alone
-        found.append(DenoisedLayer(*places, *factors, kernel, layer.kind, matrices, direct, unbiased))
+        streams = layer.kernel in residual
+        found.append(DenoisedLayer(*places, *factors, kernel, layer.kind, matrices, direct, unbiased, streams))
     groups = [LayerGroup(tuple(layers), 0) for layers in _together(found)]
     sizes = [_sizes(group) for group in groups]
     others = sum(structure.parameters[i].size for i in indices) - sum(s.parameters for s in sizes)
@@ -193,14 +202,48 @@ def layer_groups(structure: GradientStructure, indices: Sequence[int]) -> tuple[
     return tuple(replace(group, rows=r) for group, r in zip(groups, rows))
 
 
+def residual_kernels(structure: GradientStructure) -> frozenset[int]:
+    """The kernels whose outputs are added to a residual stream.
+
+    That is a space of neurons that several kernels write and that is read at several sites, but which no kernel takes
+    to itself, as that of a recurrent cell does.
+
+    Example:
+        >>> def loss(w, x):
+        ...     x = x @ w[0]
+        ...     return jnp.sum((x + jnp.tanh(x @ w[1]) @ w[2]) @ w[3])
+        >>> w = [jnp.ones(shape) for shape in ((2, 3), (3, 4), (4, 3), (3, 1))]
+        >>> sorted(residual_kernels(gmn_lopt.analyze(loss, w, jnp.ones((8, 2)))))
+        [0, 2]
+    """
+    writers: dict[int, set[int]] = {}
+    reads: dict[int, set[int]] = {}
+    recurrent: set[int] = set()
+    for layer in structure.layers:
+        if layer.kernel is None:
+            continue
+        sites = [structure.sites[ref.site] for ref in structure.parameters[layer.kernel].sites]
+        # Of stacked layers the streams between them are copies of the same neurons.
+        spaces = [[s for i, s in enumerate(site.spaces) if i not in site.copies] for site in sites]
+        if len(sites) > 1:
+            for space in spaces[0]:
+                reads.setdefault(space, set()).add(layer.activation)
+            recurrent |= {*spaces[0]} & {*spaces[-1]}
+        if len(spaces[-1]) == 1 and sites[-1].tangent is not None:
+            writers.setdefault(spaces[-1][0], set()).add(layer.kernel)
+    streams = {space for space, kernels in writers.items() if len(kernels) > 1 and len(reads.get(space, ())) > 1}
+    return frozenset(kernel for space in streams - recurrent for kernel in writers[space])
+
+
 def _together(layers: Sequence[DenoisedLayer]) -> list[list[DenoisedLayer]]:
     """Layers that are one stack: of the same size, or small and of about one size; all in the order of the model."""
-    alike: dict[tuple[bool, bool, bool, tuple[int, int] | None], list[DenoisedLayer]] = {}
+    alike: dict[tuple[tuple[bool, ...], tuple[int, int] | None], list[DenoisedLayer]] = {}
     for layer in layers:
         size = None if _joins(layer) else (layer.inputs, layer.outputs)
-        alike.setdefault((layer.kind.reads_neurons, layer.kind.has_diagonal_moment, layer.tall, size), []).append(layer)
+        known = layer.kind.reads_neurons, layer.kind.has_diagonal_moment, layer.tall, layer.residual
+        alike.setdefault((known, size), []).append(layer)
     groups: list[list[DenoisedLayer]] = []
-    for (_, _, _, size), members in alike.items():
+    for (_, size), members in alike.items():
         if size is not None:
             groups.append(members)
             continue

@@ -18,6 +18,12 @@ The whole is ``C^-1 M (M^T C^-1 M + E[N^T N])^-1/2``, or from the other side, wh
 is worth is in docs/findings.md. Of wide layers ``C`` is cut into blocks (:mod:`.blocks`); ``M^T C^-1 M`` is the sum
 over them.
 
+*Layers that write a residual stream* (:func:`.denoised_layers.residual_kernels`) take another step. What they add is
+read by all layers behind them, and a step that follows the signal alone moves the few directions that all examples
+share. So there the tangents are made white as well, with ``G = E_S[g g^T]`` damped, as K-FAC does, and the momentum is
+orthogonalised in between, without regard to noise: ``C^-1 M (G^-1 M^T C^-1 M)^-1/2 G^-1``, that is
+``L^-T orth(X) K^-1`` of ``X = L^-1 M K^-T`` and ``G = K K^T``.
+
 What stands on both sides of ``M`` (:mod:`.preconditioners`) changes slowly, so it is computed anew in the first ten
 steps, and at every fifth step from then on (as Shampoo and its kin do); on a processor it would be most of the cost
 otherwise. Of large models a part of it is due at each step (:mod:`.spreading`). Whoever differentiates a step takes it
@@ -76,8 +82,6 @@ def update_preconditioners(
 
     turns = parts(groups)
 
-    # One model after the other under vmap, so that nothing is computed where it is not due.
-    @jax.custom_batching.sequential_vmap
     def one(
         old: Any, sets: Any, momenta: Any, step: Array, comparisons: tuple[Comparison, ...]
     ) -> tuple[Preconditioner, ...]:
@@ -86,7 +90,13 @@ def update_preconditioners(
             old = _once(due(step, turn, len(turns)), compute, old)
         return old
 
-    new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step, comparisons)
+    if jax.default_backend() == "cpu":
+        # One model after the other under vmap, so that nothing is computed where it is not due. An accelerator has room
+        # for all of them at once.
+        one = jax.custom_batching.sequential_vmap(one)
+    # Inverses of short factors, as accelerators round float32's by default, would be off by more than they are worth.
+    with jax.default_matmul_precision("highest"):
+        new: tuple[Preconditioner, ...] = one(tuple(old), sets, momenta, step, comparisons)
     return new
 
 
@@ -127,9 +137,12 @@ def _computed(
 
 def _of_part(whole: Preconditioner, part: Part, function: Callable[..., Array], *new: Preconditioner) -> Preconditioner:
     """:func:`take` or :func:`put` of each array: some are of distinct activations, others of matrices."""
-    of_matrices = {"noise", "root"}
+    of_matrices = {"noise", "root", "tangents"}
     places = [part.matrices if name in of_matrices else part.activations for name in Preconditioner._fields]
-    return Preconditioner(*(function(values, at, *more) for values, at, *more in zip(whole, places, *new)))
+    of_part: list[Any] = []
+    for values, at, *more in zip(whole, places, *new):
+        of_part.append(None if values is None else function(values, at, *more))
+    return Preconditioner(*of_part)
 
 
 def _once(when: Array, function: Callable[[Any], Any], old: Any) -> Any:
@@ -161,6 +174,8 @@ def denoised_steps(
         chex.assert_shape(momentum, (len(group.reads), group.inputs, group.outputs))
         # C^-1 M R = C^-1 (M R), and from the other side R C^-1 M = C^-1 (R^T M), for R is a function of C^-1 M M^T.
         root = preconditioner.root
+        if preconditioner.tangents is not None:
+            momentum = momentum @ preconditioner.tangents
         rights.append(momentum @ root if group.tall else jnp.einsum("kji,kjo->kio", root, momentum))
         steps.append(multiply(group, as_read(group, preconditioner.inverse), rights[-1]))
     # The change of the outputs is <step, C step>, and with A the damped C / scale^2, right = unit^2 A step. Entry by

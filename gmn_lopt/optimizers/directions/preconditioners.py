@@ -3,7 +3,8 @@
 Of small models all is computed as it stands. Of large ones (:func:`.spreading.parts`) three things are done for less:
 moments are those of some rows of the set, others each time; roots are sums of a few inverses; and where the smaller
 side is that of the inputs, the matrix under the root is made symmetric, which inverses need: with ``C = E_S[a a^T]``
-damped, and ``B = M M^T``, ``(C^-1 B + n)^-1/2`` is a sum of ``(B + (n + s) C)^-1 C`` over shifts ``s``.
+damped, and ``B = M M^T``, ``(C^-1 B + n)^-1/2`` is a sum of ``(B + (n + s) C)^-1 C`` over shifts ``s``. So it is on the
+side of the tangents where these are white too, with ``G`` in place of ``C``.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +19,9 @@ from gmn_lopt.util.inverses import in_stacks, inverse, inverse_root, inverse_roo
 from gmn_lopt.util.stacks import inner_products, one_stack
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
-MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.5
+MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.25
+# How much of the mean of the diagonal is added to the moment of the tangents, in residual streams.
+TANGENT_DAMPING = 0.1
 # Rows of a set of a large model that are read: at least so many, fewer than twice as many.
 ROWS = 1024
 # Activations above this are divided by a unit before they are squared: float32 ends at 3e38.
@@ -35,12 +38,15 @@ class Preconditioner(NamedTuple):
         activation: moving average of ``C = E_S[a a^T]`` in squares of ``unit``, ``[u, b, w, w]``; where that is a
             diagonal, ``[u, inputs]``.
         noise: moving average of ``sum_s g_s (x) g_s``, ``[k, outputs, outputs]``, or where there are more outputs than
-            inputs of its trace, ``[k]``.
+            inputs, and no residual stream, of its trace, ``[k]``.
         unit: 1, or more where activations are so large that their squares would not be finite, ``[u]``; one number for
             those that are computed together.
         scale: the root of the mean of ``C``'s diagonal.
         inverse: the inverse of ``C / scale^2``, damped, divided by ``unit^2``; likewise.
-        root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``.
+        root: the inverse root of signal and noise, ``[k, outputs, outputs]`` or ``[k, inputs, inputs]``; in residual
+            streams of the signal where activations and tangents are white, and times ``tangents`` on the first side.
+        tangents: in residual streams the inverse of ``noise``, damped and at a mean of one, ``[k, outputs, outputs]``,
+            where ``root`` is on the other side; None elsewhere.
     """
 
     activation: Float[Array, "u ..."]
@@ -49,6 +55,7 @@ class Preconditioner(NamedTuple):
     scale: Float[Array, " u"]
     inverse: Float[Array, "u ..."]
     root: Float[Array, "k n n"]
+    tangents: Float[Array, "k outputs outputs"] | None = None
 
 
 def init_preconditioner(group: LayerGroup) -> Preconditioner:
@@ -56,9 +63,11 @@ def init_preconditioner(group: LayerGroup) -> Preconditioner:
     distinct, count = sum(layer.count for layer in group.readers), len(group.reads)
     moment = (distinct, group.inputs) if group.diagonal else (distinct, group.blocks, group.rows, group.rows)
     small = min(group.inputs, group.outputs)
-    noise = (count, group.outputs, group.outputs) if group.tall else (count,)
+    square = (count, group.outputs, group.outputs)
+    noise = square if group.tall or group.residual else (count,)
     shapes = (moment, noise, (distinct,), (distinct,), moment, (count, small, small))
-    return Preconditioner(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    zeros = Preconditioner(*(jnp.zeros(shape, jnp.float32) for shape in shapes))
+    return zeros._replace(tangents=jnp.zeros(square, jnp.float32)) if group.residual and not group.tall else zeros
 
 
 def new_preconditioners(
@@ -94,23 +103,62 @@ def new_preconditioners(
     moments = [_moments(*of_group, weight, factor, rows) for of_group in zip(groups, old, sets, units)]
     inverses = _inverses(groups, [covariance for covariance, _ in moments], units)
     noises = [noise_left(step + 1) * noise for _, noise in moments]
+    white = [_tangent_metric(group, noise) for group, (_, noise) in zip(groups, moments)]
+    tangents = _tangent_inverses(white)
     if large:
         metrics = [_damped(group, covariance) * unit**2 for group, (covariance, _), unit in zip(groups, moments, units)]
-        roots = _roots(groups, noises, inverses, metrics, momenta)
+        roots = _roots(groups, noises, inverses, tangents, momenta, metrics, white)
     else:
-        grams = [_gram(group, n, *i, momentum) for group, n, i, momentum in zip(groups, noises, inverses, momenta)]
+        of_groups = zip(groups, noises, inverses, tangents, momenta)
+        grams = [_gram(group, noise, *i, right, momentum) for group, noise, i, right, momentum in of_groups]
         roots = in_stacks(lambda stack, _: inverse_root(stack), grams)
-    return tuple(
-        Preconditioner(*moment, jnp.broadcast_to(unit, scale.shape), unit * scale, inverted, root)
-        for moment, unit, (inverted, scale), root in zip(moments, units, inverses, roots)
-    )
+    new = []
+    states = zip(groups, moments, units, inverses, tangents, roots)
+    for group, moment, unit, (inverted, scale), right, root in states:
+        if right is not None and group.tall:
+            root, right = root @ right, None
+        covariance, noise = moment
+        of_readers = jnp.broadcast_to(unit, scale.shape)
+        new.append(Preconditioner(covariance, noise, of_readers, unit * scale, inverted, root, right))
+    return tuple(new)
+
+
+def _tangent_metric(group: LayerGroup, noise: Array) -> Float[Array, "k o o"] | None:
+    """Of residual groups the moment of the tangents, at a mean of one and damped."""
+    if not group.residual:
+        return None
+    outputs = per_matrix(group.layers, lambda layer: layer.outputs)
+    mean = jnp.maximum(jnp.trace(noise, axis1=1, axis2=2) / outputs, TINY)[:, None, None]
+    return noise / mean + TANGENT_DAMPING * jnp.eye(group.outputs, dtype=noise.dtype)
+
+
+def _tangent_inverses(
+    metrics: Sequence[Float[Array, "_ _ _"] | None],
+) -> list[Float[Array, "_ _ _"] | None]:
+    """The inverses of :func:`_tangent_metric`; None where there is none."""
+
+    def inverted(stack: Float[Array, "k n n"], _: Sequence[int]) -> Float[Array, "k n n"]:
+        padded = jnp.diagonal(stack, axis1=1, axis2=2) == 0
+        return inverse(stack + padded[:, None] * jnp.eye(stack.shape[1], dtype=stack.dtype))
+
+    found = iter(in_stacks(inverted, [metric for metric in metrics if metric is not None]))
+    return [None if metric is None else next(found) for metric in metrics]
 
 
 def _gram(
-    group: LayerGroup, noise: Array, inverted: Array, scale: Array, momentum: Float[Array, "k i o"]
+    group: LayerGroup,
+    noise: Array,
+    inverted: Array,
+    scale: Array,
+    tangents: Array | None,
+    momentum: Float[Array, "k i o"],
 ) -> Float[Array, "k n n"]:
-    """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller."""
+    """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller; see :func:`new_preconditioners`."""
     natural = multiply(group, as_read(group, inverted), momentum)
+    if tangents is not None and group.tall:
+        return tangents @ jnp.einsum("kio,kip->kop", momentum, natural)
+    if tangents is not None:
+        return jnp.einsum("kio,kjo->kij", natural @ tangents, momentum)
     inputs = per_matrix(group.layers, lambda layer: layer.inputs)
     noise = noise * column(as_read(group, scale) ** 2, noise)
     if group.tall:
@@ -123,30 +171,48 @@ def _roots(
     groups: Sequence[LayerGroup],
     noises: Sequence[Float[Array, "_ ..."]],
     inverses: Sequence[tuple[Float[Array, "_ ..."], Float[Array, " _"]]],
-    metrics: Sequence[Float[Array, "_ ..."]],
+    tangents: Sequence[Float[Array, "_ _ _"] | None],
     momenta: Sequence[Float[Array, "_ _ _"]],
+    activations: Sequence[Float[Array, "_ ..."]],
+    white: Sequence[Float[Array, "_ _ _"] | None],
 ) -> list[Float[Array, "_ _ _"]]:
-    """The roots of :func:`_gram`, of sums of inverses; ``metrics`` are the damped moments of the activations."""
-    grams, bounds = [], []
-    for group, noise, (inverted, scale), metric, momentum in zip(groups, noises, inverses, metrics, momenta):
+    """The roots of :func:`_gram`, of sums of inverses.
+
+    ``activations`` and ``white`` are the damped moments of which ``inverses`` and ``tangents`` are the inverses.
+    """
+    grams, bounds, metrics = [], [], []
+    of_groups = zip(groups, noises, inverses, tangents, momenta, activations, white)
+    for group, noise, (inverted, scale), right, momentum, metric, metric_of_tangents in of_groups:
         if group.tall:
-            grams.append(_gram(group, noise, inverted, scale, momentum))
-            bounds.append(jnp.trace(grams[-1], axis1=1, axis2=2))
-            continue
-        noise = noise * as_read(group, scale) ** 2
-        square = jnp.einsum("kio,kjo->kij", momentum, momentum)
-        grams.append(square + noise[:, None, None] * _dense(group, as_read(group, metric)))
-        bounds.append(jnp.sum(_dense(group, as_read(group, inverted)) * square, axis=(1, 2)) + group.inputs * noise)
+            natural = multiply(group, as_read(group, inverted), momentum)
+            gram = jnp.einsum("kio,kip->kop", momentum, natural)
+            if right is None:
+                inputs = per_matrix(group.layers, lambda layer: layer.inputs)
+                gram += column(inputs * as_read(group, scale) ** 2, noise) * noise
+            of_bound = jnp.diagonal(gram, axis1=1, axis2=2) if right is None else gram * right
+            bounds.append(of_bound.reshape(len(gram), -1).sum(1))
+            metrics.append(metric_of_tangents)
+        else:
+            metric = _dense(group, as_read(group, metric))
+            left = momentum if right is None else momentum @ right
+            gram = jnp.einsum("kio,kjo->kij", left, momentum)
+            bounds.append(jnp.sum(_dense(group, as_read(group, inverted)) * gram, axis=(1, 2)))
+            if right is None:
+                noise = noise * as_read(group, scale) ** 2
+                gram += noise[:, None, None] * metric
+                bounds[-1] += group.inputs * noise
+            metrics.append(metric)
+        grams.append(gram)
 
     def roots(stack: Float[Array, "k n n"], members: Sequence[int]) -> Float[Array, "k n n"]:
         bound = jnp.concatenate([bounds[i] for i in members])
-        if all(groups[i].tall for i in members):
+        if all(metrics[i] is None for i in members):
             return inverse_root_of_inverses(stack, bound)
         found = []
-        for group, gram, metric in ((groups[i], grams[i], metrics[i]) for i in members):
+        for gram, metric in ((grams[i], metrics[i]) for i in members):
             one = jnp.broadcast_to(jnp.eye(stack.shape[1], dtype=stack.dtype), (len(gram), *stack.shape[1:]))
             side = gram.shape[1]
-            found.append(one if group.tall else one.at[:, :side, :side].set(_dense(group, as_read(group, metric))))
+            found.append(one if metric is None else one.at[:, :side, :side].set(metric))
         return inverse_root_of_inverses(stack, bound, jnp.concatenate(found))
 
     return in_stacks(roots, grams)
@@ -166,7 +232,7 @@ def _moments(
     together = one_stack(rows, max(taken), group.outputs)
     sums = (
         jnp.einsum("ksi,ksj->kij", together, together)
-        if group.tall
+        if group.tall or group.residual
         else inner_products([together], [together])[:, 0, 0]
     )
     noise = column((factor / jnp.asarray(np.sqrt(np.multiply(counts, taken)), jnp.float32)) ** 2, sums) * sums
