@@ -74,6 +74,21 @@ def by_pmap(loss, tx, params, x, y):
     return loop(jax.pmap(partial(step_of_shard, loss, False, tx), axis_name="data"), params, state, x, y)
 
 
+def by_micro_batches(tx, params, x, y):
+    """Each half of the batch on all devices, and the factors of both for one step."""
+    twice = gmn_lopt.multi_steps(tx, 2, gmn_lopt.analyze(loss_fn, params, x, y))
+    specs = (P(), P(), P("data"), P("data"))
+    mapped = jax.shard_map(partial(step_of_shard, mean_loss, False, twice), mesh=AUTO, in_specs=specs, out_specs=P())
+    compiled, halves = jax.jit(mapped), list(zip(jnp.split(x, 2), jnp.split(y, 2), strict=True))
+
+    def both(params, state, *_):
+        for half in halves:
+            params, state = compiled(params, state, *half)
+        return params, state
+
+    return loop(both, params, twice.init(params), x, y)
+
+
 def loop(step, params, state, x, y):
     for _ in range(STEPS):
         params, state = step(params, state, x, y)
@@ -87,6 +102,7 @@ MODES = {
     "shard_map, own parameters": partial(by_shard_map, loss_fn, True, True),
     "shard_map without check_vma": partial(by_shard_map, loss_fn, False, False),
     "pmap": partial(by_pmap, loss_fn),
+    "shard_map, micro-batches": by_micro_batches,
 }
 
 

@@ -127,6 +127,7 @@ class LearnedOptimizer:
         the update, and from then on the moving averages, not finite, as Adam's; guard with ``optax.apply_if_finite``.
 
         In ``optax.MultiSteps`` the gradient is the mean over the micro-steps, the factors are the last one's: a sample.
+        :func:`gmn_lopt.multi_steps` keeps those of all.
 
         Args:
             phi: meta-parameters, shaped like those from :meth:`init`.
