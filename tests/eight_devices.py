@@ -6,13 +6,16 @@ one direction of the logits, where a step is rounding, orthogonalised.
 
 import json
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gmn_lopt
@@ -203,8 +206,46 @@ def gradients(report):
     report("update", whole=distance(shared, updates))
 
 
+def checkpoints(report):
+    """A run that is saved and restored by Orbax goes on as if nothing had been, and on other devices, too."""
+    params, x, y = problem()
+    structure = gmn_lopt.analyze(loss_fn, params, x, y)
+    learned = gmn_lopt.load("default", structure)
+    halves = [(x[i::2], y[i::2]) for i in range(2)]
+
+    def train(tx, state, mesh):
+        compiled, split, middle = jax.jit(partial(step, tx)), NamedSharding(mesh, P("data")), None
+        while state["step"] < STEPS:
+            half = jax.device_put(halves[state["step"] % 2], split)
+            new = compiled(state["params"], state["optimizer"], *half)
+            state = {"params": new[0], "optimizer": new[1], "step": state["step"] + 1}
+            if state["step"] == STEPS // 2 + 1:  # in the middle of an accumulation
+                middle = state
+        return middle, state
+
+    for name, tx in {"default": learned, "multi_steps": gmn_lopt.multi_steps(learned, 2, structure)}.items():
+        placed = jax.device_put(params, NamedSharding(AUTO, P()))
+        middle, whole = train(tx, {"params": placed, "optimizer": jax.jit(tx.init)(placed), "step": 0}, AUTO)
+        with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder) / "checkpoint", middle)
+            checkpointer.wait_until_finished()
+            for devices in (8, 4, 1):
+                mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+                # Nothing of the run that was saved: only shapes, and where arrays shall be.
+                shapes = jax.eval_shape(lambda: {"params": params, "optimizer": tx.init(params)})  # noqa: B023
+                everywhere = NamedSharding(mesh, P())
+                like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)  # noqa: B023
+                restored = checkpointer.restore(Path(folder) / "checkpoint", like | {"step": 0})
+                same = all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(middle)))
+                _, ended = train(tx, restored, mesh)
+                ended, expected = (jax.device_get(state) for state in (ended, whole))
+                equal = all(map(np.array_equal, jax.tree.leaves(ended), jax.tree.leaves(expected)))
+                error = distance(ended["params"], expected["params"])
+                report(f"{name}, {devices} devices", same=same, equal=equal, error=error)
+
+
 if __name__ == "__main__":
     assert len(jax.devices()) == DEVICES
-    {"training": training, "gradients": gradients}[sys.argv[1]](
+    {"training": training, "gradients": gradients, "checkpoints": checkpoints}[sys.argv[1]](
         lambda name, **found: print(json.dumps({"name": name, **found}), flush=True)
     )

@@ -43,6 +43,17 @@ def test_factors_of_shards_and_of_the_whole_batch():
         assert value < TOLERANCE, (name, found)
 
 
+def test_a_run_restored_by_orbax_goes_on_bit_for_bit_and_on_fewer_devices():
+    found = eight_devices("checkpoints")
+    assert [row["name"] for row in found] == [
+        f"{name}, {devices} devices" for name in ("default", "multi_steps") for devices in (8, 4, 1)
+    ]
+    for row in found:
+        assert row["same"], row
+        assert row["equal"] or not row["name"].endswith("8 devices"), row
+        assert row["error"] < TOLERANCE, row
+
+
 def loss(w, x):
     return jnp.mean((x @ w) ** 2)
 
