@@ -79,6 +79,46 @@ def test_the_factors_that_arrive_are_those_of_the_batch():
         assert relative_difference(structure.reconstruct(kept), grads) < 1e-5
 
 
+def slopes_loss(params, x):
+    """The derivative in the input goes through the kernels a second time, without biases."""
+    model = lambda x: jnp.tanh(jnp.tanh(x @ params["w"] + params["b"]) @ params["v"] + params["c"]) @ params["out"]  # noqa: E731
+    value, slope = jax.jvp(model, (x,), (jnp.ones_like(x),))
+    return jnp.mean((value - 1) ** 2) + jnp.mean(slope**2)
+
+
+def test_uses_without_the_bias_stay_apart():
+    keys = jax.random.split(jax.random.key(0), 6)
+    shapes = {"w": (3, 8), "b": (8,), "v": (8, 8), "c": (8,), "out": (8, 2)}
+    params = {name: jax.random.normal(key, shape) / 2 for key, (name, shape) in zip(keys, shapes.items())}
+    batch = (3 * jax.random.normal(keys[5], (32, 3)),)
+    structure = gmn_lopt.analyze(slopes_loss, params, *batch)
+    assert any(layer.unbiased for layer in structure.layers)
+    tx = gmn_lopt.load("default", structure, learning_rate=0.03)
+    whole, _ = train(tx, 1, slopes_loss, params, batch)
+    accumulated, _ = train(gmn_lopt.multi_steps(tx, 4, structure), 4, slopes_loss, params, batch)
+    assert relative_difference(accumulated, whole) < 1e-3
+
+
+def images_loss(params, x, y):
+    """Images that are read are larger than those that are written."""
+    layout = {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "window_strides": (2, 2), "padding": "SAME"}
+    h = jax.nn.relu(jax.lax.conv_general_dilated(x, params["filters"], **layout) + params["bias"])
+    return jnp.mean((h.mean((1, 2)) @ params["out"] - y) ** 2)
+
+
+def test_convolutions():
+    keys = jax.random.split(jax.random.key(0), 5)
+    shapes = {"filters": (3, 3, 2, 6), "bias": (6,), "out": (6, 2)}
+    params = {name: jax.random.normal(key, shape) / 2 for key, (name, shape) in zip(keys, shapes.items())}
+    batch = jax.random.normal(keys[3], (16, 6, 6, 2)), jax.random.normal(keys[4], (16, 2))
+    structure = gmn_lopt.analyze(images_loss, params, *batch)
+    assert len({size for size, _ in (*structure.activation_shapes, *structure.tangent_shapes)}) == 3
+    tx = gmn_lopt.load("default", structure, learning_rate=0.03)
+    whole, _ = train(tx, 1, images_loss, params, batch)
+    accumulated, _ = train(gmn_lopt.multi_steps(tx, 4, structure), 4, images_loss, params, batch)
+    assert relative_difference(accumulated, whole) < 1e-5
+
+
 def test_in_a_chain_masked_and_under_scan():
     """With clipping inside; around some of the parameters; and the loop over micro-batches compiled as one."""
     mask = [{"b": False, "w": True}] * 3

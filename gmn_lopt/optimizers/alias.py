@@ -53,9 +53,9 @@ def denoised(
     References:
         The parts: K-FAC (Martens and Grosse 2015, arXiv:1503.05671), Muon (Jordan et al. 2024).
     """
-    is_array = isinstance(gamma, jax.Array)  # as optax.inject_hyperparams makes of each number
-    lopt = LearnedOptimizer(structure, Denoised() if is_array else Denoised(gamma))
+    # optax.inject_hyperparams makes an array of each number.
+    lopt = LearnedOptimizer(structure, Denoised() if isinstance(gamma, jax.Array) else Denoised(gamma))
     phi = lopt.init(jax.random.key(0))
-    if is_array:
+    if isinstance(gamma, jax.Array):
         phi["direction"]["log_gamma"] = jnp.log(gamma)
     return lopt.optimizer(phi, learning_rate, weight_decay, mask=mask)

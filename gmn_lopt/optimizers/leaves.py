@@ -1,6 +1,5 @@
 """Whether what a learned optimizer is given belongs to the model that was analysed, and to its architecture."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ from gmn_lopt.factors.names import comparable, leaf_name
 from gmn_lopt.factors.structure import Factors, GradientStructure, Parameter, StructureError
 
 # Booleans for parameters, as optax takes them: a tree like them, a prefix of it, or a function that makes one.
-Mask = PyTree | Callable[[PyTree], PyTree]
+Mask = Any
 
 
 class Gradient(NamedTuple):
