@@ -63,6 +63,7 @@ from gmn_lopt.optimizers import (
     explain,
     list_pretrained,
     load,
+    multi_steps,
     recipe,
     save,
 )
@@ -122,6 +123,7 @@ __all__ = [
     "load",
     "load_editor",
     "load_predictor",
+    "multi_steps",
     "recipe",
     "save",
     "save_editor",

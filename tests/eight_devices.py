@@ -6,13 +6,16 @@ one direction of the logits, where a step is rounding, orthogonalised.
 
 import json
 import sys
+import tempfile
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, NamedSharding
+import orbax.checkpoint as ocp
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import gmn_lopt
@@ -74,6 +77,21 @@ def by_pmap(loss, tx, params, x, y):
     return loop(jax.pmap(partial(step_of_shard, loss, False, tx), axis_name="data"), params, state, x, y)
 
 
+def by_micro_batches(tx, params, x, y):
+    """Each half of the batch on all devices, and the factors of both for one step."""
+    twice = gmn_lopt.multi_steps(tx, 2, gmn_lopt.analyze(loss_fn, params, x, y))
+    specs = (P(), P(), P("data"), P("data"))
+    mapped = jax.shard_map(partial(step_of_shard, mean_loss, False, twice), mesh=AUTO, in_specs=specs, out_specs=P())
+    compiled, halves = jax.jit(mapped), list(zip(jnp.split(x, 2), jnp.split(y, 2), strict=True))
+
+    def both(params, state, *_):
+        for half in halves:
+            params, state = compiled(params, state, *half)
+        return params, state
+
+    return loop(both, params, twice.init(params), x, y)
+
+
 def loop(step, params, state, x, y):
     for _ in range(STEPS):
         params, state = step(params, state, x, y)
@@ -87,6 +105,7 @@ MODES = {
     "shard_map, own parameters": partial(by_shard_map, loss_fn, True, True),
     "shard_map without check_vma": partial(by_shard_map, loss_fn, False, False),
     "pmap": partial(by_pmap, loss_fn),
+    "shard_map, micro-batches": by_micro_batches,
 }
 
 
@@ -187,8 +206,46 @@ def gradients(report):
     report("update", whole=distance(shared, updates))
 
 
+def checkpoints(report):
+    """A run that is saved and restored by Orbax goes on as if nothing had been, and on other devices, too."""
+    params, x, y = problem()
+    structure = gmn_lopt.analyze(loss_fn, params, x, y)
+    learned = gmn_lopt.load("default", structure)
+    halves = [(x[i::2], y[i::2]) for i in range(2)]
+
+    def train(tx, state, mesh):
+        compiled, split, middle = jax.jit(partial(step, tx)), NamedSharding(mesh, P("data")), None
+        while state["step"] < STEPS:
+            half = jax.device_put(halves[state["step"] % 2], split)
+            new = compiled(state["params"], state["optimizer"], *half)
+            state = {"params": new[0], "optimizer": new[1], "step": state["step"] + 1}
+            if state["step"] == STEPS // 2 + 1:  # in the middle of an accumulation
+                middle = state
+        return middle, state
+
+    for name, tx in {"default": learned, "multi_steps": gmn_lopt.multi_steps(learned, 2, structure)}.items():
+        placed = jax.device_put(params, NamedSharding(AUTO, P()))
+        middle, whole = train(tx, {"params": placed, "optimizer": jax.jit(tx.init)(placed), "step": 0}, AUTO)
+        with tempfile.TemporaryDirectory() as folder, ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(Path(folder) / "checkpoint", middle)
+            checkpointer.wait_until_finished()
+            for devices in (8, 4, 1):
+                mesh = Mesh(np.array(jax.devices()[:devices]), ("data",))
+                # Nothing of the run that was saved: only shapes, and where arrays shall be.
+                shapes = jax.eval_shape(lambda: {"params": params, "optimizer": tx.init(params)})  # noqa: B023
+                everywhere = NamedSharding(mesh, P())
+                like = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), shapes)  # noqa: B023
+                restored = checkpointer.restore(Path(folder) / "checkpoint", like | {"step": 0})
+                same = all(map(np.array_equal, jax.tree.leaves(restored), jax.tree.leaves(middle)))
+                _, ended = train(tx, restored, mesh)
+                ended, expected = (jax.device_get(state) for state in (ended, whole))
+                equal = all(map(np.array_equal, jax.tree.leaves(ended), jax.tree.leaves(expected)))
+                error = distance(ended["params"], expected["params"])
+                report(f"{name}, {devices} devices", same=same, equal=equal, error=error)
+
+
 if __name__ == "__main__":
     assert len(jax.devices()) == DEVICES
-    {"training": training, "gradients": gradients}[sys.argv[1]](
+    {"training": training, "gradients": gradients, "checkpoints": checkpoints}[sys.argv[1]](
         lambda name, **found: print(json.dumps({"name": name, **found}), flush=True)
     )

@@ -12,7 +12,7 @@ import gmn_lopt
 from gmn_lopt.evaluation.training import Candidate, training_curves
 from gmn_lopt.meta.task import task_structure
 from gmn_lopt.optimizers.horizon import PEAK, POWER, WARMUP, WEIGHT_DECAY
-from gmn_lopt.optimizers.saved import load_learned
+from gmn_lopt.optimizers.saved import load_learned, make_optimizer
 from gmn_lopt.tasks import load_task
 
 IMAGES, LABELS = load_digits(return_X_y=True)
@@ -175,6 +175,6 @@ def test_with_a_known_number_of_steps_it_warms_up_falls_to_nothing_and_decays_we
     assert jnp.allclose(undecayed, first(9, learning_rate=PEAK), rtol=1e-3, atol=1e-8)
     for wrong in (0, -5, 2.5, True, "many", 10**12):
         with pytest.raises(gmn_lopt.SerializationError, match=r"total_steps must be a whole number of at least 1"):
-            gmn_lopt.load(name, structure, total_steps=wrong)
+            make_optimizer(*load_learned(name, structure), {"total_steps": wrong}, name)
     with pytest.raises(gmn_lopt.SerializationError, match="total_steps or a schedule"):
         gmn_lopt.load(name, structure, total_steps=10, learning_rate=optax.constant_schedule(0.1))

@@ -30,7 +30,7 @@ def eight_devices(what):
 
 def test_training_on_eight_devices_is_training_on_one():
     runs = eight_devices("training")
-    assert len(runs) == 9
+    assert len(runs) == 10
     for run in runs:
         assert run["error"] < TOLERANCE, run
         assert run["equal"], f"replicas drift apart: {run}"
@@ -41,6 +41,17 @@ def test_factors_of_shards_and_of_the_whole_batch():
     assert len(found) == 7
     for name, value in ((name, value) for row in found for name, value in row.items() if name != "name"):
         assert value < TOLERANCE, (name, found)
+
+
+def test_a_run_restored_by_orbax_goes_on_bit_for_bit_and_on_fewer_devices():
+    found = eight_devices("checkpoints")
+    assert [row["name"] for row in found] == [
+        f"{name}, {devices} devices" for name in ("default", "multi_steps") for devices in (8, 4, 1)
+    ]
+    for row in found:
+        assert row["same"], row
+        assert row["equal"] or not row["name"].endswith("8 devices"), row
+        assert row["error"] < TOLERANCE, row
 
 
 def loss(w, x):

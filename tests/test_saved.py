@@ -30,7 +30,7 @@ from gmn_lopt import (
     SetReader,
 )
 from gmn_lopt.optimizers import saved as saved_module
-from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, load_recipe, save
+from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, load_recipe, make_optimizer, save
 
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)
@@ -331,11 +331,13 @@ def test_settings_reach_the_optimizer_and_others_are_refused(saved):
     for senseless in (float("nan"), -1, 1j, True, "fast", [0.1]):
         for name in ("learning_rate", "weight_decay"):
             with pytest.raises(SerializationError, match=rf"saved: {name} must be a finite number of at least 0, not "):
-                load(saved, STRUCTURE, **{name: senseless})
+                make_optimizer(*load_learned(saved, STRUCTURE), {name: senseless}, "saved")  # tests check load's types
     with pytest.raises(
         SerializationError, match=r"saved does not take rate: it takes learning_rate, weight_decay, total_steps$"
     ):
-        load(saved, STRUCTURE, rate=1.0)
+        make_optimizer(*load_learned(saved, STRUCTURE), {"rate": 1.0}, "saved")
+    with pytest.raises(SerializationError, match="saved: a mask says which parameters have weight decay: give weight_"):
+        load(saved, STRUCTURE, mask=True)
 
 
 def test_the_digest_is_that_of_the_values(saved):

@@ -8,6 +8,7 @@ from gmn_lopt.optimizers.features import Features, PaperFeatures, ScaleFree
 from gmn_lopt.optimizers.horizon import Horizon
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearnedOptimizerState
 from gmn_lopt.optimizers.leaves import Gradient
+from gmn_lopt.optimizers.multi_steps import MultiStepsState, multi_steps
 from gmn_lopt.optimizers.recipes import RECIPES, Recipe, recipe
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive, Normalized, Rule
@@ -31,6 +32,7 @@ __all__ = [
     "LearnedOptimizer",
     "LearnedOptimizerState",
     "Momentum",
+    "MultiStepsState",
     "Muon",
     "Normalized",
     "PaperFeatures",
@@ -48,6 +50,7 @@ __all__ = [
     "explain",
     "list_pretrained",
     "load",
+    "multi_steps",
     "recipe",
     "save",
 ]

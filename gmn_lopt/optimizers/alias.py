@@ -1,15 +1,21 @@
 """Directions as optimizers of their own, with nothing to learn, documented like optax's aliases."""
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.optimizers.directions import Denoised
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearningRate
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearningRate, Scalar
+from gmn_lopt.optimizers.leaves import Mask
 
 
 def denoised(
-    structure: GradientStructure, learning_rate: LearningRate, weight_decay: float = 0.0, gamma: float = 0.3
+    structure: GradientStructure,
+    learning_rate: LearningRate,
+    weight_decay: Scalar = 0.0,
+    gamma: Scalar = 0.3,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Momentum in the space of white activations, with the noise of the set taken out of its singular values.
 
@@ -27,6 +33,8 @@ def denoised(
         learning_rate: a number or an optax schedule; 0.01 to 0.05 for most models.
         weight_decay: decoupled, as AdamW's: ``learning_rate * weight_decay * params`` is subtracted as well.
         gamma: the learning rate of parameters that take Adam's step, relative to ``learning_rate``.
+        mask: which parameters have weight decay, as in ``optax.adamw``: a tree of booleans like the parameters, a
+            prefix of such, or a function from parameters to one. All, unless given.
 
     Returns:
         The transformation, whose ``update`` takes ``factors``, those of :func:`gmn_lopt.value_grad_and_factors`.
@@ -45,5 +53,9 @@ def denoised(
     References:
         The parts: K-FAC (Martens and Grosse 2015, arXiv:1503.05671), Muon (Jordan et al. 2024).
     """
-    lopt = LearnedOptimizer(structure, Denoised(gamma))
-    return lopt.optimizer(lopt.init(jax.random.key(0)), learning_rate, weight_decay)
+    # optax.inject_hyperparams makes an array of each number.
+    lopt = LearnedOptimizer(structure, Denoised() if isinstance(gamma, jax.Array) else Denoised(gamma))
+    phi = lopt.init(jax.random.key(0))
+    if isinstance(gamma, jax.Array):
+        phi["direction"]["log_gamma"] = jnp.log(gamma)
+    return lopt.optimizer(phi, learning_rate, weight_decay, mask=mask)

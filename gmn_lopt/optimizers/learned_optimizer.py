@@ -15,12 +15,20 @@ from gmn_lopt.factors.parallel import leave_to_compiler
 from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError
 from gmn_lopt.optimizers.directions import Direction, Momentum
 from gmn_lopt.optimizers.horizon import Horizon
-from gmn_lopt.optimizers.leaves import Gradient, check_meta_parameters, factors_per_element, match_leaves
+from gmn_lopt.optimizers.leaves import (
+    Gradient,
+    Mask,
+    check_meta_parameters,
+    factors_per_element,
+    masked_leaves,
+    match_leaves,
+)
 from gmn_lopt.optimizers.residual import Residual
 from gmn_lopt.optimizers.rules import Additive, Rule
 from gmn_lopt.optimizers.step_size import Constant, Sizes, StepSize, StepSizeState
 
-LearningRate = float | Callable[[Array], Any]
+Scalar = float | Array
+LearningRate = Scalar | Callable[[Array], Any]
 
 
 class LearnedOptimizerState(NamedTuple):
@@ -115,8 +123,9 @@ class LearnedOptimizer:
         self,
         phi: PyTree,
         learning_rate: LearningRate | None = None,
-        weight_decay: float | None = None,
+        weight_decay: Scalar | None = None,
         total_steps: int | None = None,
+        mask: Mask | None = None,
     ) -> optax.GradientTransformationExtraArgs:
         """The optax transformation that these meta-parameters define.
 
@@ -127,6 +136,7 @@ class LearnedOptimizer:
         the update, and from then on the moving averages, not finite, as Adam's; guard with ``optax.apply_if_finite``.
 
         In ``optax.MultiSteps`` the gradient is the mean over the micro-steps, the factors are the last one's: a sample.
+        :func:`gmn_lopt.multi_steps` keeps those of all.
 
         Args:
             phi: meta-parameters, shaped like those from :meth:`init`.
@@ -136,6 +146,8 @@ class LearnedOptimizer:
                 ``total_steps`` that of the step size (:class:`gmn_lopt.optimizers.Horizon`).
             total_steps: the number of steps that there will be, where it is known: step sizes are then those of
                 :class:`gmn_lopt.optimizers.Horizon`, unless this optimizer has learned its own for such.
+            mask: which parameters have weight decay, as in ``optax.adamw``: a tree of booleans like the parameters, a
+                prefix of such, or a function from parameters to one. All, unless given.
 
         Returns:
             The transformation. Its functions raise :class:`StructureError` where parameters, gradients or factors do
@@ -144,9 +156,11 @@ class LearnedOptimizer:
         Raises:
             ValueError: if ``phi`` is not shaped like the meta-parameters of these parts; or of ``total_steps``, that it
                 is no number of steps, is given beside a schedule, or without the largest step size where the direction
-                has no size of its own.
+                has no size of its own; or if there is a mask and no weight decay.
         """
         check_meta_parameters(phi, self.template())
+        if mask is not None and weight_decay is None and total_steps is None:
+            raise ValueError("a mask says which parameters have weight decay: give weight_decay or total_steps")
         step_size, coefficients = self._step_size(phi, learning_rate, total_steps)
         if isinstance(weight_decay, float | int) and weight_decay == 0 and total_steps is None:
             weight_decay = None  # nothing to subtract, and nothing to replace
@@ -178,8 +192,9 @@ class LearnedOptimizer:
                 raise StructureError("the gradients are not those of the parameters: give both for the same leaves")
             read = factors_per_element(self.structure, factors) if self.needs_factors else None
             rate = learning_rate(state.step) if callable(learning_rate) else learning_rate
+            decayed = None if mask is None else masked_leaves(mask, params)
             # Everything that may be a traced array is an argument.
-            arrays = (phi, coefficients, rate, weight_decay, updates, state, params, read)
+            arrays = (phi, coefficients, rate, weight_decay, decayed, updates, state, params, read)
             return leave_to_compiler(functools.partial(advance, indices), (updates, state), *arrays)
 
         def advance(
@@ -188,6 +203,7 @@ class LearnedOptimizer:
             coefficients: PyTree,
             rate: Any,
             weight_decay: Any,
+            decayed: list[Any] | None,
             updates: PyTree,
             state: LearnedOptimizerState,
             params: PyTree,
@@ -212,6 +228,8 @@ class LearnedOptimizer:
             decays = sizes.decays if weight_decay is None else [weight_decay] * len(values)
             pairs = zip(jax.tree.leaves(direction), outputs, strict=True)
             steps = [self.rule.step(v, out, beta, self.direction.sized) for v, out in pairs]
+            if decays is not None and decayed is not None:
+                decays = [jnp.where(is_decayed, decay, 0.0) for is_decayed, decay in zip(decayed, decays, strict=True)]
             if decays is not None:
                 steps = [d + decay * theta for d, decay, theta in zip(steps, decays, values, strict=True)]
             steps = [-size * d for size, d in zip(sizes.steps, steps, strict=True)]

@@ -10,6 +10,9 @@ from jaxtyping import PyTree
 from gmn_lopt.factors.names import comparable, leaf_name
 from gmn_lopt.factors.structure import Factors, GradientStructure, Parameter, StructureError
 
+# Booleans for parameters, as optax takes them: a tree like them, a prefix of it, or a function that makes one.
+Mask = Any
+
 
 class Gradient(NamedTuple):
     """The gradient of a step, and what it is the gradient of.
@@ -86,6 +89,36 @@ def match_leaves(structure: GradientStructure, tree: PyTree, what: str) -> list[
     if missing and (indices or masked):
         raise StructureError(f"{what} {missing[0]} of the analysed model is missing: analyse the model being trained")
     return indices
+
+
+def masked_leaves(mask: Mask, params: PyTree) -> list[Any]:
+    """What a mask says of each leaf of ``params``.
+
+    Raises:
+        StructureError: it is no tree of booleans, or not one for these parameters.
+
+    Example:
+        >>> masked_leaves({"a": True, "b": False}, {"a": jnp.ones(2), "b": [jnp.ones(3), jnp.ones(1)]})
+        [True, False, False]
+        >>> masked_leaves(lambda params: jax.tree.map(lambda p: p.ndim > 1, params), {"b": jnp.ones(2)})
+        [False]
+    """
+    leaves = jax.tree.leaves(mask)
+    if leaves and all(callable(leaf) for leaf in leaves):  # as optax tells them: a model may be callable, too
+        mask = mask(params)
+    given = dict(jax.tree.leaves_with_path(mask))
+    if any(jnp.asarray(leaf).dtype != jnp.bool_ for leaf in given.values() if not isinstance(leaf, bool)):
+        raise StructureError("a mask consists of booleans: True for parameters that have weight decay")
+    found = []
+    for path, _ in jax.tree.leaves_with_path(params):
+        above = [path[:i] for i in range(len(path) + 1) if path[:i] in given]
+        if not above:
+            raise StructureError(
+                f"the mask has nothing for parameter {leaf_name(path)}: give a tree like the parameters, a prefix of "
+                "it, or a function that makes one of them"
+            )
+        found.append(given[above[0]])
+    return found
 
 
 def factors_per_element(structure: GradientStructure, factors: Any) -> Factors:

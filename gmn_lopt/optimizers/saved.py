@@ -19,8 +19,8 @@ import safetensors.numpy
 from jaxtyping import PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
-from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
-from gmn_lopt.optimizers.leaves import tied_leaves
+from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearningRate, Scalar
+from gmn_lopt.optimizers.leaves import Mask, tied_leaves
 from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util.checks import settings_of_steps
 from gmn_lopt.util.codec import from_json, to_json
@@ -96,7 +96,13 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
 
 
 def load(
-    path: str | os.PathLike[str], structure: GradientStructure, **settings: Any
+    path: str | os.PathLike[str],
+    structure: GradientStructure,
+    *,
+    learning_rate: LearningRate | None = None,
+    weight_decay: Scalar | None = None,
+    total_steps: int | None = None,
+    mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Load a saved learned optimizer as an optax transformation for the model with this structure.
 
@@ -105,15 +111,18 @@ def load(
             (:func:`gmn_lopt.list_pretrained`).
         structure: the structure of the model to train, from :func:`gmn_lopt.analyze`; not necessarily that of the
             model on which the optimizer was meta-trained.
-        **settings: ``total_steps``, the number of steps that there will be; ``learning_rate`` (a number or an optax
-            schedule) and ``weight_decay``: those of :meth:`LearnedOptimizer.optimizer`.
+        learning_rate: a number or an optax schedule, in place of the optimizer's own step sizes.
+        weight_decay: decoupled, as AdamW's.
+        total_steps: the number of steps that there will be.
+        mask: which parameters have weight decay, as in ``optax.adamw``. All four are those of
+            :meth:`LearnedOptimizer.optimizer`.
 
     Returns:
         The transformation.
 
     Raises:
         SerializationError: in one line, if there is no such optimizer, its files are damaged or of another version, or
-            there is no such setting; or if it is an ``unf`` that was trained on a model with other leaves
+            a setting is refused; or if it is an ``unf`` that was trained on a model with other leaves
             or spaces (widths may differ).
 
     Example:
@@ -124,23 +133,26 @@ def load(
         >>> updates, state = tx.update(grads, tx.init(params), params, factors=factors)
     """
     lopt, phi = load_learned(path, structure)
-    return make_optimizer(lopt, phi, settings, str(path))
+    settings = {"learning_rate": learning_rate, "weight_decay": weight_decay, "total_steps": total_steps}
+    return make_optimizer(lopt, phi, settings, str(path), mask)
 
 
 def make_optimizer(
-    lopt: LearnedOptimizer, phi: PyTree, settings: Mapping[str, Any], what: str
+    lopt: LearnedOptimizer, phi: PyTree, settings: Mapping[str, Any], what: str, mask: Mask | None = None
 ) -> optax.GradientTransformationExtraArgs:
     """Call ``lopt.optimizer`` with the settings that its user chose for ``what``, the optimizer's name in errors.
+
+    A mask, which belongs to one model, is none of the settings that are written as text.
 
     Raises:
         SerializationError: in one line, if there is no such setting, or its value is refused.
     """
-    taken = list(inspect.signature(lopt.optimizer).parameters)[1:]
+    taken = [name for name in list(inspect.signature(lopt.optimizer).parameters)[1:] if name != "mask"]
     if unknown := [name for name in settings if name not in taken]:
         raise SerializationError(f"{what} does not take {', '.join(unknown)}: it takes {', '.join(taken)}")
     with _refusing(f"{what}:", TypeError, ValueError):
         settings_of_steps(settings)
-        optimizer = lopt.optimizer(phi, **settings)
+        optimizer = lopt.optimizer(phi, **settings, mask=mask)
     return optimizer
 
 
