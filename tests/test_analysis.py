@@ -234,6 +234,7 @@ def test_repeated_layers_are_collapsed_and_optimizers_explain_themselves():
     assert "['blocks'][0]['scale'] and 8 like it are unfactored: a scale: multiplied with activations" in lines[1]
     assert "['blocks'][0]['v'] [8x6]: site 1 -> site 2; and 8 like it" in str(structure).replace("site 3", "site 2")
     text = gmn_lopt.explain(structure, "default+gmn")
-    assert "900 of 954 entries: the denoised step, by their factors" in text
+    assert "468 of 954 entries: the denoised step, by their factors\n" in text
+    assert "432 of 954 entries: the denoised step, by their factors, orthogonal" in text
     assert "54 of 954 entries: Adam's direction: a scale: multiplied with activations" in text
     assert "a network adds its part, which reads factors and gradients" in text and "times the parameters" in text
