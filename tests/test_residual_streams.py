@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import transformers
 
 import gmn_lopt
 from gmn_lopt.optimizers.directions import spreading
 from gmn_lopt.optimizers.directions.denoised_layers import layer_groups, residual_kernels
 from gmn_lopt.optimizers.directions.preconditioners import DAMPING, TANGENT_DAMPING
-from tests import transformers
 
 
 def draw(*shapes):

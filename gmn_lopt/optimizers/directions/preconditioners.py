@@ -154,17 +154,22 @@ def _gram(
     momentum: Float[Array, "k i o"],
 ) -> Float[Array, "k n n"]:
     """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller; see :func:`new_preconditioners`."""
-    natural = multiply(group, as_read(group, inverted), momentum)
-    if tangents is not None and group.tall:
-        return tangents @ jnp.einsum("kio,kip->kop", momentum, natural)
-    if tangents is not None:
-        return jnp.einsum("kio,kjo->kij", natural @ tangents, momentum)
+    if group.tall and tangents is not None:
+        return tangents @ _signal(group, inverted, momentum)
     inputs = per_matrix(group.layers, lambda layer: layer.inputs)
     noise = noise * column(as_read(group, scale) ** 2, noise)
     if group.tall:
-        return jnp.einsum("kio,kip->kop", momentum, natural) + column(inputs, noise) * noise
+        return _signal(group, inverted, momentum) + column(inputs, noise) * noise
+    natural = multiply(group, as_read(group, inverted), momentum)
+    if tangents is not None:
+        return jnp.einsum("kio,kjo->kij", natural @ tangents, momentum)
     identity = jnp.eye(group.inputs, dtype=noise.dtype) * (jnp.arange(group.inputs) < inputs[:, None])[:, None]
     return jnp.einsum("kio,kjo->kij", natural, momentum) + column(noise, natural) * identity
+
+
+def _signal(group: LayerGroup, inverted: Array, momentum: Float[Array, "k i o"]) -> Float[Array, "k o o"]:
+    """``M^T C^-1 M``."""
+    return jnp.einsum("kio,kip->kop", momentum, multiply(group, as_read(group, inverted), momentum))
 
 
 def _roots(
@@ -184,13 +189,12 @@ def _roots(
     of_groups = zip(groups, noises, inverses, tangents, momenta, activations, white)
     for group, noise, (inverted, scale), right, momentum, metric, metric_of_tangents in of_groups:
         if group.tall:
-            natural = multiply(group, as_read(group, inverted), momentum)
-            gram = jnp.einsum("kio,kip->kop", momentum, natural)
             if right is None:
-                inputs = per_matrix(group.layers, lambda layer: layer.inputs)
-                gram += column(inputs * as_read(group, scale) ** 2, noise) * noise
-            of_bound = jnp.diagonal(gram, axis1=1, axis2=2) if right is None else gram * right
-            bounds.append(of_bound.reshape(len(gram), -1).sum(1))
+                gram = _gram(group, noise, inverted, scale, None, momentum)
+                bounds.append(jnp.trace(gram, axis1=1, axis2=2))
+            else:
+                gram = _signal(group, inverted, momentum)
+                bounds.append(jnp.sum(gram * right, axis=(1, 2)))
             metrics.append(metric_of_tangents)
         else:
             metric = _dense(group, as_read(group, metric))
