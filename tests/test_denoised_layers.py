@@ -147,8 +147,8 @@ def test_layers_that_are_scanned_over_take_the_steps_of_the_same_layers_one_by_o
             result, state = tx.update(grads, state, moved, factors=factors)
         return result
 
-    # In residual streams steps are orthogonal: singular values that are nothing but rounding count, too.
-    assert relative_difference(updates(scanned, params), stack(updates(loss, apart))) < 5e-2
+    # Small singular values are those of rounding.
+    assert relative_difference(updates(scanned, params), stack(updates(loss, apart))) < 3e-3
 
 
 def test_layers_that_read_the_same_activations_share_what_is_known_of_them():

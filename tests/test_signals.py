@@ -37,6 +37,63 @@ def test_the_second_signal_acts_as_usual_whichever_it_is(usual, first, second):
     assert usual == [second, first]
 
 
+BUSY = """
+import hashlib, signal, sys
+from gmn_lopt.cli.command_line import interrupted_with
+from gmn_lopt.meta.processes import stop_signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with stop_signal() if sys.argv[1] == "stop_signal" else interrupted_with("what to do next"):
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 10**9)  # minutes in which Python calls no handler, like a compilation
+"""
+
+
+def busy(context):
+    process = subprocess.Popen(
+        [sys.executable, "-c", BUSY, context], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+@pytest.mark.parametrize("first, second", [BOTH, BOTH[::-1], BOTH[:1] * 2, BOTH[1:] * 2])
+def test_the_second_signal_ends_a_process_that_cannot_listen(first, second):
+    process = busy("stop_signal")
+    process.send_signal(first)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=2)
+    process.send_signal(second)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (128 + second, "")
+
+
+def test_ctrl_c_ends_an_evaluation_that_cannot_listen():
+    process = busy("interrupted_with")
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert (process.returncode, stderr) == (130, "what to do next\n")
+
+
+TOGETHER = """
+import os, signal, time
+from gmn_lopt.meta.processes import stop_signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+with stop_signal():
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    for number in (signal.SIGINT, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+    time.sleep(60)
+"""
+
+
+def test_two_signals_that_arrive_together_end_the_process():
+    ended = subprocess.run([sys.executable, "-c", TOGETHER], cwd=ROOT, capture_output=True)
+    assert -ended.returncode in BOTH and ended.stderr == b""
+
+
 INTERRUPTED = """
 import os, signal, sys
 import gmn_commands

@@ -13,6 +13,7 @@ import jax
 import tyro
 
 from gmn_lopt.util.errors import UsageError, first_line, printable
+from gmn_lopt.util.signals import on_arrival
 
 LONGEST_ARGUMENT, LONGEST_FLAG = 4096, 100  # characters
 Config = TypeVar("Config")
@@ -78,11 +79,11 @@ def _problem(args: Sequence[str]) -> str | None:
 def interrupted_with(message: str) -> Iterator[None]:
     """Let Ctrl-C end the process with this line on stderr and exit code 130.
 
-    At once, since all files are written atomically: a KeyboardInterrupt would show as a traceback where it is raised in
-    one of JAX's callbacks.
+    At once, also while JAX compiles, since all files are written atomically: a KeyboardInterrupt would show as a
+    traceback where it is raised in one of JAX's callbacks.
     """
 
-    def end(number: int, frame: object) -> None:
+    def end(number: int) -> None:
         line = f"{printable(message)}\n".encode(sys.stderr.encoding, "backslashreplace")
         os.write(2, line)  # print may have been interrupted itself
         os._exit(130)
@@ -91,9 +92,10 @@ def interrupted_with(message: str) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         yield
         return
-    before = signal.signal(signal.SIGINT, end)
+    before = signal.signal(signal.SIGINT, lambda number, _: None)
     try:
-        yield
+        with on_arrival({signal.SIGINT}, end):
+            yield
     finally:
         signal.signal(signal.SIGINT, before)
 

@@ -12,16 +12,19 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
 from gmn_lopt.util.errors import UsageError, first_line
+from gmn_lopt.util.signals import on_arrival
 
 COORDINATION_SECONDS = 300  # in which all processes must have come
 HEARTBEAT_SECONDS = 60  # a process that has been silent for so long is lost
 LOST = 3  # exit code of a process that ends because another was lost
+PATIENCE = 0.5  # seconds in which a second signal may end the process in the usual way
 LAST_WORDS = "{}: another process was lost; start all of them again with --resume"
 
 # What the errors of collectives say when it is the other side that is missing.
@@ -119,19 +122,32 @@ def _exit() -> None:
 def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Let SIGINT and SIGTERM end the run early, as long as the context lasts; a second one of either acts as before.
 
+    Where Python cannot act, because it is compiling, a second one that would end the process does so with exit code
+    128 and its number.
+
     Yields:
         Whether to stop after this meta-step. Of several processes all stop at the same, whichever was asked; each must
         ask after every meta-step, since JAX chooses the one that they stop at from these calls.
     """
     in_main = threading.current_thread() is threading.main_thread()  # Python listens nowhere else
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
+    # None is a handler that is not Python's, and is left alone.
+    before = {number: handler for number, handler in usual.items() if handler is not None}
     requests: list[int] = []
+    counts = Counter[int]()
 
-    def request(number: int, frame: object) -> None:
+    def request(number: int, frame: FrameType | None) -> None:
         requests.append(number)
+        counts[number] += 1
         # Among several processes SIGTERM is JAX's, see below.
-        for each in (signal.Signals(number),) if jax.distributed.is_initialized() else before:
-            signal.signal(each, before[each])
+        if (counts[number] if jax.distributed.is_initialized() else counts.total()) == 1:
+            return
+        handler = before[number]
+        if callable(handler):
+            handler(number, frame)
+        elif handler != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
 
     def stop(meta_step: int) -> bool:
         if jax.process_count() == 1:
@@ -142,10 +158,18 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
             os.kill(os.getpid(), signal.SIGTERM)
         return multihost_utils.reached_preemption_sync_point(meta_step)
 
+    def end(number: int) -> None:
+        requested[number] += 1
+        if requested.total() > 1 and before[number] == signal.SIG_DFL and not jax.distributed.is_initialized():
+            time.sleep(PATIENCE)
+            os._exit(128 + number)
+
+    requested = Counter[int]()
     try:
         for number in before:
             signal.signal(number, request)
-        yield stop
+        with on_arrival(before, end):
+            yield stop
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

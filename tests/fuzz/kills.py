@@ -35,6 +35,8 @@ ARGUMENTS = ["--task", "linear_regression", "--optimizer", "sgdm", *(f"--stage={
 ARGUMENTS += ["--log-every", "1", "--checkpoint-every", "3", "--keep", "2", "--resume"]
 EVENTS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.chmod")
 SAME, KILLS = "ends as one that was not", (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
+# Ended well, by a signal, or by a second one while Python could not listen.
+ENDS = (0, *(-number for number in KILLS), *(128 + number for number in KILLS[1:]))
 LONGEST = 600.0  # seconds of a run, on a machine that has other things to do
 FILES = {CONFIG_FILE: 2**20, WEIGHTS_FILE: 2**20}
 
@@ -126,7 +128,7 @@ def aim_signals(out: Path, cache: Path, reference: Reference, rng: random.Random
     first, second = rng.sample((signal.SIGINT, signal.SIGTERM), 2)
     both = (first, second) if rng.random() < 0.5 else (first,)
     code = _send(start(out, cache), None, rng.uniform(0.05, reference.seconds), *both)
-    if code not in (0, -first, -second):
+    if code not in ENDS:
         raise Fault(f"ended with {code} after {first.name}: {_said(out)}")
     return code
 
@@ -202,7 +204,7 @@ def trial(name: str, place: Path, reference: Reference, rng: random.Random) -> t
         for _ in range(rng.randint(1, 3)):
             code = AIMS[name](out, cache, reference, rng)
             kills += code != 0 or "interrupted" in _said(out)
-            if code not in (0, *(-number for number in KILLS)) or "Traceback" in _said(out):
+            if code not in ENDS or "Traceback" in _said(out):
                 raise Fault(f"ended with {code}: {_said(out)}")
             after = saved(out)
             if after < before:

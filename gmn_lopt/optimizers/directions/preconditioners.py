@@ -22,6 +22,9 @@ from gmn_lopt.util.stacks import inner_products, one_stack
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.25
 # How much of the mean of the diagonal is added to the moment of the tangents, in residual streams.
 TANGENT_DAMPING = 0.1
+# How much of the mean of the squared singular values is added to each in residual streams, where nothing else is: what
+# is smaller is rounding, which would be made as large as the rest.
+FLOOR = 1e-4
 # Rows of a set of a large model that are read: at least so many, fewer than twice as many.
 ROWS = 1024
 # Activations above this are divided by a unit before they are squared: float32 ends at 3e38.
@@ -155,16 +158,24 @@ def _gram(
 ) -> Float[Array, "k n n"]:
     """``M^T C^-1 M`` and the noise, or from the other side, where that is smaller; see :func:`new_preconditioners`."""
     if group.tall and tangents is not None:
-        return tangents @ _signal(group, inverted, momentum)
+        return _with_floor(group, tangents @ _signal(group, inverted, momentum))
     inputs = per_matrix(group.layers, lambda layer: layer.inputs)
     noise = noise * column(as_read(group, scale) ** 2, noise)
     if group.tall:
         return _signal(group, inverted, momentum) + column(inputs, noise) * noise
     natural = multiply(group, as_read(group, inverted), momentum)
     if tangents is not None:
-        return jnp.einsum("kio,kjo->kij", natural @ tangents, momentum)
+        return _with_floor(group, jnp.einsum("kio,kjo->kij", natural @ tangents, momentum))
     identity = jnp.eye(group.inputs, dtype=noise.dtype) * (jnp.arange(group.inputs) < inputs[:, None])[:, None]
     return jnp.einsum("kio,kjo->kij", natural, momentum) + column(noise, natural) * identity
+
+
+def _with_floor(group: LayerGroup, gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
+    """With ``FLOOR`` times the mean eigenvalue added to each."""
+    sides = per_matrix(group.layers, lambda layer: min(layer.inputs, layer.outputs))
+    own = jnp.arange(gram.shape[1]) < sides[:, None]
+    floor = FLOOR * jnp.trace(gram, axis1=1, axis2=2) / sides
+    return gram + floor[:, None, None] * own[:, None] * jnp.eye(gram.shape[1], dtype=gram.dtype)
 
 
 def _signal(group: LayerGroup, inverted: Array, momentum: Float[Array, "k i o"]) -> Float[Array, "k o o"]:
