@@ -132,7 +132,7 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     in_main = threading.current_thread() is threading.main_thread()  # Python listens nowhere else
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     # None is a handler that is not Python's, and is left alone.
-    before = {number: handler for number, handler in usual.items() if handler is not None}
+    before = {int(number): handler for number, handler in usual.items() if handler is not None}
     requests: list[int] = []
     counts = Counter[int]()
 
