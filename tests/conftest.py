@@ -11,6 +11,8 @@ FAST_COMPILATION = "--xla_backend_optimization_level=0 --xla_llvm_disable_expens
 ONE_DEVICE = "--xla_force_host_platform_device_count=1"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_COMPILATION} {ONE_DEVICE}".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
+# What a test compiles is not found compiled by another.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"
 
 
 @pytest.fixture(scope="module", autouse=True)

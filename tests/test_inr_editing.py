@@ -261,8 +261,6 @@ def test_wrong_input_ends_in_one_line(cache, tmp_path, flags, words, capsys):
         code = command.cli(["--out", str(tmp_path), *flags])
     except SystemExit as exit_:
         code = exit_.code
-    finally:
-        jax.config.update("jax_compilation_cache_dir", None)  # of other tests
     printed = capsys.readouterr().err
     assert code == 2 and words in printed and one_line(printed)
 

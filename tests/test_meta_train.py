@@ -61,8 +61,8 @@ def rows(out):
 @pytest.fixture(scope="module", autouse=True)
 def compiled_once(tmp_path_factory):
     """Keep what is compiled, also for the processes that the tests start: the runs differ in settings of no effect."""
-    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
-    values = (str(tmp_path_factory.mktemp("compiled")), 0.0)
+    names = "jax_enable_compilation_cache", "jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs"
+    values = (True, str(tmp_path_factory.mktemp("compiled")), 0.0)
     before = [getattr(jax.config, name) for name in names]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in zip(names, values):

@@ -28,6 +28,7 @@ from experiments.curvature.data import DataConfig, Networks, load
 from experiments.curvature.models import MODELS, SAVED, count
 from experiments.curvature.problem import Problem, drawn
 from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
+from gmn_lopt.util.compilation_cache import keep_compiled
 from gmn_lopt.util.errors import FileError, UsageError, first_line
 from gmn_lopt.util.files import read_json, read_regular, write_atomically
 from gmn_lopt.util.progress import progress
@@ -254,6 +255,7 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         with one_line_for_the_machine():
+            keep_compiled()
             main(parse(Config, __doc__))
     except (UsageError, FileError) as error:
         sys.exit(f"experiments.curvature.train: {first_line(error)}")

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-import jax
-
 from experiments.inr_editing import data, report
 from experiments.inr_editing.train import METHODS, NETWORKS, Setting, train
 from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
@@ -19,6 +17,7 @@ from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
 from gmn_lopt.networks.saved_editor import EditorError
 from gmn_lopt.tasks.data.cache import DataError
+from gmn_lopt.util.compilation_cache import keep_compiled
 from gmn_lopt.util.errors import UsageError
 
 # docs/inr_editing.md says what each of them costs.
@@ -119,8 +118,7 @@ def main(config: Config) -> str:
 def cli(args: list[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     config = parse(Config, __doc__, args)
-    # A run that goes on, and one with another seed, share their programs.
-    jax.config.update("jax_compilation_cache_dir", str((config.out / "compiled").absolute()))
+    keep_compiled()
     try:
         with one_line_for_the_machine():
             print(main(config))

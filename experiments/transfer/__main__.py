@@ -23,6 +23,7 @@ from experiments.transfer.tables import graph_network, matrix_factorisation, reg
 from gmn_lopt.cli.command_line import interrupted_with, one_line_for_the_machine, parse
 from gmn_lopt.evaluation import compare
 from gmn_lopt.tasks.data.cache import DataError
+from gmn_lopt.util.compilation_cache import keep_compiled
 from gmn_lopt.util.errors import UsageError
 from gmn_lopt.util.files import write_atomically
 
@@ -119,6 +120,7 @@ def summary(rows: dict[str, dict[str, Any]]) -> str:
 def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     config = parse(Config, __doc__, args)
+    keep_compiled()
     try:
         interrupted = f"experiments.transfer: interrupted; the same command goes on from {config.out}"
         with interrupted_with(interrupted), one_line_for_the_machine():

@@ -27,6 +27,7 @@ from gmn_lopt.evaluation.evaluate import EvaluationConfig, Problem, evaluate, pr
 from gmn_lopt.evaluation.report import table, transfer_table
 from gmn_lopt.tasks import TASK_ERRORS, load_task, task_module
 from gmn_lopt.util.checks import path
+from gmn_lopt.util.compilation_cache import keep_compiled
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.spec import parse_spec
@@ -127,6 +128,7 @@ def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     config = parse(Config, __doc__, args)
     one_blas_thread()
+    keep_compiled()
     interrupted = f"gmn-eval: interrupted; the same command goes on from what is in {config.out}"
     try:
         with interrupted_with(interrupted), one_line_for_the_machine():

@@ -51,6 +51,7 @@ from gmn_lopt.optimizers.saved import SerializationError, load_learned, load_rec
 from gmn_lopt.tasks import TASK_ERRORS, load_task
 from gmn_lopt.tasks.mixture import make_all
 from gmn_lopt.util import codec
+from gmn_lopt.util.compilation_cache import keep_compiled
 from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.hardware import describe_hardware, use_all_cores
 from gmn_lopt.util.spec import format_spec, parse_spec
@@ -243,6 +244,7 @@ def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     use_all_cores()
     one_blas_thread()
+    keep_compiled()
     try:
         description = f"{__doc__}\nOptimizers: {', '.join(RECIPES)}."
         with one_line_for_the_machine():

@@ -65,6 +65,7 @@ def start(out: Path, cache: Path, events: int | None = None) -> int:
     try:
         log = os.open(out.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(log, 1), os.dup2(log, 2)
+        jax.config.update("jax_enable_compilation_cache", True)
         jax.config.update("jax_compilation_cache_dir", str(cache))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # as the command does before it loads anything
