@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -19,7 +20,8 @@ def keep_compiled() -> None:
     nothing can be written, nothing is kept. ``JAX_COMPILATION_CACHE_DIR`` sets another place, and
     ``JAX_ENABLE_COMPILATION_CACHE=0`` keeps none (https://docs.jax.dev/en/latest/persistent_compilation_cache.html).
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    chosen: dict[str, Any] = jax.config.values
+    if chosen["jax_compilation_cache_dir"] or not chosen["jax_enable_compilation_cache"]:
         return
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
         place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gmn_lopt" / _machine()
