@@ -79,6 +79,32 @@ def test_several_axes_are_gathered_in_order():
     np.testing.assert_allclose(gathered.tangents[0], jnp.full((6, 2), 1 / 6))
 
 
+def test_uses_of_a_kernel_without_its_bias_stay_apart():
+    """As where a derivative is in the loss: rows that the bias is not added to are known by their place in the set."""
+
+    def slopes(params, x):
+        model = lambda x: jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]  # noqa: E731
+        value, slope = jax.jvp(model, (x,), (jnp.ones_like(x),))
+        return jnp.mean((value - 1) ** 2) + jnp.mean(slope**2)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = {"w": (3, 8), "b": (8,), "v": (8, 2)}
+    params = {name: jax.random.normal(key, shape) for key, (name, shape) in zip(keys, shapes.items())}
+    x = 3 * jax.random.normal(keys[3], (4, 8, 3))
+    whole = x.reshape(32, 3)
+    structure = gmn_lopt.analyze(slopes, params, whole)
+    assert any(layer.unbiased for layer in structure.layers)
+    _, grads, factors = gmn_lopt.value_grad_and_factors(slopes)(params, whole)
+    gather = lambda x: gmn_lopt.gather_factors(gmn_lopt.value_grad_and_factors(slopes)(params, x)[2], "data")  # noqa: E731
+    gathered = jax.vmap(gather, out_axes=None, axis_name="data")(x)
+    tx = gmn_lopt.load("default", structure, learning_rate=0.03)
+    one, other = (tx.update(grads, tx.init(params), params, factors=each)[0] for each in (factors, gathered))
+    for name in params:
+        np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-5)
+    for a, b in zip(jax.tree.leaves(factors), jax.tree.leaves(gathered), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
 def test_an_axis_that_there_is_not():
     with pytest.raises(NameError, match="nowhere"):
         gmn_lopt.gather_factors(Factors((jnp.ones((2, 1)),), ()), "nowhere")

@@ -84,7 +84,7 @@ class FisherPredictor:
     def standardized(self, structure: GradientStructure, weights: dict[str, Any], factors: Factors) -> list[jax.Array]:
         """What is trained: the diagonal of each leaf in units of the target, of the factors of one network."""
         of = weights["input"]
-        statistics = {name: Factors(of[name][0], of[name][1], factors.without_batch) for name in of}
+        statistics = {name: replace(factors, activations=of[name][0], tangents=of[name][1]) for name in of}
         read = jax.tree.map(lambda x: x[None], standardize(statistics, factors))  # one channel
         outputs: Any = self.module(structure).apply({"params": weights["network"]}, read)
         shapes = [p.shape for p in structure.parameters]

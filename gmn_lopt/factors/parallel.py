@@ -6,6 +6,7 @@ array *varies*, and sums cotangents of those that do not: a perturbation has to 
 """
 
 from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -32,7 +33,8 @@ def gather_factors(factors: Factors, axis_name: AxisName) -> Factors:
         axis_name: the axis, or axes, over which the batch is split into shards of equal size.
 
     Returns:
-        Activations ``[N S, d_in]`` and tangents ``[N S, d_out]``, for ``N`` devices, in their order.
+        Activations ``[N S, d_in]`` and tangents ``[N S, d_out]``, for ``N`` devices, in their order; within each part
+        (:attr:`Factors.parts`), where sets consist of several.
 
     Raises:
         NameError: there is no such axis here.
@@ -59,18 +61,26 @@ def gather_factors(factors: Factors, axis_name: AxisName) -> Factors:
 
 
 def _gather(factors: Factors, axis: Hashable, to: str) -> Factors:
-    leaves, treedef = jax.tree.flatten(factors)
-    first = len(factors.activations)
+    leaves, first, size = jax.tree.leaves(factors), len(factors.activations), jax.lax.axis_size(axis)
+    parts = [list(of) for of in factors.parts]
     for i, x in enumerate(leaves):
         if i not in factors.without_batch:
-            gathered = jax.lax.all_gather(x, axis, tiled=True, to=to)
-            leaves[i] = gathered if i < first else gathered / jax.lax.axis_size(axis)
+            pieces = jnp.split(x, parts[i][1:-1]) if parts else [x]
+            pieces = [jax.lax.all_gather(piece, axis, tiled=True, to=to) for piece in pieces]
+            gathered = jnp.concatenate(pieces) if len(pieces) > 1 else pieces[0]
+            leaves[i] = gathered if i < first else gathered / size
+            if parts:
+                parts[i] = [size * start for start in parts[i]]
         elif i >= first:
             leaves[i] = jax.lax.pmean(x, axis)
         elif axis in varying(x):
             leaves[i] = jax.lax.pmax(x, axis)  # all devices have the same, which shard_map does not know
-    result: Factors = jax.tree.unflatten(treedef, leaves)
-    return result
+    return replace(
+        factors,
+        activations=tuple(leaves[:first]),
+        tangents=tuple(leaves[first:]),
+        parts=tuple(tuple(of) for of in parts),
+    )
 
 
 def varying(*arrays: Any) -> frozenset[Hashable]:

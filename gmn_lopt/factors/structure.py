@@ -110,6 +110,8 @@ class Factors:
         tangents: one array ``[S, d_out]`` for each distinct tangent at the output of a layer.
         without_batch: places among the leaves, activations first, of those whose set does not come from the batch, such
             as the rows of a table of positions (static).
+        parts: of each leaf where the parts of its set begin and where the last one ends, if some of the uses of a
+            kernel do without its bias; else empty (static).
 
     Example:
         Two layers that read the same array share its activation; the set is the batch, of 5.
@@ -125,6 +127,7 @@ class Factors:
     activations: tuple[jax.Array, ...]
     tangents: tuple[jax.Array, ...]
     without_batch: tuple[int, ...] = field(default=(), metadata={"static": True})
+    parts: tuple[tuple[int, ...], ...] = field(default=(), metadata={"static": True})
 
 
 @dataclass(frozen=True)

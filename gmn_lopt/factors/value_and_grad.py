@@ -13,6 +13,7 @@ from gmn_lopt.factors.jaxpr.replay import Replay
 from gmn_lopt.factors.jaxpr.status import PENALTY
 from gmn_lopt.factors.names import leaf_name
 from gmn_lopt.factors.parallel import as_in_context, at_scale_of_shard, zeros_like
+from gmn_lopt.factors.parts import set_parts
 from gmn_lopt.factors.program import Path
 from gmn_lopt.factors.spaces import StructureError
 from gmn_lopt.factors.structure import Factors, GradientStructure, split_arguments
@@ -151,6 +152,7 @@ def _differentiate(
         tuple(read.canonical(recorded) for read in traced.reads),
         tuple(write.canonical(tangents) for write in traced.writes),
         traced.without_batch,
+        set_parts(traced.structure),
     )
     return loss, aux, grads, factors
 

@@ -11,6 +11,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from gmn_lopt.factors.parallel import leave_to_compiler
+from gmn_lopt.factors.parts import set_parts
 from gmn_lopt.factors.structure import Factors, GradientStructure, StructureError, split_arguments
 
 
@@ -71,7 +72,7 @@ def multi_steps(
     """
     if isinstance(every_k, bool) or not isinstance(every_k, int) or every_k < 1:
         raise ValueError(f"every_k must be a whole number of at least 1, not {every_k!r}")
-    inner, cuts = optax.with_extra_args_support(tx), _cuts(structure)
+    inner, parts = optax.with_extra_args_support(tx), set_parts(structure)
 
     def init(params: PyTree) -> MultiStepsState:
         ids = structure.token_ids
@@ -102,7 +103,7 @@ def multi_steps(
         acc_grads = jax.tree.map(
             lambda acc, g: acc + (g.astype(acc.dtype) - acc) / (state.mini_step + 1), state.acc_grads, updates
         )
-        joined = _join(state, factors, every_k, cuts)
+        joined = _join(state, factors, every_k, parts)
 
         def step() -> tuple[PyTree, PyTree]:
             return inner.update(
@@ -143,28 +144,7 @@ def _check(structure: GradientStructure, every_k: int, factors: Any) -> None:
             )
 
 
-def _cuts(structure: GradientStructure) -> list[list[int]]:
-    """Where the set of each factor consists of parts one after the other, each with its share of a micro-batch.
-
-    That are the uses of a kernel of which some do without the bias: a layer knows them by their places in the set.
-    """
-    first, sizes = len(structure.activation_shapes), [*structure.activation_shapes, *structure.tangent_shapes]
-    cuts = [{0, size} for size, _ in sizes]
-    # What is read together has its elements in one order; images of a convolution differ in size.
-    pairs = [(layer.activation, first + layer.tangent) for layer in structure.layers]
-    sites = [(site.activation, site.tangent) for site in structure.sites]
-    pairs += [(a, first + g) for a, g in sites if a is not None and g is not None]
-    pairs = [(a, g) for a, g in pairs if sizes[a][0] == sizes[g][0]]
-    for layer in structure.layers:
-        if (layer.activation, first + layer.tangent) in pairs:
-            cuts[layer.activation].update(*layer.unbiased)
-    while any(cuts[a] != cuts[g] for a, g in pairs):
-        for a, g in pairs:
-            cuts[a] = cuts[g] = cuts[a] | cuts[g]
-    return [sorted(of) for of in cuts]
-
-
-def _join(state: MultiStepsState, factors: Factors, every_k: int, cuts: Sequence[Sequence[int]]) -> Factors:
+def _join(state: MultiStepsState, factors: Factors, every_k: int, parts: Sequence[Sequence[int]]) -> Factors:
     """The factors so far with those of a micro-batch, at the scale of the whole batch's loss.
 
     Sets lie one after the other, within each of their parts. Sets that do not come from the batch are the same in each
@@ -178,7 +158,7 @@ def _join(state: MultiStepsState, factors: Factors, every_k: int, cuts: Sequence
         if i in factors.without_batch:
             leaves[i] = added if i < first else kept + added
             continue
-        for start, stop in itertools.pairwise(cuts[i]):
+        for start, stop in itertools.pairwise(parts[i] if parts else (0, len(kept))):
             part, size = added[start // every_k : stop // every_k], (stop - start) // every_k
             kept = jax.lax.dynamic_update_slice_in_dim(kept, part, start + state.mini_step * size, 0)
         leaves[i] = kept
