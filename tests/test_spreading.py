@@ -12,7 +12,7 @@ import transformers
 from optimizing import mlp, relative_difference
 
 import gmn_lopt
-from gmn_lopt.optimizers.directions import preconditioners, spreading
+from gmn_lopt.optimizers.directions import moments, spreading
 from gmn_lopt.optimizers.directions.denoised_layers import as_matrices, layer_groups, read_sets
 from gmn_lopt.optimizers.directions.denoising import update_preconditioners
 from gmn_lopt.optimizers.directions.preconditioners import MOMENTS_DECAY, init_preconditioner
@@ -127,11 +127,11 @@ def test_what_is_not_due_is_left_alone_and_runs_under_vmap(large):
 
 
 def test_some_rows_are_different_ones_each_time_and_all_in_turn(monkeypatch):
-    monkeypatch.setattr(preconditioners, "ROWS", 10)
+    monkeypatch.setattr(moments, "ROWS", 10)
     rows = jnp.arange(47.0)[None, :, None]
-    seen = [np.asarray(preconditioners._some_rows(rows, jnp.int32(t)))[0, :, 0] for t in range(7)]
+    seen = [np.asarray(moments._some_rows(rows, jnp.int32(t)))[0, :, 0] for t in range(7)]
     assert {len(set(chosen)) for chosen in seen} == {11} and set(np.concatenate(seen)) == set(range(47))
-    assert preconditioners._some_rows(rows[:, :19], jnp.int32(3)).shape == (1, 19, 1)
+    assert moments._some_rows(rows[:, :19], jnp.int32(3)).shape == (1, 19, 1)
 
 
 def test_moments_of_some_rows_are_those_of_the_set_on_average(large, monkeypatch):
@@ -139,7 +139,7 @@ def test_moments_of_some_rows_are_those_of_the_set_on_average(large, monkeypatch
     start = tuple(map(init_preconditioner, groups))
     whole = update_preconditioners(start, groups, sets, momenta, jnp.int32(0))
     size = sets[0][1][0].shape[0]
-    monkeypatch.setattr(preconditioners, "ROWS", size // 2)
+    monkeypatch.setattr(moments, "ROWS", size // 2)
     # The first two times it is each half, weighted by 0.95 and 1.
     state = start
     for t in range(2):

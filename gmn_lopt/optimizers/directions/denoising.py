@@ -42,16 +42,15 @@ from jaxtyping import Array, Float, Int
 
 from gmn_lopt.optimizers.directions.common_factor import Comparison, common_factor
 from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup, Sets
+from gmn_lopt.optimizers.directions.moments import column, per_matrix
 from gmn_lopt.optimizers.directions.preconditioners import (
     DAMPING,
     LARGE,
     TINY,
     Preconditioner,
     as_read,
-    column,
     multiply,
     new_preconditioners,
-    per_matrix,
 )
 from gmn_lopt.optimizers.directions.spreading import Part, due, parts, put, take, times_due
 from gmn_lopt.util.stacks import inner_products

@@ -7,16 +7,15 @@ damped, and ``B = M M^T``, ``(C^-1 B + n)^-1/2`` is a sum of ``(B + (n + s) C)^-
 side of the tangents where these are white too, with ``G`` in place of ``C``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Float, Int
 
-from gmn_lopt.optimizers.directions.denoised_layers import DenoisedLayer, LayerGroup, Sets, activations_and_noise
+from gmn_lopt.optimizers.directions.denoised_layers import LayerGroup, Sets
+from gmn_lopt.optimizers.directions.moments import column, moments_of_set, per_matrix
 from gmn_lopt.util.inverses import in_stacks, inverse, inverse_root, inverse_root_of_inverses
-from gmn_lopt.util.stacks import inner_products, one_stack
 
 # Of the momentum, of the moments of the set, and how much of the mean of C's diagonal is added to it.
 MOMENTUM_DECAY, MOMENTS_DECAY, DAMPING = 0.8, 0.95, 0.25
@@ -25,8 +24,6 @@ TANGENT_DAMPING = 0.1
 # How much of the mean of the squared singular values is added to each in residual streams, where nothing else is: what
 # is smaller is rounding, which would be made as large as the rest.
 FLOOR = 1e-4
-# Rows of a set of a large model that are read: at least so many, fewer than twice as many.
-ROWS = 1024
 # Activations above this are divided by a unit before they are squared: float32 ends at 3e38.
 LARGE = 1e15
 TINY = float(jnp.finfo(jnp.float32).tiny)
@@ -103,7 +100,11 @@ def new_preconditioners(
         for group, p in zip(groups, old)
     ]
     rows = times if large else None
-    moments = [_moments(*of_group, weight, factor, rows) for of_group in zip(groups, old, sets, units)]
+    moments = []
+    for group, p, of_group, unit in zip(groups, old, sets, units):
+        before = (p.unit[0] / unit) ** 2 * p.activation, p.noise
+        now = moments_of_set(group, of_group, unit, factor, DAMPING, rows)
+        moments.append([m + weight * (x.reshape(m.shape) - m) for m, x in zip(before, now)])
     inverses = _inverses(groups, [covariance for covariance, _ in moments], units)
     noises = [noise_left(step + 1) * noise for _, noise in moments]
     white = [_tangent_metric(group, noise) for group, (_, noise) in zip(groups, moments)]
@@ -233,65 +234,6 @@ def _roots(
     return in_stacks(roots, grams)
 
 
-def _moments(
-    group: LayerGroup, old: Preconditioner, sets: Sets, unit: Array, weight: Array, factor: Array, some: Array | None
-) -> tuple[Float[Array, "u ..."], Float[Array, "k ..."]]:
-    scaled = (tuple(a / unit for a in sets[0]), sets[1]) if group.reads_neurons else sets
-    activations, rows = activations_and_noise(group, scaled, DAMPING)
-    counts = [stack.shape[1] for stack in rows for _ in range(len(stack))]
-    if some is not None:
-        activations, rows = ([_some_rows(stack, some) for stack in stacks] for stacks in (activations, rows))
-    covariance = _second_moments(group, activations, unit)
-    # At the scale of the batch loss, sum_s g_s g_s^T, which is what the noise of its gradient consists of.
-    taken = [stack.shape[1] for stack in rows for _ in range(len(stack))]
-    together = one_stack(rows, max(taken), group.outputs)
-    sums = (
-        jnp.einsum("ksi,ksj->kij", together, together)
-        if group.tall or group.residual
-        else inner_products([together], [together])[:, 0, 0]
-    )
-    noise = column((factor / jnp.asarray(np.sqrt(np.multiply(counts, taken)), jnp.float32)) ** 2, sums) * sums
-    before = (old.unit[0] / unit) ** 2 * old.activation, old.noise
-    new = [m + weight * (x.reshape(m.shape) - m) for m, x in zip(before, (covariance, noise))]
-    return new[0], new[1]
-
-
-def _some_rows(stack: Num[Array, "k S n"], times: Int[Array, ""]) -> Num[Array, "k R n"]:
-    """Every so manieth row, of all if there are few; beginning with another one each time."""
-    size = stack.shape[1]
-    every = size // ROWS
-    if every < 2:
-        return stack
-    number = size // every
-    first = times % (size - every * (number - 1))
-    return jnp.take(stack, first + every * jnp.arange(number), axis=1)
-
-
-def _second_moments(group: LayerGroup, stacks: Sequence[Num[Array, "_ _ _"]], unit: Array) -> Float[Array, "u ..."]:
-    if not group.reads_neurons:
-        of_readers = zip(group.readers, stacks, strict=True)
-        return jnp.concatenate([layer.kind.second_moment(rows, group.inputs) for layer, rows in of_readers])
-    lengths = [stack.shape[1] for stack in stacks for _ in range(len(stack))]
-    counts = jnp.asarray(lengths, jnp.float32)[:, None, None]
-    rows = one_stack(stacks, max(lengths), group.blocks * group.rows)
-    biased = [layer.bias is not None for layer in group.readers]
-    if any(biased):
-        place = per_matrix(group.readers, lambda layer: layer.inputs - 1 if layer.bias is not None else -1)
-        at_bias = jnp.arange(rows.shape[2]) == place[:, None, None]
-        added = jnp.where(jnp.arange(rows.shape[1])[:, None] < counts, 1.0, 0.0)
-        if any(layer.unbiased for layer in group.readers):
-            is_read = per_matrix(group.readers, lambda layer: bool(layer.unbiased)) > 0
-            added = jnp.where(is_read[:, None, None], rows, added)
-        rows = jnp.where(at_bias, added / unit, rows)
-    if group.diagonal:
-        return jnp.sum(rows**2, axis=1) / counts[:, 0]
-    if group.blocks > 1:
-        rows = rows.reshape(*rows.shape[:2], group.blocks, group.rows).transpose(0, 2, 1, 3)
-        rows = rows.reshape(-1, *rows.shape[2:])
-        counts = jnp.repeat(counts, group.blocks, axis=0)
-    return rows.mT @ rows / counts
-
-
 def _inverses(
     groups: Sequence[LayerGroup], covariances: Sequence[Float[Array, "_ ..."]], units: Sequence[Float[Array, ""]]
 ) -> list[tuple[Float[Array, "_ ..."], Float[Array, " _"]]]:
@@ -351,11 +293,6 @@ def noise_left(steps: Int[Array, ""]) -> Float[Array, ""]:
     return (1 - MOMENTUM_DECAY) / (1 + MOMENTUM_DECAY) * (1 + power) / (1 - power)
 
 
-def per_matrix(layers: Sequence[DenoisedLayer], number: Callable[[DenoisedLayer], int]) -> Float[Array, " k"]:
-    """A number of each layer, for each of its matrices."""
-    return jnp.asarray([number(layer) for layer in layers for _ in range(layer.count)], jnp.float32)
-
-
 def as_read(group: LayerGroup, values: Float[Array, "u ..."]) -> Float[Array, "k ..."]:
     """For each matrix what belongs to the activations that it reads."""
     return values if group.reads == tuple(range(len(values))) else values[jnp.array(group.reads)]
@@ -370,8 +307,3 @@ def multiply(group: LayerGroup, matrices: Float[Array, "k ..."], right: Float[Ar
     rows = jnp.pad(right, ((0, 0), (0, group.blocks * group.rows - group.inputs), (0, 0)))
     product = matrices @ rows.reshape(len(right), group.blocks, group.rows, -1)
     return product.reshape(rows.shape)[:, : group.inputs]
-
-
-def column(values: Float[Array, "k ..."], like: Float[Array, "k ..."]) -> Float[Array, "k ..."]:
-    """A number for each matrix, with axes of length one to multiply the matrices by; matrices as they are."""
-    return values.reshape(values.shape + (1,) * (like.ndim - values.ndim))

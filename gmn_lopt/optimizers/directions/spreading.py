@@ -127,6 +127,8 @@ def _cost(part: Part) -> float:
     side = min(group.inputs, group.outputs)
     inverses = 0 if group.diagonal else group.blocks * group.rows**3
     of_matrix = 5 * side**3 + group.rows * group.inputs * group.outputs + side * group.inputs * group.outputs
+    if group.residual:
+        of_matrix += group.outputs**3  # the inverse of the tangents' moment
     return float(len(part.activations) * inverses + len(part.matrices) * of_matrix)
 
 
