@@ -25,8 +25,8 @@ EXAMPLES = {
     "equinox": "Equinox | vision transformer",
     "haiku": "Haiku, with state | convolutions, batch normalisation",
     "cnn": "flax.linen, optax's loop | convolutions, layer normalisation",
-    "optax": "plain `jax.numpy`; `chain`, `partition`, `multi_steps` | recurrent network under `scan`",
-    "shard_map": "flax.linen, eight simulated devices | convolution, group normalisation",
+    "optax": "plain `jax.numpy`, `multi_steps` | recurrent network under `scan`",
+    "shard_map": "flax.linen, eight devices | convolution, group normalisation",
 }
 
 
