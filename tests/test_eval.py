@@ -2,6 +2,7 @@
 
 import json
 import os
+import queue
 import re
 import signal
 import sys
@@ -128,11 +129,12 @@ def test_a_second_run_computes_only_what_is_new(tmp_path, trained):
 
 
 def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capfd):
-    train = runs.training_curves
+    train, ended = runs.training_curves, queue.Queue()
 
     def interrupt(task, candidate, *args, **kwargs):
         if len(trained) == 1:
             os.kill(os.getpid(), signal.SIGINT)
+            sys.exit(ended.get(timeout=60))  # the command ends from another thread
         return train(task, candidate, *args, **kwargs)
 
     with monkeypatch.context() as patch:
@@ -140,10 +142,10 @@ def test_an_interrupted_evaluation_resumes(tmp_path, trained, monkeypatch, capfd
         with pytest.raises(KeyboardInterrupt):
             command.main(config(tmp_path / "a", LION))
         arguments = f"--task two_weights --out {tmp_path / 'a'} --seeds 2 --protocol paper --trials-at-once 10".split()
-        patch.setattr(command_line.os, "_exit", sys.exit)
-        with pytest.raises(SystemExit) as ended:
+        patch.setattr(command_line.os, "_exit", ended.put)
+        with pytest.raises(SystemExit) as exit_:
             command.cli([*arguments, "--optimizer", LION])
-    assert ended.value.code == 130
+    assert exit_.value.code == 130
     said = capfd.readouterr().err.splitlines()
     assert f"gmn-eval: interrupted; the same command goes on from what is in {tmp_path / 'a'}" in said
     resumed = command.main(config(tmp_path / "a", LION))

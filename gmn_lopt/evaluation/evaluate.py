@@ -8,6 +8,7 @@ import importlib.metadata
 import inspect
 import json
 import platform
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.flatten_util import ravel_pytree
 from jaxtyping import PyTree
 from matplotlib.figure import Figure
@@ -32,7 +34,7 @@ from gmn_lopt.evaluation.timing import Timing, time_per_step
 from gmn_lopt.evaluation.training import Candidate
 from gmn_lopt.meta.task import Task, measured_on
 from gmn_lopt.util.checks import LONGEST_HORIZON, shown
-from gmn_lopt.util.errors import UsageError
+from gmn_lopt.util.errors import UsageError, first_line
 from gmn_lopt.util.files import write_atomically
 from gmn_lopt.util.hardware import describe_hardware
 from gmn_lopt.util.progress import progress
@@ -87,9 +89,14 @@ class EvaluationConfig:
         """Raise :class:`UsageError` if a number is not possible."""
         for name, most in LIMITS.items():
             value, least = getattr(self, name), 0 if name == "first_seed" else 1
+            flag = f"--{name.replace('_', '-')}"
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
+                raise UsageError(f"{flag} must be a whole number, not {shown(value)}")
             if value is not None and not least <= value <= most:
-                flag = f"--{name.replace('_', '-')}"
                 raise UsageError(f"{flag} must be at least {least} and at most {most}, not {shown(value)}")
+        for name, values in (("protocol", ("fair", "paper")), ("split", ("test", "valid"))):
+            if getattr(self, name) not in values:
+                raise UsageError(f"--{name} must be {' or '.join(values)}, not {shown(getattr(self, name))}")
         known = [baseline.name for baseline in BASELINES]
         for name in self.baseline:
             if name not in known:
@@ -120,7 +127,7 @@ class Problem:
 
 def prepare(
     task: Task,
-    optimizers: Sequence[str],
+    optimizers: Sequence[str] | Mapping[str, str | optax.GradientTransformation],
     out: Path,
     config: EvaluationConfig,
     task_settings: Mapping[str, Any] | None = None,
@@ -139,6 +146,7 @@ def prepare(
     Raises:
         UsageError: in one line, if it cannot be done.
     """
+    _check(task)
     task = measured_on(replace(task, horizon=config.horizon or task.horizon), config.split)
     eval_every = config.eval_every or protocol.default_eval_every(task.horizon)
     if task.horizon % eval_every:
@@ -235,12 +243,56 @@ def _data_digest(data: PyTree) -> str:
     return digest.hexdigest()[:16]
 
 
+def _check(task: Task) -> None:
+    """Trace the task on its data, so that what is wrong with it shows in one line."""
+    for name in ("train", "valid", "test"):
+        leaves = jax.tree.leaves(task.data.get(name))
+        if not leaves or any(np.ndim(leaf) == 0 for leaf in leaves):
+            raise UsageError(f"task {task.name}: data[{name!r}] must be arrays with the examples along the first axis")
+        if not len(leaves[0]):
+            raise UsageError(f"task {task.name}: data[{name!r}] has no examples")
+    key = jax.random.key(0)
+    try:
+        params = jax.eval_shape(task.init, key)
+        batch = jax.eval_shape(task.sample, key, task.data["train"])
+        losses = [jax.eval_shape(task.loss, params, examples) for examples in (batch, task.data["test"])]
+    except Exception as error:  # whatever a function of a user raises
+        raise UsageError(f"task {task.name}: {type(error).__name__}: {first_line(error)}") from None
+    for loss in losses:
+        if getattr(loss, "shape", None) != ():
+            raise UsageError(f"task {task.name}: the loss must be a scalar, not {loss}")
+
+
 def _file_digest(task: Task, files: Sequence[Path]) -> str:
     """A digest of the files that a task is made of, and of those that its functions come from."""
-    functions = {Path(str(inspect.getsourcefile(function))) for function in (task.init, task.loss, task.sample)}
+    functions = [_source_file(function) for function in (task.init, task.loss, task.sample)]
     own = [file.resolve() for file in files]
-    others = sorted({file.resolve() for file in functions} - set(own))
-    return hashlib.sha256(b"".join(file.read_bytes() for file in (*own, *others))).hexdigest()[:16]
+    others = sorted({file for file in functions if file} - set(own))
+    parts = [file.read_bytes() for file in (*own, *others)]
+    if None in functions:
+        parts.append(_traced(task).encode())
+    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+
+
+def _source_file(function: Callable[..., Any]) -> Path | None:
+    """The file that a function comes from; None where there is none, as for what was typed into a notebook."""
+    try:
+        file = Path(str(inspect.getsourcefile(inspect.unwrap(function))))
+    except TypeError:  # an object that can be called
+        return None
+    return file.resolve() if file.is_file() else None
+
+
+def _traced(task: Task) -> str:
+    """What a task's functions compute, without addresses in memory."""
+    key, train = jax.random.key(0), task.data["train"]
+    params, batch = jax.eval_shape(task.init, key), jax.eval_shape(task.sample, key, train)
+    calls: list[tuple[Callable[..., Any], tuple]] = [
+        (task.init, (key,)),
+        (task.loss, (params, batch)),
+        (task.sample, (key, train)),
+    ]
+    return re.sub("0x[0-9a-f]+", "", "\n".join(str(jax.make_jaxpr(function)(*args)) for function, args in calls))
 
 
 def _environment() -> dict[str, str]:

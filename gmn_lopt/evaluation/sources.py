@@ -4,6 +4,7 @@ import difflib
 import hashlib
 import importlib
 import inspect
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,14 +41,17 @@ class _Learned:
         return self.lopt.optimizer(hyper, **self.settings)
 
 
-def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ()) -> list[Candidate]:
+def find_candidates(
+    specs: Sequence[str] | Mapping[str, str | optax.GradientTransformation], task: Task, taken: Sequence[str] = ()
+) -> list[Candidate]:
     """Find all optimizers that ``--optimizer`` names and check that they can train the task.
 
     Args:
         specs: what names one each, ``[LABEL=]SOURCE[:setting=value,...]``. A source is ``optax:NAME``, a run directory
             of ``meta_train.py``, a directory written by :func:`gmn_lopt.save`, or the name of a shipped optimizer;
             ``total_steps``, ``learning_rate`` and ``weight_decay`` are the settings of a learned optimizer. Or
-            ``learned_optimization:MODULE:NAME`` (:func:`gmn_lopt.interop.learned_optimization.load_optimizer`).
+            ``learned_optimization:MODULE:NAME`` (:func:`gmn_lopt.interop.learned_optimization.load_optimizer`). In a
+            mapping the labels are the keys, and a value may be an optax transformation.
         task: the task they are to train. Its model is analysed if there is a learned optimizer.
         taken: names that are not theirs to have, those of the baselines.
 
@@ -56,10 +60,14 @@ def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ())
     """
     structure: GradientStructure | None = None
     found: list[Candidate] = []
-    for spec in specs:
+    labelled = specs.items() if isinstance(specs, Mapping) else [(None, spec) for spec in specs]
+    for key, spec in labelled:
         try:
-            label, source, place, settings = parse_source(spec)
-            if place.startswith(OPTAX):
+            label, source, place, settings = parse_source(spec) if isinstance(spec, str) else (None, "", "", {})
+            label = key or label
+            if not isinstance(spec, str):
+                candidate = _given(spec, label, task)
+            elif place.startswith(OPTAX):
                 candidate = _from_optax(source, place, settings)
             elif place.startswith(learned_optimization.PREFIX):
                 candidate = _theirs(source, place, settings, task.horizon)
@@ -71,7 +79,8 @@ def find_candidates(specs: Sequence[str], task: Task, taken: Sequence[str] = ())
                 raise ValueError(f"the name {candidate.name!r} is taken; put another label in front, LABEL=...")
             _check(candidate, task)
         except (ValueError, OSError, KeyError, TypeError) as error:
-            raise UsageError(f"--optimizer {spec!r}: {first_line(error)}") from None
+            shown = spec if isinstance(spec, str) else key or type(spec).__name__
+            raise UsageError(f"--optimizer {shown!r}: {first_line(error)}") from None
         found.append(candidate)
     return found
 
@@ -121,6 +130,20 @@ def optax_transformation(name: str, settings: Mapping[str, Any]) -> optax.Gradie
     if not isinstance(tx, optax.GradientTransformation):
         raise ValueError(f"optax.{name} does not make an optimizer")
     return tx
+
+
+def _given(tx: Any, label: str | None, task: Task) -> Candidate:
+    """A transformation of Python. Nothing tells it from one that was made otherwise: a new fingerprint each time."""
+    if not isinstance(tx, optax.GradientTransformation):
+        raise ValueError("neither a name nor an optax transformation")
+    if not label:
+        raise ValueError('a transformation needs a name: {"my optimizer": transformation}')
+    candidate = Candidate(label, "an optax transformation, from Python", uuid.uuid4().hex, lambda _: tx)
+    try:
+        _check(candidate, task)
+    except ValueError:  # without factors; whether it is these that it needs shows with them
+        return replace(candidate, needs_factors=True)
+    return candidate
 
 
 def _from_optax(source: str, place: str, settings: Mapping[str, Any]) -> Candidate:
