@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from gmn_lopt.util.errors import FileError
+from gmn_lopt.util.errors import FileError, reason_of
 from gmn_lopt.util.files import read_regular, write_atomically
 
 READ_TIMES = 10  # a directory may be replaced while it is read
@@ -88,10 +88,10 @@ def read_directory(path: Path, sizes: Mapping[str, int]) -> dict[str, bytes]:
         place = path if os.path.lexists(path) else stepped_aside(path) or path
         try:
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no file system takes the name
             if isinstance(error, FileNotFoundError) and left:
                 continue
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
             raise FileError(f"{path} {reason}") from None
         try:
             return {name: read_regular(path / name, most, descriptor) for name, most in sizes.items()}
