@@ -122,7 +122,7 @@ def test_cache_round_trip(cache):
     assert [path.name for path in cache.iterdir()] == ["x.npz"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text", "pickle", "shape", "keys", "directory"])
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text", "pickle", "shape", "keys", "directory", "pipe"])
 def test_damaged_cache_is_made_anew(cache, damage):
     cached("x", 1, Build(1.0), check)
     path = cache / "x.npz"
@@ -144,7 +144,7 @@ def test_damaged_cache_is_made_anew(cache, damage):
         np.savez(path, numbers=np.zeros(3))
     else:
         path.unlink()
-        path.mkdir()
+        path.mkdir() if damage == "directory" else os.mkfifo(path)
     build = Build(2.0)
     with pytest.warns(UserWarning, match=r"x\.npz is not used but made anew"):
         if damage == "directory":

@@ -34,6 +34,23 @@ def resume(path, *more):
     command(meta_train.cli, ["--out", str(path), "--resume", *more])
 
 
+@pytest.mark.parametrize("task", ["os:system", "planted:make", "learned_optimization:planted:make"])
+def test_code_that_only_a_file_names_is_not_executed(run, tmp_path, monkeypatch, task):
+    """Whoever writes a run directory can sign it."""
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {"task": task, "data_dir": "touch planted"}  # what the shell would be given
+    del config["checksum"]
+    (run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "planted.py").write_text("open('planted', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Refusal, match=f"names, {task}; add --task {task} if that is to be executed"):
+        resume(run)
+    assert not (tmp_path / "planted").exists()
+    with pytest.raises(Refusal, match="the run in .* has other settings .*task was"):
+        resume(run, "--task", "linear_regression")
+
+
 def opened(path, **settings):
     return RunDirectory(path, settings, {}, True, ("resume",), 1, 1)
 

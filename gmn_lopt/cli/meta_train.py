@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,7 +35,7 @@ from jaxtyping import PyTree
 
 from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
 from gmn_lopt.meta.augmentation import AugmentedProblem
-from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, to_json
+from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, names_a_module, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import BEST, PRESETS
 from gmn_lopt.meta.processes import check_same, connected, is_first, stop_signal
@@ -184,6 +185,11 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
         default = PRESETS[chosen.preset or "best"]
         if resuming:
             run = from_json(read_settings(found.out), found.out / "config.json")
+            if not found.task and names_a_module(run.task):
+                raise UsageError(
+                    f"--resume: the task of the run in {found.out} is made by the module that config.json names, "
+                    f"{run.task}; add --task {shlex.quote(run.task)} if that is to be executed"
+                )
             # A preset that is given again is compared with the run's settings, like everything else.
             default = replace(run, optimizer=default.optimizer, stages=default.stages) if chosen.preset else run
         if found.start and not resuming:

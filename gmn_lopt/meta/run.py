@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.meta.config import Config
+from gmn_lopt.meta.config import Config, resuming
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.processes import is_first
@@ -90,7 +90,7 @@ def train(
             phi = jax.device_get(state.phi)
     if step < total:
         if is_first():
-            text = f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume"
+            text = f"interrupted at meta-step {step} of {total}; continue with {resuming(config)}"
             print(text, file=sys.stderr)
         return False
     run.mark_complete(total)
