@@ -122,7 +122,9 @@ def test_cache_round_trip(cache):
     assert [path.name for path in cache.iterdir()] == ["x.npz"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text", "pickle", "shape", "keys", "directory", "pipe"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "truncated", "flipped", "text", "pickle", "shape", "keys", "directory", "pipe"]
+)
 def test_damaged_cache_is_made_anew(cache, damage):
     cached("x", 1, Build(1.0), check)
     path = cache / "x.npz"

@@ -56,6 +56,16 @@ def test_a_reader_sees_one_whole_directory_at_any_moment(tmp_path, exchange):
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, exchange):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "saved").symlink_to("large disk/saved")
+    for number in range(2):
+        write_directory(tmp_path / "saved", content(number))
+        assert read_directory(tmp_path / "saved", SIZES) == content(number)
+    assert (tmp_path / "saved").is_symlink() and os.listdir(tmp_path / "large disk") == ["saved"]
+    assert sorted(os.listdir(tmp_path)) == ["large disk", "saved"]
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

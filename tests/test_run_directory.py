@@ -16,8 +16,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gmn_lopt.cli import eval as evaluation
 from gmn_lopt.cli import meta_train
+from gmn_lopt.cli.meta_train import from_command_line
 from gmn_lopt.meta import metrics
 from gmn_lopt.meta.metrics import read_rows
+from gmn_lopt.meta.run import check_places
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
 from gmn_lopt.optimizers.saved import load_recipe
 
@@ -34,6 +36,18 @@ def resume(path, *more):
     command(meta_train.cli, ["--out", str(path), "--resume", *more])
 
 
+@pytest.mark.parametrize("name", ["optimizer", "stages", "stages/0-start", "stages/2-pes"])
+def test_what_is_where_optimizers_are_saved_is_named_before_anything_is_computed(tmp_path, name):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    config = from_command_line(None, [*runs.ARGUMENTS, "--stage", "pes:truncation=5", "--out", str(tmp_path / "run")])
+    with pytest.raises(RunError, match=f"/run/{name} is not a .*; delete it to continue"):
+        check_places(config)
+    file.unlink()
+    check_places(config)
+
+
 @pytest.mark.parametrize("task", ["os:system", "planted:make", "learned_optimization:planted:make"])
 def test_code_that_only_a_file_names_is_not_executed(run, tmp_path, monkeypatch, task):
     """Whoever writes a run directory can sign it."""
@@ -47,7 +61,7 @@ def test_code_that_only_a_file_names_is_not_executed(run, tmp_path, monkeypatch,
     with pytest.raises(Refusal, match=f"names, {task}; add --task {task} if that is to be executed"):
         resume(run)
     assert not (tmp_path / "planted").exists()
-    with pytest.raises(Refusal, match="the run in .* has other settings .*task was"):
+    with pytest.raises(Refusal, match=r"the run in .* has other settings .*task was"):
         resume(run, "--task", "linear_regression")
 
 
@@ -70,6 +84,9 @@ def opened(path, **settings):
             "cannot read the checkpoint of meta-step 99|checkpoints/99 is beyond the 4 meta-steps",
         ),
         ("checkpoints/4/default/manifest.ocdbt", b"", "checkpoints/4 is damaged; delete it to continue from"),
+        ("optimizer", b"a file", "optimizer is not a saved optimizer; delete it to continue"),
+        ("optimizer/mine.txt", b"", "optimizer is not a saved optimizer; delete it to continue"),
+        ("checkpoints/4/\udcff", b"", "checkpoints/4 is damaged; delete it to continue from"),
         ("checksums.json", b"[]", "checksums.json is damaged: it does not hold an object; delete it"),
     ],
 )

@@ -39,7 +39,7 @@ from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, names_a_module
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import BEST, PRESETS
 from gmn_lopt.meta.processes import check_same, connected, is_first, stop_signal
-from gmn_lopt.meta.run import train
+from gmn_lopt.meta.run import check_places, train
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, holds_run, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.stages import Stage, parse_stage
@@ -84,6 +84,7 @@ def main(config: Config) -> bool:
             if run.latest > total:
                 file = run.path / "checkpoints" / str(run.latest)
                 raise RunError(f"{file} is beyond the {total} meta-steps of the run; delete it to continue")
+            check_places(config)
             if run.complete == total:
                 if is_first():
                     print(f"{config.out} is complete: {total} meta-steps")

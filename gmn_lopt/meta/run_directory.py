@@ -224,7 +224,11 @@ class RunDirectory:
 
         def read() -> PyTree:
             place = self.path / "checkpoints" / str(self.latest)
-            if self._checksums().get(place.name, _checksum_of_files(place)) != _checksum_of_files(place):
+            try:
+                found = _checksum_of_files(place)
+            except OSError as error:
+                raise RunError(f"{place} cannot be read: {first_line(error)}") from None
+            if self._checksums().get(place.name, found) != found:
                 raise RunError(f"{place} is damaged; delete it to continue from the one before")
             try:
                 return self._checkpoints.restore(self.latest, args=ocp.args.StandardRestore(abstract))
@@ -282,7 +286,8 @@ def _reserve(directory: Path, size: int) -> None:
     Orbax would find it out in several threads, which say so in a hundred lines.
     """
     if hasattr(os, "posix_fallocate"):
-        with tempfile.TemporaryFile(dir=directory) as file:
+        # Where the system cannot make a file without a name, a kill leaves this one, as litter.
+        with tempfile.TemporaryFile(dir=directory, prefix=".reserved.new-") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
@@ -338,7 +343,7 @@ def _checksum(config: Mapping[str, Any]) -> str:
 def _checksum_of_files(directory: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-        found.update(f"{file.relative_to(directory)} {file.stat().st_size} ".encode())
+        found.update(os.fsencode(f"{file.relative_to(directory)} {file.stat().st_size} "))
         with file.open("rb") as stream:
             for part in iter(lambda: stream.read(2**20), b""):
                 found.update(part)

@@ -24,6 +24,7 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: it cannot be written; the old one is intact.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays, and what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
     try:

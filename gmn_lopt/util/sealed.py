@@ -78,7 +78,7 @@ def write_sealed(path: Path, kind: Kind, architecture: Any, weights: PyTree, tem
         FileError: ``path`` is something else, it cannot be written, or the weights are not like the template, not
             finite, or too many.
     """
-    if os.path.lexists(path) and not os.path.isfile(path / CONFIG_FILE):
+    if holds_other(path):
         thing = kind.name.rpartition(" ")[2]
         raise FileError(f"cannot save {path}: it exists and is not a saved {thing}; choose another path")
     arrays = {name: np.asarray(x) for name, x in named_arrays(weights).items()}
@@ -122,6 +122,11 @@ def read_architecture(path: Path, kind: Kind) -> tuple[dict[str, Any], Any]:
     file = path / CONFIG_FILE
     config = _parse(read_directory(path, {CONFIG_FILE: LARGEST_CONFIG})[CONFIG_FILE], file, kind)
     return config, _architecture(config, file, kind)
+
+
+def holds_other(path: Path) -> bool:
+    """Whether there is something at a path that nothing saved may replace."""
+    return os.path.lexists(path) and not os.path.isfile(path / CONFIG_FILE)
 
 
 def is_there(path: str | os.PathLike[str]) -> bool:
