@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -236,6 +237,23 @@ def test_a_full_disk_ends_in_one_line(run, tmp_path):
             here._metrics._lines.close()
             here._metrics._lines = open("/dev/full", "w")  # noqa: SIM115
             here.log({"meta_step": 5, "loss": 0.5})
+
+
+def test_a_checkpoint_that_fails_in_a_thread_of_orbax_ends_in_one_line(tmp_path, capsys, caplog):
+    """The number of files or their size may be bounded, which is not known before."""
+    state = {"phi": np.arange(1000.0)}
+    with opened(tmp_path / "run") as here:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(RunError, match=r"cannot save the checkpoint of meta-step 1 .*File too large") as error:
+                here.save(1, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert len(str(error.value)) < 1000 and capsys.readouterr().err == "" and not caplog.records
+        here.save(2, state)
+    with opened(tmp_path / "run") as again:
+        assert again.latest == 2
 
 
 def test_a_checkpoint_for_which_the_disk_is_too_full_is_not_begun(run, monkeypatch, capfd):

@@ -29,6 +29,8 @@ def write_atomically(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
+    except OSError as error:  # about the file that is asked for, not about the temporary one
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
