@@ -69,7 +69,7 @@ def main(config: Config) -> bool:
     Raises:
         UsageError, RunError: in one line, what cannot be done.
     """
-    with stop_signal() as stop, connected(config.coordinator, config.processes, config.process_id):
+    with connected(config.coordinator, config.processes, config.process_id), stop_signal() as stop:
         try:
             for stage in config.stages:
                 unroll_shardings(stage.pairs)
