@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from gmn_lopt.util.errors import FileError, first_line
-from gmn_lopt.util.files import read_regular, write_atomically
+from gmn_lopt.util.files import read_regular, remove_partials, write_atomically
 
 LARGEST = 2**34  # bytes
 # What damaged archives raise.
@@ -29,11 +29,14 @@ DAMAGED = (
 def write_arrays(file: Path, arrays: Mapping[str, ArrayLike]) -> None:
     """Write arrays, or numbers and text, all or nothing, in place of what was there.
 
+    What writes into this directory left behind when they were killed is removed.
+
     Raises:
         OSError: the file cannot be written; the old one is intact.
     """
     content = io.BytesIO()
     np.savez(content, **{name: np.asarray(x) for name, x in arrays.items()})  # type: ignore[arg-type]
+    remove_partials(file.parent)
     write_atomically(file, content.getvalue())
 
 

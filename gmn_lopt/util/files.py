@@ -69,7 +69,7 @@ def read_regular(file: Path, most: int, directory: int | None = None) -> bytes:
             if status.st_size > most:
                 raise FileError(f"{file} has {status.st_size} bytes, more than the {most} that it may have")
             with open(descriptor, "rb", closefd=False) as stream:
-                return stream.read(most)
+                return stream.read(status.st_size)  # so much memory is taken, whatever there is to read
         finally:
             os.close(descriptor)
     except FileNotFoundError:
