@@ -33,7 +33,7 @@ class EditorError(OneLine, ValueError):
         ...     load_editor("nowhere", lambda params, points: (points,), {})
         ... except EditorError as error:
         ...     print(error)
-        nowhere/config.json is missing
+        nowhere is missing
     """
 
 
