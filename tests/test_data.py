@@ -4,6 +4,7 @@ import errno
 import importlib.util
 import os
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -122,7 +123,9 @@ def test_cache_round_trip(cache):
     assert [path.name for path in cache.iterdir()] == ["x.npz"]
 
 
-@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "text", "pickle", "shape", "keys", "directory"])
+@pytest.mark.parametrize(
+    "damage", ["empty", "truncated", "flipped", "text", "pickle", "shape", "keys", "directory", "pipe"]
+)
 def test_damaged_cache_is_made_anew(cache, damage):
     cached("x", 1, Build(1.0), check)
     path = cache / "x.npz"
@@ -144,7 +147,7 @@ def test_damaged_cache_is_made_anew(cache, damage):
         np.savez(path, numbers=np.zeros(3))
     else:
         path.unlink()
-        path.mkdir()
+        path.mkdir() if damage == "directory" else os.mkfifo(path)
     build = Build(2.0)
     with pytest.warns(UserWarning, match=r"x\.npz is not used but made anew"):
         if damage == "directory":
@@ -189,6 +192,15 @@ def test_unwritable_cache_loses_nothing(cache, monkeypatch, failing):
     # What was kept before is whole, and no temporary file is left over.
     assert [path.name for path in cache.iterdir()] == ["x.npz"]
     np.testing.assert_array_equal(cached("x", 1, Build(3.0), check)["numbers"], arrays_of(1.0)["numbers"])
+
+
+def test_what_a_killed_process_left_in_the_cache_is_removed(cache):
+    cache.mkdir(exist_ok=True)
+    for name, age in ((".x.npz.12.partial", 4000), (".y.npz.13.partial", 0)):
+        (cache / name).write_bytes(b"half of it")
+        os.utime(cache / name, (time.time() - age,) * 2)
+    cached("x", 1, Build(1.0), check)
+    assert sorted(path.name for path in cache.iterdir()) == [".y.npz.13.partial", "x.npz"]
 
 
 def test_interrupted_write_keeps_the_old_file(cache, monkeypatch):

@@ -56,6 +56,27 @@ def test_a_reader_sees_one_whole_directory_at_any_moment(tmp_path, exchange):
     assert [entry.name for entry in tmp_path.iterdir()] == ["saved"]
 
 
+def test_what_killed_writers_left_is_removed_by_a_later_one(tmp_path):
+    names = [".saved.new-abcdefgh", ".saved.new-recently", ".saved.old-abcdefgh", ".other.new-abcdefgh"]
+    for name in names:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a").write_text("half of it")
+        if "recently" not in name:
+            os.utime(tmp_path / name, (0, 0))
+    write_directory(tmp_path / "saved", content(1))
+    assert sorted(os.listdir(tmp_path)) == sorted([*names[1:], "saved"])
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path, exchange):
+    (tmp_path / "large disk").mkdir()
+    (tmp_path / "saved").symlink_to("large disk/saved")
+    for number in range(2):
+        write_directory(tmp_path / "saved", content(number))
+        assert read_directory(tmp_path / "saved", SIZES) == content(number)
+    assert (tmp_path / "saved").is_symlink() and os.listdir(tmp_path / "large disk") == ["saved"]
+    assert sorted(os.listdir(tmp_path)) == ["large disk", "saved"]
+
+
 KILLED = """
 import os, sys
 from pathlib import Path

@@ -121,10 +121,14 @@ def test_impossible_files_are_refused_in_one_line(saved, tmp_path):
             gmn_lopt.load_predictor(where, of)
         assert "\n" not in str(error.value)
 
-    refused("is not a directory", tmp_path / "nowhere")
+    refused("nowhere.* is missing", tmp_path / "nowhere")
     refused("belongs to a model of other layers", of=other)
     (path / "config.json").write_text(json.dumps(config | {"version": 9}))
+    refused("has format version 9, this gmn_lopt reads version 2: install the gmn_lopt that wrote it")
+    (path / "config.json").write_text(json.dumps(config | {"format": "other"}))
     refused("does not describe a Fisher predictor")
+    (path / "config.json").write_text(json.dumps(config | {"predictor": config["predictor"] | {"residual": False}}))
+    refused("are not what was saved")
     (path / "config.json").write_text(json.dumps(config | {"predictor": {"name": "Other"}}))
     refused("predictor must be one of FisherPredictor")
     (path / "config.json").write_text(json.dumps(config))
@@ -136,3 +140,11 @@ def test_impossible_files_are_refused_in_one_line(saved, tmp_path):
     (tmp_path / "full").mkdir()
     with pytest.raises(FileError, match="is not a saved predictor"):
         gmn_lopt.save_predictor(tmp_path / "full", predictor("gradmetanet")[0], structure, {})
+
+
+def test_weights_that_are_not_finite_are_not_saved(tmp_path):
+    made, structure, weights, _ = predictor("gradmetanet")
+    bad = jax.tree.map(lambda x: x * jnp.nan, weights)
+    with pytest.raises(FileError, match=r"cannot save .*p: weights holds .* with values that are not finite"):
+        gmn_lopt.save_predictor(tmp_path / "p", made, structure, bad)
+    assert not (tmp_path / "p").exists()

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from gmn_lopt.cli import eval as evaluation
 from gmn_lopt.cli import meta_train
+from gmn_lopt.cli.meta_train import from_command_line
 from gmn_lopt.meta import metrics
 from gmn_lopt.meta.metrics import read_rows
+from gmn_lopt.meta.run import check_places
 from gmn_lopt.meta.run_directory import RunDirectory, RunError
 from gmn_lopt.optimizers.saved import load_recipe
 
@@ -32,6 +35,35 @@ def run(tmp_path):
 
 def resume(path, *more):
     command(meta_train.cli, ["--out", str(path), "--resume", *more])
+
+
+@pytest.mark.parametrize("name", ["optimizer", "stages", "stages/0-start", "stages/2-pes"])
+def test_what_is_where_optimizers_are_saved_is_named_before_anything_is_computed(tmp_path, name):
+    file = tmp_path / "run" / name
+    file.parent.mkdir(parents=True)
+    file.write_text("mine")
+    config = from_command_line(None, [*runs.ARGUMENTS, "--stage", "pes:truncation=5", "--out", str(tmp_path / "run")])
+    with pytest.raises(RunError, match=f"/run/{name} is not a .*; delete it to continue"):
+        check_places(config)
+    file.unlink()
+    check_places(config)
+
+
+@pytest.mark.parametrize("task", ["os:system", "planted:make", "learned_optimization:planted:make"])
+def test_code_that_only_a_file_names_is_not_executed(run, tmp_path, monkeypatch, task):
+    """Whoever writes a run directory can sign it."""
+    config = json.loads((run / "config.json").read_text())
+    config["settings"] |= {"task": task, "data_dir": "touch planted"}  # what the shell would be given
+    del config["checksum"]
+    (run / "config.json").write_text(json.dumps(config))
+    (tmp_path / "planted.py").write_text("open('planted', 'w')")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(Refusal, match=f"names, {task}; add --task {task} if that is to be executed"):
+        resume(run)
+    assert not (tmp_path / "planted").exists()
+    with pytest.raises(Refusal, match=r"the run in .* has other settings .*task was"):
+        resume(run, "--task", "linear_regression")
 
 
 def opened(path, **settings):
@@ -53,6 +85,9 @@ def opened(path, **settings):
             "cannot read the checkpoint of meta-step 99|checkpoints/99 is beyond the 4 meta-steps",
         ),
         ("checkpoints/4/default/manifest.ocdbt", b"", "checkpoints/4 is damaged; delete it to continue from"),
+        ("optimizer", b"a file", "optimizer is not a saved optimizer; delete it to continue"),
+        ("optimizer/mine.txt", b"", "optimizer is not a saved optimizer; delete it to continue"),
+        ("checkpoints/4/\udcff", b"", "checkpoints/4 is damaged; delete it to continue from"),
         ("checksums.json", b"[]", "checksums.json is damaged: it does not hold an object; delete it"),
     ],
 )
@@ -202,6 +237,23 @@ def test_a_full_disk_ends_in_one_line(run, tmp_path):
             here._metrics._lines.close()
             here._metrics._lines = open("/dev/full", "w")  # noqa: SIM115
             here.log({"meta_step": 5, "loss": 0.5})
+
+
+def test_a_checkpoint_that_fails_in_a_thread_of_orbax_ends_in_one_line(tmp_path, capsys, caplog):
+    """The number of files or their size may be bounded, which is not known before."""
+    state = {"phi": np.arange(1000.0)}
+    with opened(tmp_path / "run") as here:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            with pytest.raises(RunError, match=r"cannot save the checkpoint of meta-step 1 .*File too large") as error:
+                here.save(1, state)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert len(str(error.value)) < 1000 and capsys.readouterr().err == "" and not caplog.records
+        here.save(2, state)
+    with opened(tmp_path / "run") as again:
+        assert again.latest == 2
 
 
 def test_a_checkpoint_for_which_the_disk_is_too_full_is_not_begun(run, monkeypatch, capfd):

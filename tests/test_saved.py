@@ -31,6 +31,7 @@ from gmn_lopt import (
 )
 from gmn_lopt.optimizers import saved as saved_module
 from gmn_lopt.optimizers.saved import SerializationError, digest, load, load_learned, load_recipe, make_optimizer, save
+from gmn_lopt.util import sealed
 
 MODEL = mlp(5, 7, 4)
 STRUCTURE = analyzed(MODEL)
@@ -126,7 +127,7 @@ def test_what_stepped_aside_for_another_is_loaded(saved):
 
 
 def test_more_weights_than_can_be_loaded_are_not_saved(saved, monkeypatch):
-    monkeypatch.setattr(saved_module, "LARGEST_WEIGHTS", 1000)
+    monkeypatch.setattr(sealed, "LARGEST_WEIGHTS", 1000)
     lopt = LearnedOptimizer(STRUCTURE, residual=small())
     with pytest.raises(SerializationError, match=r"cannot save .*saved: \d+ bytes of weights, more than 1000"):
         save(saved, lopt, lopt.init(jax.random.key(0)))

@@ -222,8 +222,12 @@ def test_damaged_files_are_refused_in_one_line(tmp_path):
         (text.replace('"heads": 2', '"heads": 3'), content, "not what was saved"),
         (text, content[:-1] + b"x", "not what was saved"),
         (text.replace("gmn_lopt editor", "something"), content, "does not describe an editor"),
-        (text.replace('"version": 1,\n  "editor"', '"version": 2,\n  "editor"'), content, "another version"),
-        (text.replace('"outputs": 3,', '"inputs": 3,'), content, "has the entries"),
+        (
+            text.replace('"version": 1,\n  "editor"', '"version": 2,\n  "editor"'),
+            content,
+            "has format version 2, this gmn_lopt reads version 1",
+        ),
+        (text.replace('"outputs": 3,', '"inputs": 3,'), content, "has the unknown entry 'inputs'"),
         ("{", content, "damaged or not JSON"),
     ]
     for config_text, weights_content, words in cases:

@@ -8,12 +8,10 @@ inputs and targets, from which gradients are computed where they are needed.
 """
 
 import hashlib
-import io
 import json
-import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 import gmn_lopt
-from gmn_lopt.util.errors import FileError
-from gmn_lopt.util.files import read_regular, write_atomically
+from gmn_lopt.util.arrays import read_arrays, write_arrays
+from gmn_lopt.util.errors import FileError, first_line
 
-LARGEST = 2**30  # bytes
 CHUNK = 50  # networks whose targets are computed at a time
 SPLITS = ("train", "valid", "test")
 
@@ -128,13 +125,10 @@ def load(config: DataConfig, cache: Path) -> dict[str, Networks]:
     if not file.exists():
         keys = jax.random.split(jax.random.key(config.seed), len(SPLITS))
         made = {split: make(config, getattr(config, split), key) for split, key in zip(SPLITS, keys)}
-        content = io.BytesIO()
-        arrays: dict[str, Any] = {f"{s}_{f}": np.asarray(x) for s in SPLITS for f, x in made[s]._asdict().items()}
-        np.savez(content, **arrays)
         cache.mkdir(parents=True, exist_ok=True)
-        write_atomically(file, content.getvalue())
+        write_arrays(file, {f"{s}_{f}": np.asarray(x) for s in SPLITS for f, x in made[s]._asdict().items()})
     try:
-        arrays = dict(np.load(io.BytesIO(read_regular(file, LARGEST)), allow_pickle=False))
+        arrays = read_arrays(file)
         return {s: Networks(*(jnp.asarray(arrays[f"{s}_{f}"]) for f in Networks._fields)) for s in SPLITS}
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise FileError(f"{file} is damaged; remove it, and it is made again ({type(error).__name__})") from None
+    except (FileError, LookupError, TypeError, ValueError) as error:
+        raise FileError(f"{file} is damaged; remove it, and it is made again ({first_line(error)})") from None

@@ -5,13 +5,11 @@ it goes on where it stopped: what is finished is not done again, and a run has a
 which it ends as it would have, bit for bit. ``python -m experiments.curvature.report`` writes what came out.
 """
 
-import io
 import itertools
 import json
 import math
 import re
 import sys
-import zipfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,12 +26,11 @@ from experiments.curvature.data import DataConfig, Networks, load
 from experiments.curvature.models import MODELS, SAVED, count
 from experiments.curvature.problem import Problem, drawn
 from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
+from gmn_lopt.util.arrays import read_arrays, write_arrays
 from gmn_lopt.util.compilation_cache import keep_compiled
 from gmn_lopt.util.errors import FileError, UsageError, first_line
-from gmn_lopt.util.files import read_json, read_regular, write_atomically
+from gmn_lopt.util.files import read_json, write_atomically
 from gmn_lopt.util.progress import progress
-
-LARGEST = 2**28  # bytes of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -143,9 +140,7 @@ class Run:
 
 def store(file: Path, state: State) -> None:
     """Write a checkpoint."""
-    content = io.BytesIO()
-    np.savez(content, *map(np.asarray, jax.tree.leaves(state)))
-    write_atomically(file, content.getvalue())
+    write_arrays(file, {f"arr_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))})
 
 
 def restore(file: Path, like: State) -> State:
@@ -156,10 +151,10 @@ def restore(file: Path, like: State) -> State:
     """
     leaves, treedef = jax.tree.flatten(like)
     try:
-        arrays = np.load(io.BytesIO(read_regular(file, LARGEST)), allow_pickle=False)
+        arrays = read_arrays(file)
         found = [jnp.asarray(arrays[f"arr_{i}"]) for i in range(len(leaves))]
-    except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as error:
-        raise FileError(f"{file} is damaged; remove it to train from the beginning ({type(error).__name__})") from None
+    except (FileError, LookupError, TypeError, ValueError) as error:
+        raise FileError(f"{file} is damaged; remove it to train from the beginning ({first_line(error)})") from None
     if [x.shape for x in found] != [x.shape for x in leaves]:
         raise FileError(f"{file} belongs to another setting; remove it, or choose another --out")
     restored: State = jax.tree.unflatten(treedef, found)

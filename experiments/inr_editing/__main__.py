@@ -18,7 +18,7 @@ from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
 from gmn_lopt.networks.saved_editor import EditorError
 from gmn_lopt.tasks.data.cache import DataError
 from gmn_lopt.util.compilation_cache import keep_compiled
-from gmn_lopt.util.errors import UsageError
+from gmn_lopt.util.errors import FileError, UsageError
 
 # docs/inr_editing.md says what each of them costs.
 QUICK = Setting(
@@ -122,7 +122,7 @@ def cli(args: list[str] | None = None) -> int:
     try:
         with one_line_for_the_machine():
             print(main(config))
-    except (UsageError, DataError, EditorError) as error:
+    except (UsageError, FileError, DataError, EditorError) as error:
         print(f"experiments.inr_editing: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from experiments.inr_editing import data
 from experiments.inr_editing.train import SHOWN, Setting
 from gmn_lopt.evaluation.protocol import mean_and_std
 from gmn_lopt.evaluation.report import markdown_table, spread
+from gmn_lopt.util.arrays import read_arrays
 from gmn_lopt.util.files import write_atomically
 
 HEAD = ("network", "reads", "test error x 100", "gain", "error, valid x 100", "weights", "seconds")
@@ -74,7 +75,7 @@ def draw(file: Path, setting: Setting, test: data.Split, runs: dict[tuple[str, s
         "target": np.asarray(test.target[:SHOWN]),
     }
     for (network, method), run in runs.items():
-        rows[f"{network} {LABELS[method]}"] = np.load(run / "shown.npy", allow_pickle=False)
+        rows[f"{network} {LABELS[method]}"] = read_arrays(run / "shown.npz")["shown"]
     figure = Figure(figsize=(1.0 * SHOWN + 2.6, 1.0 * len(rows)), layout="constrained", dpi=100)
     axes = figure.subplots(len(rows), SHOWN, squeeze=False)
     for line, (label, values) in zip(axes, rows.items()):

@@ -1,7 +1,7 @@
 """Train one editor of SIRENs, so that an interrupted run goes on where it stopped, bit for bit."""
 
-import io
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -22,7 +22,8 @@ from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
 from gmn_lopt.networks.graph import GraphNetwork
 from gmn_lopt.networks.saved_editor import save_editor
-from gmn_lopt.util.errors import UsageError
+from gmn_lopt.util.arrays import read_arrays, write_arrays
+from gmn_lopt.util.errors import FileError, UsageError
 from gmn_lopt.util.files import read_json, write_atomically
 from gmn_lopt.util.progress import progress
 
@@ -141,7 +142,7 @@ def train(
         setting, network, method: what is trained; see :func:`make_editor`.
         seed: of the weights and the batches.
         splits: the networks, of :func:`data.load`.
-        out: a directory of this run: its checkpoint, ``result.json``, the editor, and ``shown.npy``, what the first
+        out: a directory of this run: its checkpoint, ``result.json``, the editor, and ``shown.npz``, what the first
             networks of the test split show.
         quiet: whether to show no progress.
 
@@ -152,10 +153,12 @@ def train(
         UsageError: what is in the directory was trained otherwise.
     """
     described = json.loads(json.dumps({**asdict(setting), "network": network, "method": method, "seed": seed}))
-    if (out / "result.json").is_file():
+    if os.path.lexists(out / "result.json"):
         result = read_json(out / "result.json")
-        if result["setting"] != described:
+        if result.get("setting") != described:
             raise UsageError(f"{out} was trained with other settings: choose another --out")
+        if lacking := sorted({"errors", "weights", "seconds"} - result.keys()):
+            raise UsageError(f"{out / 'result.json'} is damaged: {lacking[0]} is not there; remove it to begin again")
         return result
     out.mkdir(parents=True, exist_ok=True)
     kind = data.IMAGES[setting.data]
@@ -190,7 +193,7 @@ def train(
                 _write_checkpoint(out / "checkpoint.npz", state, described, step, seconds + last - start)
     values = {name: show(state["best"], splits[name].params, known[name]) for name in ("valid", "test")}
     errors = {name: float(mean_error(x, splits[name])) for name, x in values.items()}
-    np.save(out / "shown.npy", np.asarray(values["test"][:SHOWN]))
+    write_arrays(out / "shown.npz", {"shown": np.asarray(values["test"][:SHOWN])})
     save_editor(out / "editor", editor, siren.forward, first(splits["train"].params), state["best"])
     result = {
         "setting": described,
@@ -262,24 +265,21 @@ def mean_error(values: Float[Array, "n pixels c"], split: data.Split) -> Array:
 
 
 def _write_checkpoint(file: Path, state: PyTree, described: dict[str, Any], step: int, seconds: float) -> None:
-    content = io.BytesIO()
     arrays = {f"leaf_{i}": np.asarray(x) for i, x in enumerate(jax.tree.leaves(state))}
-    np.savez(content, described=json.dumps(described), step=step, seconds=seconds, **arrays)  # type: ignore[arg-type]
-    write_atomically(file, content.getvalue())
+    write_arrays(file, {"described": json.dumps(described), "step": step, "seconds": seconds, **arrays})
 
 
 def _read_checkpoint(file: Path, state: PyTree, described: dict[str, Any]) -> tuple[PyTree, int, float] | None:
-    if not file.is_file():
+    if not os.path.lexists(file):
         return None
     try:
-        with np.load(file, allow_pickle=False) as saved:
-            arrays = dict(saved)
+        arrays = read_arrays(file)
         if json.loads(str(arrays["described"])) != described:
             raise UsageError(f"{file} is of a run with other settings: choose another --out")
         leaves, treedef = jax.tree.flatten(state)
         found = [jnp.asarray(arrays[f"leaf_{i}"]) for i in range(len(leaves))]
         return jax.tree.unflatten(treedef, found), int(arrays["step"]), float(arrays["seconds"])
-    except (OSError, KeyError, ValueError, EOFError) as error:
-        if isinstance(error, UsageError):
-            raise
+    except UsageError:
+        raise
+    except (FileError, LookupError, TypeError, ValueError) as error:
         raise UsageError(f"{file} is damaged: remove it to begin this run again") from error

@@ -22,6 +22,7 @@ import copy
 import dataclasses
 import importlib.metadata
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -34,11 +35,11 @@ from jaxtyping import PyTree
 
 from gmn_lopt.cli.command_line import one_line_for_the_machine, parse
 from gmn_lopt.meta.augmentation import AugmentedProblem
-from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, to_json
+from gmn_lopt.meta.config import FREE, SPREAD, Config, from_json, names_a_module, to_json
 from gmn_lopt.meta.mixture import MixtureProblem
 from gmn_lopt.meta.presets import BEST, PRESETS
 from gmn_lopt.meta.processes import check_same, connected, is_first, stop_signal
-from gmn_lopt.meta.run import train
+from gmn_lopt.meta.run import check_places, train
 from gmn_lopt.meta.run_directory import RunDirectory, RunError, differences, holds_run, read_settings
 from gmn_lopt.meta.sharding import unroll_shardings
 from gmn_lopt.meta.stages import Stage, parse_stage
@@ -69,7 +70,7 @@ def main(config: Config) -> bool:
     Raises:
         UsageError, RunError: in one line, what cannot be done.
     """
-    with stop_signal() as stop, connected(config.coordinator, config.processes, config.process_id):
+    with connected(config.coordinator, config.processes, config.process_id), stop_signal() as stop:
         try:
             for stage in config.stages:
                 unroll_shardings(stage.pairs)
@@ -84,6 +85,7 @@ def main(config: Config) -> bool:
             if run.latest > total:
                 file = run.path / "checkpoints" / str(run.latest)
                 raise RunError(f"{file} is beyond the {total} meta-steps of the run; delete it to continue")
+            check_places(config)
             if run.complete == total:
                 if is_first():
                     print(f"{config.out} is complete: {total} meta-steps")
@@ -185,6 +187,11 @@ def from_command_line(description: str | None, args: Sequence[str]) -> Config:
         default = PRESETS[chosen.preset or "best"]
         if resuming:
             run = from_json(read_settings(found.out), found.out / "config.json")
+            if not found.task and names_a_module(run.task):
+                raise UsageError(
+                    f"--resume: the task of the run in {found.out} is made by the module that config.json names, "
+                    f"{run.task}; add --task {shlex.quote(run.task)} if that is to be executed"
+                )
             # A preset that is given again is compared with the run's settings, like everything else.
             default = replace(run, optimizer=default.optimizer, stages=default.stages) if chosen.preset else run
         if found.start and not resuming:

@@ -4,8 +4,6 @@
 its files, which are of the same kind: JSON and safetensors, nothing executable.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,22 +13,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import PyTree
 
 from gmn_lopt.curvature.standardization import fit_standardization, standardize
 from gmn_lopt.factors import Factors, GradientStructure
 from gmn_lopt.networks import GradMetaNetConfig, GradMetaNetPlusPlusConfig, init_gradmetanet
-from gmn_lopt.util.codec import from_json, to_json
-from gmn_lopt.util.directories import write_directory
-from gmn_lopt.util.errors import FileError, first_line
-from gmn_lopt.util.files import read_json, read_regular
+from gmn_lopt.util.errors import FileError
+from gmn_lopt.util.sealed import Kind, fitting, read_sealed, write_sealed
 
-FORMAT, VERSION = "gmn_lopt Fisher predictor", 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
-LARGEST = 2**30  # bytes
+WEIGHTS_FILE = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -102,6 +93,10 @@ class FisherPredictor:
         return jax.tree.unflatten(structure.treedef, [y * target["deviation"] + target["mean"] for y in found])
 
 
+BEFORE = "its configuration had no checksum: train it again"
+KIND = Kind("a Fisher predictor", "predictor", FisherPredictor, 2, WEIGHTS_FILE, before={1: BEFORE})
+
+
 def standard_estimate(structure: GradientStructure, factors: Factors) -> list[jax.Array]:
     """The mean over the set of the squared gradients, for models whose set are examples: of each leaf."""
     squared = jax.tree.map(jnp.square, factors)
@@ -132,16 +127,7 @@ def save_predictor(
         >>> weights = predictor.init(jax.random.key(0), structure, several, {"w": jnp.arange(6.0).reshape(1, 2, 3)})
         >>> gmn_lopt.save_predictor("my-predictor", predictor, structure, weights)
     """
-    path = Path(path)
-    if path.exists() and not (path / CONFIG_FILE).is_file():
-        raise FileError(f"cannot save {path}: it exists and is not a saved predictor; choose another path")
-    content = safetensors.numpy.save({name: np.asarray(x) for name, x in _named(weights).items()})
-    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "predictor": to_json(predictor)}
-    config["checksum"] = hashlib.sha256(content).hexdigest()
-    try:
-        write_directory(path, {WEIGHTS_FILE: content, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()})
-    except OSError as error:
-        raise FileError(f"cannot save {path}: {first_line(error)}") from None
+    write_sealed(Path(path), KIND, predictor, weights, _template(predictor, structure))
 
 
 def load_predictor(path: str | os.PathLike[str], structure: GradientStructure) -> Callable[[Factors], PyTree]:
@@ -172,30 +158,12 @@ def load_predictor(path: str | os.PathLike[str], structure: GradientStructure) -
         >>> gmn_lopt.load_predictor("my-predictor", structure)(factors)["w"].shape
         (2, 3)
     """
-    directory = Path(path)
-    if not directory.is_dir():
-        raise FileError(f"{path} is not a directory: give the one that gmn_lopt.save_predictor wrote")
-    file, weights_file = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    config = read_json(file)
-    if config.get("format") != FORMAT or config.get("version") != VERSION:
-        raise FileError(f"{file} does not describe a Fisher predictor that this gmn_lopt reads")
-    content = read_regular(weights_file, LARGEST)
-    if hashlib.sha256(content).hexdigest() != config.get("checksum"):
-        raise FileError(f"{weights_file} is damaged: it is not what was saved")
+    saved = read_sealed(Path(path), KIND)
+    predictor: FisherPredictor = saved.architecture
     try:
-        predictor = from_json(config.get("predictor"), FisherPredictor, "predictor")
-        arrays = safetensors.numpy.load(content)
-    except (ValueError, KeyError, OverflowError, safetensors.SafetensorError) as error:
-        raise FileError(f"{directory} is damaged: {first_line(error)}") from None
-    template = _template(predictor, structure)
-    for name, like in _named(template).items():
-        if name not in arrays or arrays[name].shape != like.shape:
-            raise FileError(
-                f"{weights_file} has no {name} of shape {like.shape}: it belongs to a model of other layers"
-            )
-    if unknown := sorted(arrays.keys() - _named(template).keys()):
-        raise FileError(f"{weights_file} holds {unknown[0]}: it belongs to a model of other layers")
-    weights = jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(arrays[name]) for name in _named(template)])
+        weights = fitting(saved.arrays, _template(predictor, structure), str(Path(path) / WEIGHTS_FILE))
+    except FileError as error:
+        raise FileError(f"{error}: it belongs to a model of other layers") from None
     return lambda factors: predictor.predict(structure, weights, factors)
 
 
@@ -210,7 +178,3 @@ def _template(predictor: FisherPredictor, structure: GradientStructure) -> dict[
         lambda key, a, g, y: predictor.init(key, structure, Factors(a, g), y), jax.random.key(0), *shapes, targets
     )
     return found
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}

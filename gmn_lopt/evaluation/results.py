@@ -1,32 +1,17 @@
 """Results on disk: one file per finished unit of work, so that an interrupted evaluation goes on where it stopped."""
 
 import hashlib
-import io
 import json
 import re
-import tempfile
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from gmn_lopt.util.arrays import read_arrays, write_arrays
 from gmn_lopt.util.errors import FileError, UsageError
-from gmn_lopt.util.files import read_json, read_regular, remove_partials, write_atomically
-
-LARGEST = 2**34  # bytes
-# What damaged archives raise.
-DAMAGED = (
-    ValueError,
-    LookupError,
-    ArithmeticError,
-    EOFError,
-    MemoryError,
-    RuntimeError,
-    SyntaxError,
-    zipfile.BadZipFile,
-)
+from gmn_lopt.util.files import read_json, remove_partials, write_atomically
 
 
 class Results:
@@ -68,31 +53,16 @@ class Results:
     def load(self, name: str, fingerprint: str) -> dict[str, np.ndarray] | None:
         """The arrays saved under a name, or None if there are none of this fingerprint."""
         try:
-            loaded = _read_arrays(read_regular(self._file(name), LARGEST))
-        except (FileError, *DAMAGED):
+            loaded = read_arrays(self._file(name))
+        except FileError:
             return None
         found = loaded.pop("fingerprint", None)
         return loaded if found is not None and str(found) == fingerprint else None
 
     def save(self, name: str, fingerprint: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Save arrays under a name, all or nothing, in place of what was there."""
-        with tempfile.TemporaryFile() as buffer:
-            np.savez(buffer, fingerprint=np.asarray(fingerprint), **dict(arrays))  # type: ignore[arg-type]
-            buffer.seek(0)
-            write_atomically(self._file(name), buffer.read())
+        write_arrays(self._file(name), {"fingerprint": fingerprint, **arrays})
 
     def _file(self, name: str) -> Path:
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", name).strip("-.")[:60]
         return self.directory / f"{readable}-{hashlib.sha256(name.encode()).hexdigest()[:8]}.npz"
-
-
-def _read_arrays(content: bytes) -> dict[str, np.ndarray]:
-    """The arrays of an ``.npz`` file that :meth:`Results.save` wrote, whose parts are not compressed."""
-    file = io.BytesIO(content)
-    parts = zipfile.ZipFile(file).infolist()
-    if any(part.compress_type != zipfile.ZIP_STORED for part in parts) or sum(x.file_size for x in parts) > len(
-        content
-    ):
-        raise ValueError("it would become larger than the file")
-    with np.load(file, allow_pickle=False) as arrays:
-        return dict(arrays)

@@ -19,9 +19,10 @@ from gmn_lopt.factors.structure import GradientStructure
 from gmn_lopt.interop import learned_optimization
 from gmn_lopt.meta.task import Task, task_structure
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
-from gmn_lopt.optimizers.saved import CONFIG_FILE, WEIGHTS_FILE, digest, load_learned, make_optimizer
+from gmn_lopt.optimizers.saved import build_learned, digest, make_optimizer, read_saved
 from gmn_lopt.util.checks import plain_numbers, settings_of_steps
 from gmn_lopt.util.errors import UsageError, first_line
+from gmn_lopt.util.sealed import CONFIG_FILE, is_there
 from gmn_lopt.util.spec import parse_spec, split_label
 
 OPTAX = "optax:"
@@ -167,14 +168,14 @@ def _learned(
 ) -> Candidate:
     """One that differs from a known one in its meta-parameters only shares its compiled programs."""
     path = Path(place)
-    directory = path / "optimizer" if (path / "optimizer").is_dir() else path
-    if path.is_dir() and not (directory / "config.json").is_file():
+    of_run = is_there(path / "optimizer")
+    if path.is_dir() and not of_run and not (path / CONFIG_FILE).is_file():
         raise ValueError("neither a run of meta_train.py nor a saved optimizer: no config.json")
-    lopt, phi = load_learned(str(directory) if path.is_dir() else place, structure)
+    saved = read_saved(path / "optimizer" if of_run else place)
+    lopt, phi = build_learned(saved, structure)
     make_optimizer(lopt, phi, settings, place)  # refuses settings that it does not take
-    if path.is_dir():
-        files = {name: directory / name for name in (CONFIG_FILE, WEIGHTS_FILE)}
-        parts = [part for name, file in files.items() for part in (name.encode(), file.read_bytes())]
+    if is_there(path):
+        parts = [part for name, content in saved.contents.items() for part in (name.encode(), content)]
     else:
         parts = [place.encode(), *(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(phi))]
     if settings:

@@ -1,5 +1,6 @@
 """The configuration of a meta-training run, and how it is written and read."""
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +13,7 @@ from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util import codec
 from gmn_lopt.util.checks import LONGEST_HORIZON, path, positive, whole
 from gmn_lopt.util.errors import UsageError
+from gmn_lopt.util.spec import parse_spec
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Config:
     data_dir: str | None = None
     """Directory of data sets (TensorFlow Datasets' layout); default: its own."""
     resume: bool = False
-    """Continue the run in --out, with its settings; nothing else has to be given again."""
+    """Continue the run in --out, with its settings; nothing else has to be given again but a task of your own, so that
+    no file can name the code that is executed."""
     seed: int = 0
     """Seed of all randomness."""
     start: str | None = None
@@ -81,6 +84,22 @@ class Config:
 SPREAD = ("coordinator", "processes", "process_id")
 # What a run may be resumed with other values of: none of it changes the meta-parameters that result.
 FREE = ("out", "data_dir", "resume", "log_every", "checkpoint_every", "keep", "keep_every")
+
+
+def names_a_module(task: str) -> bool:
+    """Whether a task is made by code that its text names, and not by this package's: to load it is to execute that.
+
+    Example:
+        >>> names_a_module("digits_mlp:hidden=8"), names_a_module("os:system")
+        (False, True)
+    """
+    return ":" in parse_spec(task)[0]
+
+
+def resuming(config: Config) -> str:
+    """The flags that continue a run."""
+    task = f" --task {shlex.quote(config.task)}" if names_a_module(config.task) else ""
+    return f"--out {config.out} --resume{task}"
 
 
 def to_json(config: Config) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from jaxtyping import Array, PyTree
 
-from gmn_lopt.meta.config import Config
+from gmn_lopt.meta.config import Config, resuming
 from gmn_lopt.meta.meta_step import MetaStep
 from gmn_lopt.meta.mixture import MixedMetaStep, MixtureProblem
 from gmn_lopt.meta.processes import is_first
@@ -22,6 +23,7 @@ from gmn_lopt.meta.training_problem import TrainingProblem
 from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer
 from gmn_lopt.optimizers.saved import SerializationError, save
 from gmn_lopt.util.progress import progress
+from gmn_lopt.util.sealed import holds_other
 
 RUN_AHEAD = 4  # meta-steps that may be in flight on the device before the host waits
 
@@ -58,7 +60,7 @@ def train(
         for index, (stage, meta_step, end) in enumerate(zip(config.stages, meta_steps, ends, strict=True)):
             if run.latest > end:
                 continue
-            name, step = f"{index + 1}-{stage.estimator}", end - stage.meta_steps
+            name, step = _stage_name(index, stage), end - stage.meta_steps
             bar.set_description(f"{name}, compiling")
             init_key, step_key = jax.random.split(jax.random.fold_in(key, index + 1))
             data, step_key = meta_step.place((problem.splits(), step_key))
@@ -90,11 +92,26 @@ def train(
             phi = jax.device_get(state.phi)
     if step < total:
         if is_first():
-            text = f"interrupted at meta-step {step} of {total}; continue with --out {run.path} --resume"
+            text = f"interrupted at meta-step {step} of {total}; continue with {resuming(config)}"
             print(text, file=sys.stderr)
         return False
     run.mark_complete(total)
     return True
+
+
+def check_places(config: Config) -> None:
+    """Raise a RunError if something is where optimizers are to be saved: at the first save work would be lost."""
+    stages = config.out / "stages" if len(config.stages) > 1 else None
+    if stages is not None and os.path.lexists(stages) and not stages.is_dir():
+        raise RunError(f"--out {config.out}: {stages} is not a directory; delete it to continue")
+    names = ["0-start", *(_stage_name(i, stage) for i, stage in enumerate(config.stages))]
+    for place in (config.out / "optimizer", *(stages / name for name in names if stages is not None)):
+        if holds_other(place):
+            raise RunError(f"--out {config.out}: {place} is not a saved optimizer; delete it to continue")
+
+
+def _stage_name(index: int, stage: Stage) -> str:
+    return f"{index + 1}-{stage.estimator}"
 
 
 class _Rows:

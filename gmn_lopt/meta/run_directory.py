@@ -4,11 +4,14 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
+import logging
 import os
 import stat
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -140,7 +143,8 @@ class RunDirectory:
         checkpoints.mkdir(exist_ok=True)
         _check_checkpoints(checkpoints)
         try:
-            self._checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
+            with _quiet():
+                self._checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
             files.callback(self._checkpoints.close)
             steps = sorted(self._checkpoints.all_steps())
             for step in steps[:-keep]:  # a process that was killed has not removed them all
@@ -182,12 +186,13 @@ class RunDirectory:
             try:
                 _reserve(self.path, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole)) + OVERHEAD)
                 self._note_checksum(meta_step, None)  # of another of this name, should the process be killed below
-                self._checkpoints.save(meta_step, args=ocp.args.StandardSave(whole), force=True)
-                self._checkpoints.wait_until_finished()
+                with _quiet():
+                    self._checkpoints.save(meta_step, args=ocp.args.StandardSave(whole), force=True)
+                    self._checkpoints.wait_until_finished()
                 self._note_checksum(meta_step, _checksum_of_files(self.path / "checkpoints" / str(meta_step)))
             except Exception as error:  # orbax and tensorstore raise many kinds, a full disk among them
                 raise RunError(
-                    f"cannot save the checkpoint of meta-step {meta_step} in {self.path}: {first_line(error)}; earlier "
+                    f"cannot save the checkpoint of meta-step {meta_step} in {self.path}: {_said(error)}; earlier "
                     "checkpoints are intact, continue with --resume"
                 ) from None
 
@@ -224,15 +229,19 @@ class RunDirectory:
 
         def read() -> PyTree:
             place = self.path / "checkpoints" / str(self.latest)
-            if self._checksums().get(place.name, _checksum_of_files(place)) != _checksum_of_files(place):
+            try:
+                found = _checksum_of_files(place)
+            except OSError as error:
+                raise RunError(f"{place} cannot be read: {first_line(error)}") from None
+            if self._checksums().get(place.name, found) != found:
                 raise RunError(f"{place} is damaged; delete it to continue from the one before")
             try:
-                return self._checkpoints.restore(self.latest, args=ocp.args.StandardRestore(abstract))
+                with _quiet():
+                    return self._checkpoints.restore(self.latest, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # as many kinds as in save
                 raise RunError(
-                    f"cannot read the checkpoint of meta-step {self.latest} in {self.path}: "
-                    f"{first_line(error).partition(' [tensorstore_spec')[0]}; "
-                    f"delete {place} to continue from the one before"
+                    f"cannot read the checkpoint of meta-step {self.latest} in {self.path}: {_said(error)}; delete "
+                    f"{place} to continue from the one before"
                 ) from None
 
         def spread(x: jax.Array, mine: Any) -> jax.Array:
@@ -276,13 +285,35 @@ def _writing(file: Path) -> Iterator[None]:
         raise RunError(f"cannot write {file}: {error.strerror}; checkpoints are intact") from None
 
 
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Let orbax say nothing: what fails in its threads they log and print with a traceback, and it is raised, too."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            try:
+                yield
+            except Exception:
+                time.sleep(0.3)  # in which threads that had not ended yet say so
+                raise
+    finally:
+        logging.disable(before)
+
+
+def _said(error: Exception) -> str:
+    """What orbax says, without its settings."""
+    return first_line(error).partition(" [tensorstore_spec")[0]
+
+
 def _reserve(directory: Path, size: int) -> None:
     """Raise an OSError if the disk is too full for so many bytes.
 
     Orbax would find it out in several threads, which say so in a hundred lines.
     """
     if hasattr(os, "posix_fallocate"):
-        with tempfile.TemporaryFile(dir=directory) as file:
+        # Where the system cannot make a file without a name, a kill leaves this one, as litter.
+        with tempfile.TemporaryFile(dir=directory, prefix=".reserved.new-") as file:
             try:
                 os.posix_fallocate(file.fileno(), 0, size)
             except OSError as error:
@@ -338,7 +369,7 @@ def _checksum(config: Mapping[str, Any]) -> str:
 def _checksum_of_files(directory: Path) -> str:
     found = hashlib.sha256()
     for file in sorted(path for path in directory.rglob("*") if path.is_file()):
-        found.update(f"{file.relative_to(directory)} {file.stat().st_size} ".encode())
+        found.update(os.fsencode(f"{file.relative_to(directory)} {file.stat().st_size} "))
         with file.open("rb") as stream:
             for part in iter(lambda: stream.read(2**20), b""):
                 found.update(part)

@@ -29,7 +29,7 @@ from gmn_lopt.networks.gradmetanet import GradMetaNetConfig
 from gmn_lopt.networks.gradmetanet_pp import GradMetaNetPlusPlusConfig
 from gmn_lopt.networks.graph import GraphNetwork
 from gmn_lopt.networks.initialization import matrix, vector
-from gmn_lopt.util.checks import whole
+from gmn_lopt.util.checks import LARGEST, number, whole
 from gmn_lopt.util.errors import first_line
 
 FIRST_SCALE = 0.01
@@ -90,7 +90,9 @@ class Editor:
         whole(self, "heads", most=64)
         if not self.points or len({len(point) for point in self.points}) != 1:
             raise ValueError("Editor.points must be at least one point, and all of them of as many coordinates")
-        if not all(spread > 0 for spread in self.spreads):
+        if not all(number(x) and abs(x) <= LARGEST for point in self.points for x in point):
+            raise ValueError(f"Editor.points must have coordinates of at most {LARGEST}")
+        if not all(number(spread) and 0 < spread <= LARGEST for spread in self.spreads):
             raise ValueError("Editor.spreads must be positive")
 
     def module(self, forward: Forward, params: PyTree) -> "EditorModule":

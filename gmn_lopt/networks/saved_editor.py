@@ -5,10 +5,7 @@ steps, needs to know how the network is computed and what its edited image holds
 belongs to networks of one architecture. So :func:`load_editor` reads its files, which are of the same kind.
 """
 
-import hashlib
-import json
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,21 +14,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
-import safetensors.numpy
 from jaxtyping import ArrayLike, Float, PyTree
 
 from gmn_lopt.factors.names import leaf_name
 from gmn_lopt.networks.editor import Editor, EditorModule, Forward
-from gmn_lopt.util.codec import from_json, to_json
-from gmn_lopt.util.directories import write_directory
 from gmn_lopt.util.errors import FileError, OneLine, first_line
-from gmn_lopt.util.files import read_json, read_regular
+from gmn_lopt.util.sealed import CONFIG_FILE, Kind, fitting, read_sealed, write_sealed
 
-FORMAT, VERSION = "gmn_lopt editor", 1
-CONFIG_FILE, WEIGHTS_FILE = "config.json", "weights.safetensors"
-LARGEST_CONFIG, LARGEST_WEIGHTS = 2**20, 2**30  # bytes
-ENTRIES = ("format", "version", "editor", "leaves", "outputs", "checksum")
+WEIGHTS_FILE = "weights.safetensors"
+KIND = Kind("an editor", "editor", Editor, 1, WEIGHTS_FILE, ("leaves", "outputs"))
 
 
 class EditorError(OneLine, ValueError):
@@ -42,7 +33,7 @@ class EditorError(OneLine, ValueError):
         ...     load_editor("nowhere", lambda params, points: (points,), {})
         ... except EditorError as error:
         ...     print(error)
-        nowhere/config.json is missing
+        nowhere is missing
     """
 
 
@@ -117,20 +108,13 @@ def save_editor(
         >>> edited["w"].shape
         (1, 2, 3)
     """
-    path = Path(path)
-    if path.exists() and not (path / CONFIG_FILE).is_file():
-        raise EditorError(f"cannot save {path}: it exists and is not a saved editor; choose another path")
-    arrays = {name: np.asarray(x) for name, x in _named(weights).items()}
-    _check_finite(arrays, f"cannot save {path}: the editor")
-    content = safetensors.numpy.save(arrays)
+    leaves = [[name, list(shape)] for name, shape in _described(params)]
     outputs = _outputs(editor, forward, params)
-    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "editor": to_json(editor), "outputs": outputs}
-    config["leaves"] = [[name, list(shape)] for name, shape in _described(params)]
-    config["checksum"] = _checksum(config, content)
+    template = _template(editor, editor.module(forward, params), params, outputs)
     try:
-        write_directory(path, {WEIGHTS_FILE: content, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()})
-    except OSError as error:
-        raise EditorError(f"cannot save {path}: {error.strerror or error}") from error
+        write_sealed(Path(path), KIND, editor, weights, template, leaves=leaves, outputs=outputs)
+    except FileError as error:
+        raise EditorError(str(error)) from error
 
 
 def load_editor(path: str | os.PathLike[str], forward: Forward, params: PyTree) -> LoadedEditor:
@@ -152,41 +136,28 @@ def load_editor(path: str | os.PathLike[str], forward: Forward, params: PyTree) 
         ...     print("no such editor")
         no such editor
     """
-    file, weights_file = Path(path) / CONFIG_FILE, Path(path) / WEIGHTS_FILE
+    path, what = Path(path), Path(path) / CONFIG_FILE
     try:
-        config = read_json(file, LARGEST_CONFIG)
-        if config.get("format") != FORMAT:
-            raise EditorError(f"{file} does not describe an editor of gmn_lopt")
-        if type(config.get("version")) is not int or config["version"] != VERSION:
-            raise EditorError(f"{file} is of another version than {VERSION}: install the gmn_lopt that wrote it")
-        content = read_regular(weights_file, LARGEST_WEIGHTS)
+        saved = read_sealed(path, KIND)
+        editor, there = saved.architecture, [(name, tuple(shape)) for name, shape in saved.config.get("leaves") or ()]
+        _check_leaves(_described(params), there, str(what))
+        module, outputs = editor.module(forward, params), _outputs(editor, forward, params)
+        if outputs != saved.config.get("outputs"):
+            raise EditorError(f"{what}: it edits networks with other outputs than the {outputs} of this one")
+        weights = fitting(saved.arrays, _template(editor, module, params, outputs), str(path / WEIGHTS_FILE))
     except FileError as error:
         raise EditorError(str(error)) from None
-    if sorted(config) != sorted(ENTRIES):
-        raise EditorError(f"{file} has the entries {', '.join(sorted(config))}, not {', '.join(sorted(ENTRIES))}")
-    if config.pop("checksum") != _checksum(config, content):
-        raise EditorError(f"{path} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not what was saved")
-    try:
-        arrays = safetensors.numpy.load(content)
-        editor = from_json(config["editor"], Editor, "editor")
-        there = [(str(name), tuple(map(int, shape))) for name, shape in config["leaves"]]
-        _check_leaves(_described(params), there, str(file))
-        module = editor.module(forward, params)
-        outputs = _outputs(editor, forward, params)
     except EditorError:
         raise
-    except (safetensors.SafetensorError, ValueError, KeyError, TypeError, OverflowError) as error:
+    except (ValueError, TypeError) as error:
         raise EditorError(f"{path}: {first_line(error)}") from error
-    if outputs != config["outputs"]:
-        raise EditorError(f"{file}: it edits networks with {config['outputs']} outputs, this one has {outputs}")
-    shapes = jax.ShapeDtypeStruct((len(editor.points), outputs), jnp.float32)
-    template = jax.eval_shape(module.init, jax.random.key(0), params, shapes)["params"]
-    expected = {name: (x.shape, str(x.dtype)) for name, x in _named(template).items()}
-    if {name: (x.shape, str(x.dtype)) for name, x in arrays.items()} != expected:
-        raise EditorError(f"{weights_file} does not hold the weights of the architecture in {CONFIG_FILE}")
-    _check_finite(arrays, str(weights_file))
-    leaves = [jnp.asarray(arrays[name]) for name in _named(template)]
-    return LoadedEditor(module, jax.tree.unflatten(jax.tree.structure(template), leaves), outputs)
+    return LoadedEditor(module, weights, outputs)
+
+
+def _template(editor: Editor, module: EditorModule, params: PyTree, outputs: int) -> PyTree:
+    """Shapes of the weights."""
+    values = jax.ShapeDtypeStruct((len(editor.points), outputs), jnp.float32)
+    return jax.eval_shape(module.init, jax.random.key(0), params, values)["params"]
 
 
 def _outputs(editor: Editor, forward: Forward, params: PyTree) -> int:
@@ -207,19 +178,3 @@ def _check_leaves(here: list[tuple[str, tuple[int, ...]]], there: list[tuple[str
     if here != there:
         words = (", ".join(f"{name} {list(shape)}" for name, shape in leaves) for leaves in (there, here))
         raise EditorError(f"{what} edits networks with the parameters {next(words)}; this one has {next(words)}")
-
-
-def _named(tree: PyTree) -> dict[str, Any]:
-    return {
-        jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def _check_finite(arrays: Mapping[str, np.ndarray], what: str) -> None:
-    for name, array in sorted(arrays.items()):
-        if not np.isfinite(array).all():
-            raise EditorError(f"{what} holds {name} with values that are not finite")
-
-
-def _checksum(config: Mapping[str, Any], weights: bytes) -> str:
-    return hashlib.sha256(json.dumps(config, sort_keys=True).encode() + weights).hexdigest()

@@ -4,18 +4,14 @@ import contextlib
 import hashlib
 import inspect
 import itertools
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import optax
-import safetensors
-import safetensors.numpy
 from jaxtyping import PyTree
 
 from gmn_lopt.factors.structure import GradientStructure
@@ -23,22 +19,25 @@ from gmn_lopt.optimizers.learned_optimizer import LearnedOptimizer, LearningRate
 from gmn_lopt.optimizers.leaves import Mask, tied_leaves
 from gmn_lopt.optimizers.recipes import Recipe
 from gmn_lopt.util.checks import settings_of_steps
-from gmn_lopt.util.codec import from_json, to_json
-from gmn_lopt.util.directories import read_directory, stepped_aside, write_directory
+from gmn_lopt.util.codec import from_json
 from gmn_lopt.util.errors import FileError, OneLine, first_line
-from gmn_lopt.util.files import parse_object
+from gmn_lopt.util.sealed import (
+    CONFIG_FILE,
+    Kind,
+    Sealed,
+    fitting,
+    is_there,
+    named_arrays,
+    read_architecture,
+    read_sealed,
+    write_sealed,
+)
 
-FORMAT = "gmn_lopt learned optimizer"
-VERSION = 2
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "phi.safetensors"
 SHIPPED = "pretrained"
-LARGEST_CONFIG, LARGEST_WEIGHTS = 2**20, 2**26  # bytes; more weights would take more than a second to check
-ENTRIES = {"format", "version", "optimizer", "leaves", "checksum"}
-LAYERS = ("hidden_layers", "set_layers", "neuron_layers", "blocks")
 MOST_AXES = 64
-DAMAGED = (safetensors.SafetensorError, KeyError, ValueError, OverflowError)  # what reading damaged weights raises
 SAVED_BEFORE = "it was saved by gmn_lopt 0.1: load it there, or meta-train it again with this version's recipes"
+KIND = Kind("a learned optimizer", "optimizer", Recipe, 2, WEIGHTS_FILE, ("leaves",), {1: SAVED_BEFORE})
 
 
 class SerializationError(OneLine, ValueError):
@@ -75,24 +74,12 @@ def save(path: str | os.PathLike[str], lopt: LearnedOptimizer, phi: PyTree) -> N
         >>> lopt = gmn_lopt.recipe("sgdm", structure)
         >>> gmn_lopt.save("my-optimizer", lopt, lopt.init(jax.random.key(0)))
     """
-    path = Path(path)
-    arrays = {name: np.asarray(array) for name, array in _named_arrays(phi).items()}
-    _check_arrays(arrays, lopt, f"cannot save {path}: phi")
-    weights = safetensors.numpy.save(arrays)
-    if len(weights) > LARGEST_WEIGHTS:
-        raise SerializationError(f"cannot save {path}: {len(weights)} bytes of weights, more than {LARGEST_WEIGHTS}")
-    config: dict[str, Any] = {"format": FORMAT, "version": VERSION, "optimizer": to_json(Recipe.of(lopt))}
+    entries: dict[str, Any] = {}
     if _is_tied(lopt):
         leaves = zip(lopt.structure.parameters, tied_leaves(lopt.structure))
-        config["leaves"] = [{"name": p.name, "spaces": list(spaces)} for p, spaces in leaves]
-    config["checksum"] = _checksum(config, weights)
-    if path.exists() and not (path / CONFIG_FILE).is_file():
-        raise SerializationError(f"cannot save {path}: it exists and is not a saved optimizer; choose another path")
-    files = {WEIGHTS_FILE: weights, CONFIG_FILE: (json.dumps(config, indent=2) + "\n").encode()}
-    try:
-        write_directory(path, files)
-    except OSError as error:
-        raise SerializationError(f"cannot save {path}: {error.strerror or error}") from error
+        entries["leaves"] = [{"name": p.name, "spaces": list(spaces)} for p, spaces in leaves]
+    with _refusing("", FileError):
+        write_sealed(Path(path), KIND, Recipe.of(lopt), phi, lopt.template(), **entries)
 
 
 def load(
@@ -157,30 +144,24 @@ def make_optimizer(
 
 
 def load_learned(path: str | os.PathLike[str], structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
-    """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`.
+    """Load a saved learned optimizer and its meta-parameters; otherwise like :func:`load`."""
+    return build_learned(read_saved(path), structure)
 
-    Nothing is built before the checksum says that both files are as they were saved, and the weights have as many
-    arrays as the architecture has layers: what comes with a checksum of its own takes no long time either.
-    """
-    directory = _find(path)
-    file, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
+
+def read_saved(path: str | os.PathLike[str]) -> Sealed:
+    """Read the files of a saved learned optimizer, at once; raises like :func:`load`."""
     with _refusing("", FileError):
-        contents = read_directory(directory, {CONFIG_FILE: LARGEST_CONFIG, WEIGHTS_FILE: LARGEST_WEIGHTS})
-    config, recipe = _parse_config(contents[CONFIG_FILE], file)
-    content = contents.pop(WEIGHTS_FILE)
-    with _refusing(f"{weights} is damaged or not a safetensors file:", *DAMAGED):
-        arrays = safetensors.numpy.load(content)
-    if config.pop("checksum", None) != _checksum(config, content):
-        raise SerializationError(f"{directory} is damaged: {CONFIG_FILE} and {WEIGHTS_FILE} are not what was saved")
-    if (layers := _layers(to_json(recipe))) > len(arrays):
-        raise SerializationError(f"{weights} holds {len(arrays)} arrays, too few for {layers} layers in {CONFIG_FILE}")
-    lopt = recipe.build(structure)
+        return read_sealed(_find(path), KIND)
+
+
+def build_learned(saved: Sealed, structure: GradientStructure) -> tuple[LearnedOptimizer, PyTree]:
+    """The learned optimizer in files that were read, and its meta-parameters; raises like :func:`load`."""
+    lopt = saved.architecture.build(structure)
     if _is_tied(lopt):
-        _check_leaves(_leaves(config, file), lopt, file)
-    _check_arrays(arrays, lopt, str(weights))
-    template = lopt.template()
-    leaves = [jax.numpy.asarray(arrays[name]) for name in _named_arrays(template)]
-    return lopt, jax.tree.unflatten(jax.tree.structure(template), leaves)
+        file = saved.path / CONFIG_FILE
+        _check_leaves(_leaves(saved.config, file), lopt, file)
+    with _refusing("", FileError):
+        return lopt, fitting(saved.arrays, lopt.template(), str(saved.path / WEIGHTS_FILE))
 
 
 def load_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -190,13 +171,17 @@ def load_recipe(path: str | os.PathLike[str]) -> Recipe:
         >>> load_recipe("default").residual is None
         True
     """
-    return _read_config(path)[2]
+    with _refusing("", FileError):
+        recipe: Recipe = read_architecture(_find(path), KIND)[1]
+    return recipe
 
 
 def load_spaces(path: str | os.PathLike[str]) -> list[tuple[int, ...]] | None:
     """Of a saved optimizer that belongs to one model, the spaces of its leaves; of another None; raises like `load`."""
-    file, config, _ = _read_config(path)
-    return [spaces for _, spaces in _leaves(config, file)] if "leaves" in config else None
+    directory = _find(path)
+    with _refusing("", FileError):
+        config, _ = read_architecture(directory, KIND)
+    return [spaces for _, spaces in _leaves(config, directory / CONFIG_FILE)] if "leaves" in config else None
 
 
 def shipped_names() -> tuple[str, ...]:
@@ -211,7 +196,7 @@ def shipped_names() -> tuple[str, ...]:
 def digest(phi: PyTree) -> str:
     """A digest of meta-parameters: equal for equal names, types and values, wherever they were saved."""
     found = hashlib.sha256()
-    for name, leaf in sorted(_named_arrays(phi).items()):
+    for name, leaf in sorted(named_arrays(phi).items()):
         array = np.asarray(leaf)
         found.update(f"{name} {array.dtype} {array.shape} ".encode() + array.tobytes())
     return found.hexdigest()[:16]
@@ -222,43 +207,6 @@ def _is_tied(lopt: LearnedOptimizer) -> bool:
     return lopt.residual is not None and lopt.residual.network.tied
 
 
-def _checksum(config: Mapping[str, Any], weights: bytes) -> str:
-    found = hashlib.sha256(json.dumps(config, sort_keys=True).encode())
-    found.update(weights)
-    return found.hexdigest()
-
-
-def _layers(recipe: Any) -> int:
-    """The number of layers that a recipe asks for, as JSON values; each has an array at least."""
-    if not isinstance(recipe, dict):
-        return 0
-    return sum(x if name in LAYERS else _layers(x) for name, x in recipe.items())
-
-
-def _named_arrays(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(p, simple=True, separator="/"): x for p, x in jax.tree.leaves_with_path(tree)}
-
-
-def _check_arrays(arrays: dict[str, np.ndarray], lopt: LearnedOptimizer, what: str) -> None:
-    """Raise an error that begins with ``what`` where the arrays are not meta-parameters of the learned optimizer."""
-    expected = _named_arrays(lopt.template())
-    for name in expected:
-        if name not in arrays:
-            raise SerializationError(f"{what} lacks {name}, which the architecture in {CONFIG_FILE} needs")
-    for name, array in sorted(arrays.items()):
-        if name not in expected:
-            raise SerializationError(f"{what} holds {name}, which the architecture in {CONFIG_FILE} does not have")
-        if array.shape != expected[name].shape:
-            raise SerializationError(
-                f"{what} holds {name} with shape {array.shape}, but the architecture in {CONFIG_FILE} needs "
-                f"{expected[name].shape}"
-            )
-        if array.dtype != expected[name].dtype:
-            raise SerializationError(f"{what} holds {name} as {array.dtype}, not {expected[name].dtype}")
-        if not np.isfinite(array).all():
-            raise SerializationError(f"{what} holds {name} with values that are not finite")
-
-
 @contextlib.contextmanager
 def _refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
     """Make errors of these classes one line that begins with ``what``."""
@@ -266,31 +214,6 @@ def _refusing(what: str, *errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         raise SerializationError(f"{what} {first_line(error)}".strip()) from error
-
-
-def _read_config(path: str | os.PathLike[str]) -> tuple[Path, dict[str, Any], Recipe]:
-    """Of a saved optimizer its configuration, the file that has it, and the recipe in it."""
-    directory = _find(path)
-    with _refusing("", FileError):
-        content = read_directory(directory, {CONFIG_FILE: LARGEST_CONFIG})[CONFIG_FILE]
-    return directory / CONFIG_FILE, *_parse_config(content, directory / CONFIG_FILE)
-
-
-def _parse_config(content: bytes, file: Path) -> tuple[dict[str, Any], Recipe]:
-    with _refusing("", FileError):
-        config = parse_object(content, file)
-    if config.get("format") != FORMAT:
-        raise SerializationError(f"{file} does not describe a learned optimizer of gmn_lopt")
-    version = config.get("version")
-    if type(version) is not int or version != VERSION:
-        hint = SAVED_BEFORE if version == 1 else "install the gmn_lopt that wrote it"
-        found = ascii(version)[:20]
-        raise SerializationError(f"{file} has format version {found}, this gmn_lopt reads version {VERSION}: {hint}")
-    if unknown := sorted(config.keys() - ENTRIES):
-        raise SerializationError(f"{file} has the unknown entry {unknown[0]!r}")
-    with _refusing(f"{file}:", ValueError):
-        recipe = from_json(config.get("optimizer"), Recipe, "optimizer")
-    return config, recipe
 
 
 def _leaves(config: Mapping[str, Any], file: Path) -> list[tuple[str, tuple[int, ...]]]:
@@ -325,13 +248,13 @@ def _check_leaves(there: Sequence[tuple[str, tuple[int, ...]]], lopt: LearnedOpt
 
 def _find(path: str | os.PathLike[str]) -> Path:
     """The directory of a saved optimizer, or of one that ships with the package."""
-    replaced = stepped_aside(Path(path)) is not None
-    if not os.path.lexists(path) and not replaced:  # lexists is False, too, for what no file system takes as a name
+    there = is_there(path)
+    if not os.path.lexists(path) and not there:  # lexists is False, too, for what no file system takes as a name
         names = shipped_names()
         if str(path) in names:
             return Path(str(resources.files("gmn_lopt") / SHIPPED / str(path)))
         ships = f"are {', '.join(names)}" if names else "do not exist in this version"
         raise SerializationError(f"{path} is neither a directory nor a shipped optimizer (those {ships})")
-    if not os.path.isdir(path) and not replaced:
+    if not there:
         raise SerializationError(f"{path} is not a directory: give the one that gmn_lopt.save wrote")
     return Path(path)

@@ -1,16 +1,18 @@
 """Directories that are replaced as a whole, and what killed processes leave of them and of files."""
 
+import contextlib
 import ctypes
 import errno
 import os
 import re
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
-from gmn_lopt.util.errors import FileError
-from gmn_lopt.util.files import read_regular, write_atomically
+from gmn_lopt.util.errors import FileError, reason_of
+from gmn_lopt.util.files import AN_HOUR, read_regular, write_atomically
 
 READ_TIMES = 10  # a directory may be replaced while it is read
 _HERE, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
@@ -24,7 +26,9 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     Raises:
         OSError: it cannot be written; the old one is intact.
     """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path  # a link stays, and what it leads to is replaced
     path.parent.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(path)
     new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.new-"))
     try:
         for name, content in files.items():
@@ -34,6 +38,16 @@ def write_directory(path: Path, files: Mapping[str, bytes]) -> None:
     except OSError:
         shutil.rmtree(new, ignore_errors=True)
         raise
+
+
+def _remove_unfinished(path: Path) -> None:
+    """Remove what :func:`write_directory` left beside this path when its process was killed: no write takes an hour."""
+    with contextlib.suppress(OSError):  # another process may be doing the same
+        for entry in path.parent.iterdir():
+            match = _LITTER.fullmatch(entry.name)
+            unfinished = match and match["name"] == path.name and not match["old"]
+            if unfinished and time.time() - entry.stat().st_mtime > AN_HOUR:
+                shutil.rmtree(entry)
 
 
 def _replace_directory(new: Path, path: Path) -> None:
@@ -88,10 +102,10 @@ def read_directory(path: Path, sizes: Mapping[str, int]) -> dict[str, bytes]:
         place = path if os.path.lexists(path) else stepped_aside(path) or path
         try:
             descriptor = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: no file system takes the name
             if isinstance(error, FileNotFoundError) and left:
                 continue
-            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+            reason = "is missing" if isinstance(error, FileNotFoundError) else f"cannot be read: {reason_of(error)}"
             raise FileError(f"{path} {reason}") from None
         try:
             return {name: read_regular(path / name, most, descriptor) for name, most in sizes.items()}

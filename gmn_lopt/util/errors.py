@@ -25,6 +25,11 @@ def first_line(error: BaseException) -> str:
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
+def reason_of(error: BaseException) -> str:
+    """Of the system's errors their words, without the file; of others their first line."""
+    return getattr(error, "strerror", None) or first_line(error)
+
+
 def printable(text: str) -> str:
     r"""Text on one line for a terminal: control characters are written out, and what is very long is cut.
 

@@ -29,6 +29,8 @@ def write_atomically(file: Path, content: bytes) -> None:
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(file)
+    except OSError as error:  # about the file that is asked for, not about the temporary one
+        raise OSError(error.errno, error.strerror or str(error), str(file)) from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -67,7 +69,7 @@ def read_regular(file: Path, most: int, directory: int | None = None) -> bytes:
             if status.st_size > most:
                 raise FileError(f"{file} has {status.st_size} bytes, more than the {most} that it may have")
             with open(descriptor, "rb", closefd=False) as stream:
-                return stream.read(most)
+                return stream.read(status.st_size)  # so much memory is taken, whatever there is to read
         finally:
             os.close(descriptor)
     except FileNotFoundError:

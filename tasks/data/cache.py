@@ -1,16 +1,14 @@
 """Arrays that are costly to make are made once and kept as ``NAME.npz`` in a cache directory."""
 
-import io
 import os
 import warnings
-import zipfile
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from gmn_lopt.util.files import write_atomically
+from gmn_lopt.util.arrays import read_arrays, write_arrays
+from gmn_lopt.util.errors import FileError, first_line
 
 Arrays = dict[str, np.ndarray]
 
@@ -52,19 +50,16 @@ def cached(
             arrays are never other than asked for; None takes whatever is kept.
     """
     path = cache_path(name)
-    try:
-        return _read(path, version, check, source)
-    except FileNotFoundError:
-        pass
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        warnings.warn(f"{path} is not used but made anew: {error}", stacklevel=2)
+    if os.path.lexists(path):
+        try:
+            return _read(path, version, check, source)
+        except FileError as error:
+            warnings.warn(f"{path} is not used but made anew: {error}", stacklevel=2)
     arrays = build()
     check(arrays)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        content = io.BytesIO()
-        np.savez(content, **arrays, version=version, source=source or "")  # type: ignore[arg-type]
-        write_atomically(path, content.getvalue())
+        write_arrays(path, {**arrays, "version": version, "source": source or ""})
     except OSError as error:
         reason = error.strerror or error
         warnings.warn(f"{path} cannot be written ({reason}), so this work is done again next time", stacklevel=2)
@@ -72,12 +67,14 @@ def cached(
 
 
 def _read(path: Path, version: int, check: Callable[[Arrays], None], source: str | None) -> Arrays:
-    with np.load(path, allow_pickle=False) as file:
-        arrays = dict(file)
-    kept_version, kept_source = int(arrays.pop("version")), str(arrays.pop("source"))
-    if kept_version != version:
-        raise ValueError(f"it has version {kept_version}, this code reads version {version}")
+    arrays = read_arrays(path)
+    kept_version, kept_source = str(arrays.pop("version", "")), str(arrays.pop("source", ""))
+    if kept_version != str(version):
+        raise FileError(f"it has version {kept_version}, this code reads version {version}")
     if source is not None and kept_source != source:
-        raise ValueError(f"it was made from {kept_source or 'the default data directory'}, not from {source}")
-    check(arrays)
+        raise FileError(f"it was made from {kept_source or 'the default data directory'}, not from {source}")
+    try:
+        check(arrays)
+    except (ValueError, LookupError, AttributeError, TypeError) as error:
+        raise FileError(first_line(error)) from None
     return arrays

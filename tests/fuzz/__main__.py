@@ -47,10 +47,10 @@ def senseless(place: Path, seed: int) -> Found:
 def targets() -> dict[str, Callable[[Path, int], Found]]:
     """All kinds of input by name."""
     found: dict[str, Callable[[Path, int], Found]] = {}
-    for name in saved.OPTIMIZERS:
-        make = partial(saved.make, name=name)
-        found[f"saved {name}"] = partial(files, make, saved.cases, saved.read, saved.REFUSALS)
-        found[f"signed {name}"] = partial(files, make, saved.signed_cases, saved.read_signed, saved.REFUSALS)
+    for name in saved.KINDS:
+        make, read, read_signed = (partial(f, name=name) for f in (saved.make, saved.read, saved.read_signed))
+        found[f"saved {name}"] = partial(files, make, saved.cases, read, saved.REFUSALS)
+        found[f"signed {name}"] = partial(files, make, saved.signed_cases, read_signed, saved.REFUSALS)
     found["runs"] = partial(files, runs.make, runs.cases, runs.read_sound, runs.REFUSALS)
     found["runs, unsigned"] = partial(files, runs.make, runs.unsigned_cases, runs.read_any, runs.REFUSALS)
     found["metrics"] = partial(files, runs.make, runs.metrics_cases, runs.read_sound, runs.REFUSALS)

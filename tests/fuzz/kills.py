@@ -25,8 +25,9 @@ import jax
 
 from gmn_lopt.cli import meta_train
 from gmn_lopt.meta.metrics import read_rows
-from gmn_lopt.optimizers.saved import CONFIG_FILE, WEIGHTS_FILE, _checksum
+from gmn_lopt.optimizers.saved import WEIGHTS_FILE
 from gmn_lopt.util.directories import read_directory
+from gmn_lopt.util.sealed import CONFIG_FILE, checksum
 
 from .table import print_table
 
@@ -167,7 +168,7 @@ def saved(out: Path) -> tuple[int, bool]:
     try:
         content = read_directory(out / "optimizer", FILES)
         config = json.loads(content[CONFIG_FILE])
-        assert config.pop("checksum") == _checksum(config, content[WEIGHTS_FILE])
+        assert config["checksum"] == checksum(config, content[WEIGHTS_FILE])
     except Exception as error:
         raise Fault(f"no whole optimizer beside checkpoint {latest}: {error!r}") from None
     return latest, True

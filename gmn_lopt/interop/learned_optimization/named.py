@@ -38,7 +38,7 @@ def make(place: str, settings: Mapping[str, Any]) -> Any:
     """Import what is named, and call it with the settings; what is no class or function is taken as it is.
 
     Beside that, names are put back into ``jax`` that it no longer has and version 0.0.1 calls. Modules of Python's own
-    library are refused: the name may be that of a task in a run directory, which may be somebody else's.
+    library are refused.
 
     Args:
         place: ``learned_optimization:MODULE:NAME``.
