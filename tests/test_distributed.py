@@ -139,20 +139,6 @@ def test_a_signal_to_any_process_stops_all_at_the_same_meta_step(tmp_path):
     assert "Traceback" not in "".join(stderr)
 
 
-@pytest.mark.parametrize("first, second", [(signal.SIGINT, signal.SIGTERM), (signal.SIGTERM, signal.SIGTERM)])
-def test_a_second_signal_ends_a_process_that_waits_for_another(tmp_path, first, second):
-    with Run(*ENDLESS, "--out", tmp_path / "run") as run:
-        run.after_rows(tmp_path / "run", 2)
-        run.processes[0].send_signal(signal.SIGSTOP)
-        time.sleep(1)
-        run.processes[1].send_signal(first)
-        with pytest.raises(subprocess.TimeoutExpired):
-            run.processes[1].wait(2)
-        run.processes[1].send_signal(second)
-        assert run.processes[1].wait(60) in (-second, 128 + second)
-        assert "Traceback" not in run.processes[1].communicate()[1]
-
-
 def test_a_number_of_processes_that_does_not_divide_the_pairs_is_refused(tmp_path):
     with Run(*ENDLESS[:-1], "pes:truncation=2,pairs=3", "--out", tmp_path / "run") as run:
         codes, stderr = run.wait()

@@ -70,7 +70,7 @@ def main(config: Config) -> bool:
     Raises:
         UsageError, RunError: in one line, what cannot be done.
     """
-    with connected(config.coordinator, config.processes, config.process_id), stop_signal() as stop:
+    with stop_signal() as stop, connected(config.coordinator, config.processes, config.process_id):
         try:
             for stage in config.stages:
                 unroll_shardings(stage.pairs)

@@ -2,7 +2,6 @@
 
 import atexit
 import contextlib
-import ctypes
 import hashlib
 import os
 import re
@@ -14,7 +13,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 import jax
 import numpy as np
@@ -124,8 +122,6 @@ def _exit() -> None:
 def stop_signal() -> Iterator[Callable[[int], bool]]:
     """Let SIGINT and SIGTERM end the run early, as long as the context lasts; a second one of either acts as before.
 
-    Within :func:`connected`, which lets JAX take SIGTERM: it is taken back here, so that the second one is seen.
-
     Where Python cannot act, because it is compiling, a second one that would end the process does so with exit code
     128 and its number.
 
@@ -137,12 +133,14 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     usual = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM) if in_main}
     # None is a handler that is not Python's, and is left alone.
     before = {int(number): handler for number, handler in usual.items() if handler is not None}
-    tell_jax = _handler_of_jax()
     requests: list[int] = []
+    counts = Counter[int]()
 
     def request(number: int, frame: FrameType | None) -> None:
         requests.append(number)
-        if len(requests) == 1:
+        counts[number] += 1
+        # Among several processes SIGTERM is JAX's, see below.
+        if (counts[number] if jax.distributed.is_initialized() else counts.total()) == 1:
             return
         handler = before[number]
         if callable(handler):
@@ -154,13 +152,15 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     def stop(meta_step: int) -> bool:
         if jax.process_count() == 1:
             return bool(requests)
-        if requests and tell_jax is not None:
-            tell_jax(signal.SIGTERM)
+        # JAX's preemption service has taken over SIGTERM, and tells the other processes of it.
+        if requests:
+            requests.clear()
+            os.kill(os.getpid(), signal.SIGTERM)
         return multihost_utils.reached_preemption_sync_point(meta_step)
 
     def end(number: int) -> None:
         requested[number] += 1
-        if requested.total() > 1 and before[number] == signal.SIG_DFL:
+        if requested.total() > 1 and before[number] == signal.SIG_DFL and not jax.distributed.is_initialized():
             time.sleep(PATIENCE)
             os._exit(128 + number)
 
@@ -173,13 +173,3 @@ def stop_signal() -> Iterator[Callable[[int], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _handler_of_jax() -> Callable[[int], Any] | None:
-    """Among several processes, what JAX lets the system call at SIGTERM: it tells the other processes of it."""
-    if not jax.distributed.is_initialized():
-        return None
-    action = ctypes.create_string_buffer(1024)  # a struct sigaction, which begins with the handler
-    failed = ctypes.CDLL(None).sigaction(int(signal.SIGTERM), None, action)
-    address = ctypes.c_void_p.from_buffer(action).value or 0
-    return None if failed or address <= 1 else ctypes.CFUNCTYPE(None, ctypes.c_int)(address)  # 1 is SIG_IGN

@@ -6,7 +6,6 @@ are as they were saved, and what comes with a checksum of its own cannot ask for
 
 import hashlib
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import safetensors
 import safetensors.numpy
 from jaxtyping import PyTree
 
@@ -23,13 +23,13 @@ from gmn_lopt.util.checks import shown
 from gmn_lopt.util.codec import from_json, to_json
 from gmn_lopt.util.directories import read_directory, stepped_aside, write_directory
 from gmn_lopt.util.errors import FileError, first_line, reason_of
-from gmn_lopt.util.files import parse_json, parse_object
+from gmn_lopt.util.files import parse_object
 
 CONFIG_FILE = "config.json"
 LARGEST_CONFIG = 2**20  # bytes, also of the header of the weights
 LARGEST_WEIGHTS = 2**26  # bytes; more would take more than a second to check
 LAYERS = ("layers", "hidden_layers", "set_layers", "neuron_layers", "blocks")
-TYPES = {"F16": np.float16, "F32": np.float32, "F64": np.float64, "I32": np.int32, "I64": np.int64}  # of safetensors
+DAMAGED = (safetensors.SafetensorError, KeyError, ValueError, OverflowError)  # what reading damaged weights raises
 
 
 @dataclass(frozen=True)
@@ -206,41 +206,11 @@ def _architecture(config: Mapping[str, Any], file: Path, kind: Kind) -> Any:
 
 
 def _parse_arrays(content: bytes, file: Path) -> dict[str, np.ndarray]:
-    """The arrays of a file in the format of safetensors, without a copy.
-
-    The package's own reader copies them, which takes most of the time of loading many weights.
-    """
     try:
-        size = int.from_bytes(content[:8], "little")
-        if not 8 + size <= min(len(content), LARGEST_CONFIG):
-            raise ValueError(f"it has no header of {size} bytes")
-        header = parse_json(content[8 : 8 + size])
-        if not isinstance(header, dict):
-            raise ValueError("its header is not an object")
-        arrays, end = {}, 0
-        for name, of in sorted(_entries(header), key=lambda entry: entry[1]["data_offsets"]):
-            kind, shape, (begin, stop) = np.dtype(TYPES[of["dtype"]]), of["shape"], of["data_offsets"]
-            if begin != end or stop - begin != math.prod(shape) * kind.itemsize:
-                raise ValueError(f"{name!r} is not where it should be, or of another size")
-            flat = np.frombuffer(content, kind, math.prod(shape), 8 + size + begin)
-            arrays[name], end = flat.reshape(shape), stop
-        if 8 + size + end != len(content):
-            raise ValueError(f"it has {len(content)} bytes, not {8 + size + end}")
-        return arrays
-    except (ValueError, KeyError, TypeError) as error:
+        arrays: dict[str, np.ndarray] = safetensors.numpy.load(content)
+    except DAMAGED as error:
         raise FileError(f"{file} is damaged or not a safetensors file: {first_line(error)}") from None
-
-
-def _entries(header: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """What a header says of each array, of the types that it has to have."""
-    found = [(name, of) for name, of in header.items() if name != "__metadata__"]
-    for name, of in found:
-        numbers = isinstance(of, dict) and [of["shape"], of["data_offsets"]]
-        if not numbers or not all(isinstance(x, list) and all(type(i) is int and i >= 0 for i in x) for x in numbers):
-            raise ValueError(f"{name!r} has no shape or no place")
-        if len(of["shape"]) > 8 or len(of["data_offsets"]) != 2 or not isinstance(of["dtype"], str):
-            raise ValueError(f"{name!r} has no shape or no place")
-    return found
+    return arrays
 
 
 def _layers(architecture: Any) -> int:
