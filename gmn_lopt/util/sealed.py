@@ -26,7 +26,7 @@ from gmn_lopt.util.errors import FileError, first_line, reason_of
 from gmn_lopt.util.files import parse_object
 
 CONFIG_FILE = "config.json"
-LARGEST_CONFIG = 2**20  # bytes, also of the header of the weights
+LARGEST_CONFIG = 2**20  # bytes
 LARGEST_WEIGHTS = 2**26  # bytes; more would take more than a second to check
 LAYERS = ("layers", "hidden_layers", "set_layers", "neuron_layers", "blocks")
 DAMAGED = (safetensors.SafetensorError, KeyError, ValueError, OverflowError)  # what reading damaged weights raises
