@@ -9,7 +9,7 @@ import transformers
 import gmn_lopt
 from gmn_lopt.optimizers.directions import spreading
 from gmn_lopt.optimizers.directions.denoised_layers import layer_groups, residual_kernels
-from gmn_lopt.optimizers.directions.preconditioners import DAMPING, TANGENT_DAMPING
+from gmn_lopt.optimizers.directions.preconditioners import DAMPING, FLOOR, TANGENT_DAMPING
 
 
 def draw(*shapes):
@@ -70,14 +70,17 @@ def test_what_is_no_residual_stream(loss, shapes, batch):
 
 
 def literal_step(momentum, covariance, tangents):
-    """``L^-T orth(X) K^-1`` of ``X = L^-1 M K^-T``, changing the outputs by a root mean square of one; in float64."""
+    """``L^-T orth(X) K^-1`` of ``X = L^-1 M K^-T``, changing the outputs by a root mean square of one; in float64.
+
+    Of singular values ``s`` that are not far above the floor ``r``, ``s / sqrt(s^2 + r)`` is left.
+    """
     damped = [
         x + damping * np.trace(x) / len(x) * np.eye(len(x))
         for x, damping in ((covariance, DAMPING), (tangents, TANGENT_DAMPING))
     ]
     left, right = (np.linalg.cholesky(x) for x in damped)
-    u, _, v = np.linalg.svd(np.linalg.solve(left, momentum) @ np.linalg.inv(right).T, full_matrices=False)
-    step = np.linalg.solve(left.T, u @ v) @ np.linalg.inv(right)
+    u, s, v = np.linalg.svd(np.linalg.solve(left, momentum) @ np.linalg.inv(right).T, full_matrices=False)
+    step = np.linalg.solve(left.T, u * s / np.sqrt(s**2 + FLOOR * np.mean(s**2)) @ v) @ np.linalg.inv(right)
     return step / np.sqrt(np.sum(step * (covariance @ step)) / step.shape[1])
 
 

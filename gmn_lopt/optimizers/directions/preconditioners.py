@@ -172,11 +172,14 @@ def _gram(
 
 
 def _with_floor(group: LayerGroup, gram: Float[Array, "k n n"]) -> Float[Array, "k n n"]:
-    """With ``FLOOR`` times the mean eigenvalue added to each."""
     sides = per_matrix(group.layers, lambda layer: min(layer.inputs, layer.outputs))
-    own = jnp.arange(gram.shape[1]) < sides[:, None]
-    floor = FLOOR * jnp.trace(gram, axis1=1, axis2=2) / sides
-    return gram + floor[:, None, None] * own[:, None] * jnp.eye(gram.shape[1], dtype=gram.dtype)
+    own = jnp.eye(gram.shape[1], dtype=gram.dtype) * (jnp.arange(gram.shape[1]) < sides[:, None])[:, None]
+    return gram + _floor(group, jnp.trace(gram, axis1=1, axis2=2))[:, None, None] * own
+
+
+def _floor(group: LayerGroup, trace: Float[Array, " k"]) -> Float[Array, " k"]:
+    """What is added to each eigenvalue, of which this is the sum."""
+    return FLOOR * trace / per_matrix(group.layers, lambda layer: min(layer.inputs, layer.outputs))
 
 
 def _signal(group: LayerGroup, inverted: Array, momentum: Float[Array, "k i o"]) -> Float[Array, "k o o"]:
@@ -207,16 +210,16 @@ def _roots(
             else:
                 gram = _signal(group, inverted, momentum)
                 bounds.append(jnp.sum(gram * right, axis=(1, 2)))
+                gram += _floor(group, bounds[-1])[:, None, None] * metric_of_tangents
             metrics.append(metric_of_tangents)
         else:
             metric = _dense(group, as_read(group, metric))
             left = momentum if right is None else momentum @ right
             gram = jnp.einsum("kio,kjo->kij", left, momentum)
             bounds.append(jnp.sum(_dense(group, as_read(group, inverted)) * gram, axis=(1, 2)))
-            if right is None:
-                noise = noise * as_read(group, scale) ** 2
-                gram += noise[:, None, None] * metric
-                bounds[-1] += group.inputs * noise
+            noise = noise * as_read(group, scale) ** 2 if right is None else _floor(group, bounds[-1])
+            gram += noise[:, None, None] * metric
+            bounds[-1] += group.inputs * noise
             metrics.append(metric)
         grams.append(gram)
 
