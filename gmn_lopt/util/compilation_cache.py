@@ -24,7 +24,7 @@ def keep_compiled() -> None:
     if chosen["jax_compilation_cache_dir"] or not chosen["jax_enable_compilation_cache"]:
         return
     with contextlib.suppress(OSError, RuntimeError):  # RuntimeError: there is no home
-        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gmn_lopt" / _machine()
+        place = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gmn_lopt" / f"compiled-{_machine()}"
         place.mkdir(parents=True, exist_ok=True)
         place.chmod(0o700)
         if not os.access(place, os.W_OK):
