@@ -4,14 +4,11 @@ import contextlib
 import errno
 import fcntl
 import hashlib
-import io
 import json
-import logging
 import os
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +26,7 @@ from gmn_lopt.meta.stages import MOST_META_STEPS
 from gmn_lopt.util.directories import is_litter, remove_litter
 from gmn_lopt.util.errors import FileError, OneLine, first_line
 from gmn_lopt.util.files import read_json, read_regular, write_atomically
+from gmn_lopt.util.quiet import quiet
 
 _CONFIG, _COMPLETE, _LOCK, _CHECKSUMS = "config.json", "COMPLETE", ".lock", "checksums.json"
 OVERHEAD = 2**20  # bytes of a checkpoint beside its arrays, at most
@@ -143,7 +141,7 @@ class RunDirectory:
         checkpoints.mkdir(exist_ok=True)
         _check_checkpoints(checkpoints)
         try:
-            with _quiet():
+            with quiet():
                 self._checkpoints = ocp.CheckpointManager(checkpoints.absolute(), options=options)
             files.callback(self._checkpoints.close)
             steps = sorted(self._checkpoints.all_steps())
@@ -186,7 +184,7 @@ class RunDirectory:
             try:
                 _reserve(self.path, 2 * sum(leaf.nbytes for leaf in jax.tree.leaves(whole)) + OVERHEAD)
                 self._note_checksum(meta_step, None)  # of another of this name, should the process be killed below
-                with _quiet():
+                with quiet():
                     self._checkpoints.save(meta_step, args=ocp.args.StandardSave(whole), force=True)
                     self._checkpoints.wait_until_finished()
                 self._note_checksum(meta_step, _checksum_of_files(self.path / "checkpoints" / str(meta_step)))
@@ -236,7 +234,7 @@ class RunDirectory:
             if self._checksums().get(place.name, found) != found:
                 raise RunError(f"{place} is damaged; delete it to continue from the one before")
             try:
-                with _quiet():
+                with quiet():
                     return self._checkpoints.restore(self.latest, args=ocp.args.StandardRestore(abstract))
             except Exception as error:  # as many kinds as in save
                 raise RunError(
@@ -283,22 +281,6 @@ def _writing(file: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise RunError(f"cannot write {file}: {error.strerror}; checkpoints are intact") from None
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Let orbax say nothing: what fails in its threads they log and print with a traceback, and it is raised, too."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            try:
-                yield
-            except Exception:
-                time.sleep(0.3)  # in which threads that had not ended yet say so
-                raise
-    finally:
-        logging.disable(before)
 
 
 def _said(error: Exception) -> str:
