@@ -250,7 +250,8 @@ def main(config: Config) -> None:
 if __name__ == "__main__":
     try:
         with one_line_for_the_machine():
+            config = parse(Config, __doc__)
             keep_compiled()
-            main(parse(Config, __doc__))
+            main(config)
     except (UsageError, FileError) as error:
         sys.exit(f"experiments.curvature.train: {first_line(error)}")

@@ -251,11 +251,12 @@ def cli(args: Sequence[str] | None = None) -> int:
     """Run from the command line; returns the exit code."""
     use_all_cores()
     one_blas_thread()
-    keep_compiled()
     try:
         description = f"{__doc__}\nOptimizers: {', '.join(RECIPES)}."
         with one_line_for_the_machine():
-            main(from_command_line(description, sys.argv[1:] if args is None else args))
+            config = from_command_line(description, sys.argv[1:] if args is None else args)
+            keep_compiled()
+            main(config)
     except (UsageError, RunError) as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         return 2
